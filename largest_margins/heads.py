@@ -26,11 +26,13 @@ class CosineLinear(nn.Module):
         dtype: torch.dtype | None = None,  # their dtype
     ):
         super().__init__()
-        for name, value in (('in_features', in_features), ('out_features', out_features)):
+        sizes = ('in_features', in_features), ('out_features', out_features)
+        for name, value in sizes:
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f'{name} must be an int ≥ 1, got {value!r}')
         self.in_features, self.out_features = in_features, out_features
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
+        weight = torch.empty(out_features, in_features, device=device, dtype=dtype)
+        self.weight = nn.Parameter(weight)
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -50,10 +52,11 @@ class CosineLinear(nn.Module):
         self,
         points: Tensor,  # prototypes to keep, of any norm, [k, d]
     ) -> 'CosineLinear':  # this layer
-        "Fix the prototypes at given points, for example a simplex: a buffer, not a parameter."
+        "Fix the prototypes at given points, say a simplex: a buffer, not a parameter."
         check_prototypes(points, 'points')
         if points.shape != self.weight.shape:
-            raise ValueError(f'points must be [{self.out_features}, {self.in_features}], '
+            raise ValueError(f'points must be [{self.out_features}, '
+                             f'{self.in_features}], '
                              f'got shape {tuple(points.shape)}')
         points = points.detach().to(self.weight, copy=True)
         del self.weight
@@ -62,4 +65,5 @@ class CosineLinear(nn.Module):
 
     def extra_repr(self):
         fixed = '' if isinstance(self.weight, nn.Parameter) else ', fixed'
-        return f'in_features={self.in_features}, out_features={self.out_features}{fixed}'
+        sizes = f'in_features={self.in_features}, out_features={self.out_features}'
+        return f'{sizes}{fixed}'

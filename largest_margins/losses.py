@@ -23,13 +23,13 @@ from .reduction import (
 
 # %% ../nbs/losses/12_losses.ipynb #c7ca48f9
 class ClassificationLoss(nn.Module):
-    "What all losses share: class weights, the reduction, and what fastai wants to know."
+    "What all losses share: class weights, the reduction, what fastai wants to know."
     y_int = True  # targets are integers, so MixUp mixes losses and not labels
 
     def __init__(
         self,
-        weight: Tensor | None = None,  # weight of each class, ≥ 0, [k], as in F.cross_entropy
-        reduction: str = 'mean',  # 'mean', 'sum', 'none' or 'class-mean'; may be set later
+        weight: Tensor | None = None,  # weight of each class, ≥ 0, [k]
+        reduction: str = 'mean',  # 'mean', 'sum', 'none' or 'class-mean'; settable
     ):
         super().__init__()
         if weight is not None: check_per_class('weight', weight)
@@ -74,7 +74,7 @@ class ClassificationLoss(nn.Module):
         self,
         num_classes: int,  # k of the scores at hand
     ):
-        "Every buffer of a loss holds one number per class; refuse another number of classes."
+        "Every buffer of a loss holds a number per class; refuse any other number."
         for name, value in self.named_buffers():
             if value.shape != (num_classes,):
                 raise ValueError(f'{name} must be [k] with k = {num_classes}, '
@@ -105,20 +105,22 @@ def check_per_class(
         raise TypeError(f'{name} must be a tensor [k] of numbers, got '
                         f'{getattr(value, "dtype", type(value).__name__)}')
     if value.ndim != 1 or len(value) < 2:
-        raise ValueError(f'{name} must be [k] with k ≥ 2, got shape {tuple(value.shape)}')
+        raise ValueError(f'{name} must be [k] with k ≥ 2, '
+                         f'got shape {tuple(value.shape)}')
     wrong = ~value.isfinite() | (value < 0) | (value == 0 if positive else False)
     if wrong.any():
         raise ValueError(f'{name} must be finite and {"> 0" if positive else "≥ 0"}, '
-                         f'got {value[wrong][0].item()} for class {wrong.nonzero()[0].item()}')
+                         f'got {value[wrong][0].item()} '
+                         f'for class {wrong.nonzero()[0].item()}')
 
 
 def _or_one(total):
-    "A divisor for weights that may all be zero, in which case the sum above it is zero too."
+    "A divisor for weights that may all be zero; the sum above it is zero then too."
     return torch.where(total > 0, total, 1)
 
 # %% ../nbs/losses/12_losses.ipynb #211b9529
 class MarginSoftmaxLoss(ClassificationLoss):
-    "A margin softmax: the `curves` of the target's cosine, and one reduction over the rest."
+    "A margin softmax: the `curves` of the target's cosine, one reduction of the rest."
 
     def __init__(
         self,
@@ -136,7 +138,7 @@ class MarginSoftmaxLoss(ClassificationLoss):
         self,
         cosine: Tensor,  # cosine of each sample with its own prototype, [N]
         targets: Tensor,  # class of each sample, int64, [N]
-    ) -> tuple[Tensor, Tensor | None]:  # num and den, [N] each; den = None stands for −∞
+    ) -> tuple[Tensor, Tensor | None]:  # num and den, [N] each; den None means −∞
         "The two curves of equation (eq-family), which make the loss what it is."
         return cosine, cosine
 
@@ -147,7 +149,7 @@ class MarginSoftmaxLoss(ClassificationLoss):
         targets: Tensor,  # class of each sample, int64, [N]
         **given,  # numbers for each sample, if the loss takes any
     ) -> tuple[Tensor, Tensor | None]:  # num and den, [N] each
-        "The curves for a batch; an angular loss reads the angle here instead of the cosine."
+        "The curves for a batch; an angular loss reads the angle instead of the cosine."
         return self.curves(own, targets, **given)
 
     def forward(
@@ -155,7 +157,7 @@ class MarginSoftmaxLoss(ClassificationLoss):
         cosines: Tensor,  # cosines in [−1, 1], not yet scaled, [N, k]
         targets: Tensor,  # class of each sample, integers in 0..k−1, [N]
         **given,  # numbers for each sample, if the loss takes any
-    ) -> Tensor:  # the loss in nats, in at least float32, [] (or [N] for reduction='none')
+    ) -> Tensor:  # the loss in nats, at least float32, [] (or [N] for 'none')
         "Equation (eq-stable), reduced over the batch."
         source, (cosines, targets) = cosines, check_cosines(cosines, targets)
         self.check_classes(cosines.shape[1])
@@ -186,7 +188,8 @@ class MarginSoftmaxLoss(ClassificationLoss):
         return super().activation(self.scale * at_least_float32(scores))
 
     def extra_repr(self):
-        smoothing = f', label_smoothing={self.label_smoothing:g}' if self.label_smoothing else ''
+        epsilon = self.label_smoothing
+        smoothing = f', label_smoothing={epsilon:g}' if epsilon else ''
         return f'scale={self.scale:g}{smoothing}, reduction={self.reduction!r}'
 
 
@@ -218,7 +221,7 @@ class NormFaceLoss(MarginSoftmaxLoss):
 
 # %% ../nbs/losses/12_losses.ipynb #ef2ca88d
 class CosFaceLoss(MarginSoftmaxLoss):
-    "An additive margin on the cosine, num = den = c − m (Wang et al. 2018, CosFace; AM-Softmax)."
+    "An additive margin on the cosine, num = den = c − m (Wang et al. 2018, CosFace)."
 
     def __init__(
         self,
@@ -257,7 +260,7 @@ def through_angle(
 
 # %% ../nbs/losses/12_losses.ipynb #b2b031b3
 class CombinedMarginLoss(MarginSoftmaxLoss):
-    "num = den = ψ(m1·θ + m2) − m3 (Deng et al. 2019, equation 4, with a monotone tail)."
+    "num = den = ψ(m1·θ + m2) − m3 (Deng et al. 2019, eq. 4, with a monotone tail)."
 
     def __init__(
         self,
@@ -266,7 +269,7 @@ class CombinedMarginLoss(MarginSoftmaxLoss):
         m2: float = 0.,  # is added to the angle, radians, in [0, π)
         m3: float = 0.,  # is taken off the cosine
         *,
-        detach_margin: bool = False,  # gradient as if the margin were constant in cosine
+        detach_margin: bool = False,  # gradient as if the margin were a constant
         **options,  # label_smoothing, weight, reduction: see `MarginSoftmaxLoss`
     ):
         super().__init__(scale, **options)
@@ -283,7 +286,8 @@ class CombinedMarginLoss(MarginSoftmaxLoss):
         return falling_cosine(self.m1 * theta + self.m2) - self.m3
 
     def curves(self, cosine, targets):
-        return self._both(through_angle(self.curve, cosine, _resolution(cosine)), cosine)
+        num = through_angle(self.curve, cosine, _resolution(cosine))
+        return self._both(num, cosine)
 
     def own_curves(self, cosines, own, targets):
         if isinstance(cosines, Cosines):
@@ -320,7 +324,7 @@ class ArcFaceLoss(CombinedMarginLoss):
         self,
         scale: float = 64.,  # s > 0
         margin: float = 0.5,  # m, radians, in [0, π)
-        detach_margin: bool = False,  # gradient as if the margin were constant in cosine
+        detach_margin: bool = False,  # gradient as if the margin were a constant
         **options,  # label_smoothing, weight, reduction: see `MarginSoftmaxLoss`
     ):
         check_number('margin', margin, at_least=0, below=math.pi)
@@ -333,7 +337,7 @@ class ArcFaceLoss(CombinedMarginLoss):
 
 # %% ../nbs/losses/12_losses.ipynb #26beb968
 class SphereFaceLoss(CombinedMarginLoss):
-    "A multiplied angle, num = den = ψ(m·θ) (Liu et al. 2017, A-Softmax, with unit features)."
+    "A multiplied angle, num = den = ψ(m·θ) (Liu et al. 2017, A-Softmax, ‖z‖ = 1)."
 
     def __init__(
         self,
@@ -351,7 +355,7 @@ class SphereFaceLoss(CombinedMarginLoss):
 
 # %% ../nbs/losses/12_losses.ipynb #bf55e769
 class LDAMLoss(MarginSoftmaxLoss):
-    "A margin on the cosine for each class, num = den = c − m_y (Cao et al. 2019, LDAM)."
+    "A margin on the cosine for each class, num = den = c − m_y (Cao et al. 2019)."
 
     def __init__(
         self,
@@ -380,7 +384,8 @@ class LDAMLoss(MarginSoftmaxLoss):
 
     def extra_repr(self):
         margins = self.class_margins()
-        return (f'{len(margins)} margins from {margins.amin():.3g} to {margins.amax():.3g}, '
+        return (f'{len(margins)} margins from {margins.amin():.3g} '
+                f'to {margins.amax():.3g}, '
                 f'{super().extra_repr()}')
 
 # %% ../nbs/losses/12_losses.ipynb #a3716775
@@ -392,7 +397,8 @@ def class_balanced_weights(
     counts = torch.as_tensor(class_counts)
     check_per_class('class_counts', counts, positive=True)
     beta = check_number('beta', beta, at_least=0, below=1)
-    weights = 1 / -torch.expm1(counts.double() * math.log(beta)) if beta else torch.ones(len(counts))
+    counts = counts.double()
+    weights = 1 / -torch.expm1(counts * math.log(beta)) if beta else counts ** 0
     return (weights * len(counts) / weights.sum()).float()
 
 # %% ../nbs/losses/12_losses.ipynb #e3d33be7
@@ -411,8 +417,10 @@ class GMSoftmaxLoss(MarginSoftmaxLoss):
         reduction: str = 'mean',  # 'mean', 'sum', 'none' or 'class-mean'
     ):
         super().__init__(scale, weight=weight, reduction=reduction)
-        for name, value in zip(self._lines, (alpha1, alpha2, beta1, beta2), strict=True):
-            if isinstance(value, Tensor) and value.ndim: self.register_buffer(name, value)
+        numbers = zip(self._lines, (alpha1, alpha2, beta1, beta2), strict=True)
+        for name, value in numbers:
+            if isinstance(value, Tensor) and value.ndim:
+                self.register_buffer(name, value)
             else: setattr(self, name, check_number(name, float(value)))
 
     _lines = ('alpha1', 'alpha2', 'beta1', 'beta2')
@@ -434,7 +442,8 @@ class GMSoftmaxLoss(MarginSoftmaxLoss):
         "One coefficient: given for each sample, stored for each class, or a number."
         if not isinstance(given, Tensor):
             value = getattr(self, name) if given is None else given
-            return value.to(cosine.dtype)[targets] if isinstance(value, Tensor) else value
+            if isinstance(value, Tensor): value = value.to(cosine.dtype)[targets]
+            return value
         if given.shape not in ((), cosine.shape):
             raise ValueError(f'{name} must be [N] with N = {len(cosine)}, '
                              f'got shape {tuple(given.shape)}')
@@ -453,14 +462,15 @@ class LMSoftmaxLoss(MarginSoftmaxLoss):
     def __init__(
         self,
         scale: float = 20.,  # s > 0
-        aggregation: str = 'mean',  # 'mean' as published, 'logsumexp' for the smallest margin
+        aggregation: str = 'mean',  # 'mean' as published, or 'logsumexp'
         *,
         weight: Tensor | None = None,  # weight of each class, ≥ 0, [k]
         reduction: str = 'mean',  # 'mean', 'sum', 'none' or 'class-mean'
     ):
         super().__init__(scale, weight=weight, reduction=reduction)
         if aggregation not in ('mean', 'logsumexp'):
-            raise ValueError(f"aggregation must be 'mean' or 'logsumexp', got {aggregation!r}")
+            raise ValueError("aggregation must be 'mean' or 'logsumexp', "
+                             f'got {aggregation!r}')
         self.aggregation = aggregation
 
     def curves(self, cosine, targets): return cosine, None
@@ -470,16 +480,18 @@ class LMSoftmaxLoss(MarginSoftmaxLoss):
         if self.aggregation == 'mean' or self.reduction == 'none':
             return super().aggregate(losses, targets, num_classes)
         weights = self.sample_weights(targets, num_classes, losses.dtype)
-        if self.reduction != 'sum': weights = weights * (len(weights) / _or_one(weights.sum()))
+        if self.reduction != 'sum':
+            weights = weights * (len(weights) / _or_one(weights.sum()))
         some = weights.sum() > 0
         logs = torch.where(some, weights, 1).log() + self.scale * losses
         return torch.where(some, logs.logsumexp(0) / self.scale, 0)
 
-    def extra_repr(self): return f'aggregation={self.aggregation!r}, {super().extra_repr()}'
+    def extra_repr(self):
+        return f'aggregation={self.aggregation!r}, {super().extra_repr()}'
 
 # %% ../nbs/losses/12_losses.ipynb #35ed0eea
 class SampleMarginLoss(ClassificationLoss):
-    "R_sm, the negative sample margin, max_{j≠y} c_j − c_y (Zhou et al. 2022, section 3.3)."
+    "R_sm, the negative sample margin, max_{j≠y} c_j − c_y (Zhou et al. 2022, §3.3)."
 
     def forward(
         self,
@@ -489,7 +501,8 @@ class SampleMarginLoss(ClassificationLoss):
         "The negative sample margins, reduced over the batch."
         self.check_classes(cosines.shape[1])
         losses = -sample_margins(cosines, targets)
-        return self.aggregate(losses, targets.as_subclass(Tensor).long(), cosines.shape[1])
+        targets = targets.as_subclass(Tensor).long()
+        return self.aggregate(losses, targets, cosines.shape[1])
 
     def linear(
         self,
@@ -535,7 +548,7 @@ def suggest_scale(
     num_classes: int,  # k ≥ 2
     probability: float = 0.99,  # p wanted for a perfectly placed sample, in (1/k, 1)
 ) -> float:  # s
-    "The smallest scale at which a perfect arrangement reaches the probability (NormFace's bound)."
+    "The smallest scale at which the best arrangement has this probability (NormFace)."
     if not isinstance(num_classes, int) or isinstance(num_classes, bool):
         raise TypeError(f'num_classes must be an int, got {type(num_classes).__name__}')
     if num_classes < 2: raise ValueError(f'num_classes must be ≥ 2, got {num_classes}')

@@ -45,7 +45,8 @@ def check_prototypes(
     largest = prototypes.detach().abs().amax(1)
     if not largest.isfinite().all():
         raise ValueError(f'{name} must be finite, row '
-                         f'{largest.isfinite().logical_not().nonzero()[0].item()} is not')
+                         f'{largest.isfinite().logical_not().nonzero()[0].item()} '
+                         'is not')
     if not largest.all():
         raise ValueError(f'{name} must have a direction, row '
                          f'{largest.eq(0).nonzero()[0].item()} is zero')
@@ -59,7 +60,7 @@ def _directions(rows):
 
 @torch.no_grad()
 def _closest_pair(prototypes, tile=1024):
-    "Indices of the two prototypes with the largest cosine; two tiles in memory at a time."
+    "Indices of the two prototypes with the largest cosine; two tiles in memory."
     best = prototypes.new_full((), -2, dtype=torch.float64)
     pair = torch.zeros(2, dtype=torch.long, device=prototypes.device)
     starts = range(0, len(prototypes), tile)
@@ -69,8 +70,10 @@ def _closest_pair(prototypes, tile=1024):
             cosines = left @ _directions(prototypes[b:b + tile]).T
             if a == b: cosines.fill_diagonal_(-2)
             value, where = cosines.flatten().max(0)
-            found = torch.stack([a + where // cosines.shape[1], b + where % cosines.shape[1]])
-            pair, best = torch.where(value > best, found, pair), torch.maximum(value, best)
+            row, column = where // cosines.shape[1], where % cosines.shape[1]
+            found = torch.stack([a + row, b + column])
+            pair = torch.where(value > best, found, pair)
+            best = torch.maximum(value, best)
     return pair
 
 # %% ../nbs/theory/01_margins.ipynb #f68f7719
@@ -93,9 +96,10 @@ def check_cosines(
         slack = max(1e-3, 4 * torch.finfo(cosines.dtype).eps)
         low, high = plain.detach().aminmax()
         if not (low >= -1 - slack and high <= 1 + slack):
-            raise ValueError(f'cosines must lie in [-1, 1], got {low:.4g} to {high:.4g}: were '
-                             'logits passed? Normalise features and prototypes (CosineLinear '
-                             'does) and leave the scale to the loss')
+            raise ValueError(f'cosines must lie in [-1, 1], got {low:.4g} to '
+                             f'{high:.4g}: were logits passed? Normalise features '
+                             'and prototypes (CosineLinear does) and leave the '
+                             'scale to the loss')
     return plain, targets
 
 
@@ -104,7 +108,7 @@ def check_scores(
     targets: Tensor,  # candidate classes [N]
     name: str = 'logits',  # what to call the scores in an error
 ) -> tuple[Tensor, Tensor]:  # scores [N, k] in at least float32; targets [N] as int64
-    "Refuse scores and targets that do not fit: shape, dtype and, on CPU, the classes' range."
+    "Refuse scores and targets that do not fit: shape, dtype and, on CPU, the range."
     if not isinstance(scores, Tensor) or not scores.is_floating_point():
         raise TypeError(f'{name} must be a floating-point tensor [N, k], got '
                         f'{getattr(scores, "dtype", type(scores).__name__)}')
@@ -129,7 +133,7 @@ _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def _values_are_cheap(x):
-    "Looking at values makes a GPU wait and breaks a compiled graph, so only eager CPU does."
+    "Looking at values makes a GPU wait and breaks a compiled graph: only on eager CPU."
     return x.device.type == 'cpu' and not torch.compiler.is_compiling()
 
 
@@ -143,7 +147,7 @@ def at_least_float32(
 def sample_margins(
     cosines: Tensor,  # cosines of each sample with each prototype, [N, k]
     targets: Tensor,  # class of each sample, integers in 0..k−1, [N]
-) -> Tensor:  # margins in [−2, 2], [N]; positive where the sample is classified correctly
+) -> Tensor:  # margins in [−2, 2], [N]; positive where classified correctly
     "Each sample's lead over the best other class (Zhou et al. 2022, section 3.2)."
     cosines, targets = check_cosines(cosines, targets)
     own = targets[:, None]
@@ -154,7 +158,7 @@ def sample_margins(
 def class_sample_margins(
     cosines: Tensor,  # cosines of each sample with each prototype, [N, k]
     targets: Tensor,  # class of each sample, integers in 0..k−1, [N]
-) -> Tensor:  # γ_j, the smallest margin in each class, [k]; +inf for a class with no sample
+) -> Tensor:  # γ_j, the smallest margin in each class, [k]; +inf for an empty class
     "The smallest sample margin of each class (Zhou et al. 2022, section 3.2)."
     margins = sample_margins(cosines, targets)
     empty = margins.new_full(cosines.shape[1:], torch.inf)

@@ -16,7 +16,7 @@ from .margins import angle, unit_rows
 
 # %% ../nbs/losses/11_reduction.ipynb #d79cf9d3
 class Cosines(Tensor):
-    "Cosines [N, k] that remember the `features` [N, d] and `prototypes` [k, d] they came from."
+    "Cosines [N, k] that remember the `features` [N, d] and `prototypes` [k, d]."
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     features: Tensor
@@ -27,13 +27,14 @@ def cosine_matrix(
     features: Tensor,  # rows of any norm, [N, d], floating point
     prototypes: Tensor,  # rows of any norm, [k, d], floating point
 ) -> Tensor:  # cosines in [−1, 1] up to rounding, [N, k], in at least float32
-    "All cosines between features and prototypes; a row of zeros has cosine 0 with everything."
+    "All cosines of features with prototypes; a row of zeros has cosine 0 with all."
     check_features(features, prototypes)
     features, prototypes = features.as_subclass(Tensor), prototypes.as_subclass(Tensor)
     dtype = torch.promote_types(torch.promote_types(features.dtype, prototypes.dtype),
                                 torch.float32)
     with torch.autocast(features.device.type, enabled=False):
-        cosines = F.linear(unit_rows(features.to(dtype)), unit_rows(prototypes.to(dtype)))
+        features_hat = unit_rows(features.to(dtype))
+        cosines = F.linear(features_hat, unit_rows(prototypes.to(dtype)))
     if torch.compiler.is_compiling(): return cosines
     cosines = cosines.as_subclass(Cosines)
     cosines.features, cosines.prototypes = features, prototypes
@@ -49,9 +50,10 @@ def check_features(
         if not isinstance(x, Tensor) or not x.is_floating_point():
             raise TypeError(f'{name} must be a floating-point tensor, got '
                             f'{getattr(x, "dtype", type(x).__name__)}')
-    if features.ndim != 2 or prototypes.ndim != 2 or features.shape[1] != prototypes.shape[1]:
-        raise ValueError('features must be [N, d] and prototypes [k, d] with the same d, got '
-                         f'shapes {tuple(features.shape)} and {tuple(prototypes.shape)}')
+    shapes = tuple(features.shape), tuple(prototypes.shape)
+    if not len(shapes[0]) == len(shapes[1]) == 2 or shapes[0][1] != shapes[1][1]:
+        raise ValueError('features must be [N, d] and prototypes [k, d] with the same '
+                         f'd, got shapes {shapes[0]} and {shapes[1]}')
 
 # %% ../nbs/losses/11_reduction.ipynb #98770708
 def target_angle(
@@ -64,7 +66,7 @@ def target_angle(
 
 # %% ../nbs/losses/11_reduction.ipynb #8af7fdc4
 def angle_from_cosine(
-    cosine: Tensor,  # cosines strictly inside (−1, 1) if a gradient is wanted, any shape
+    cosine: Tensor,  # cosines, strictly inside (−1, 1) for a gradient, any shape
 ) -> Tensor:  # angles in radians, in [0, π], same shape
     "The angle whose cosine is given, by its chords; its slope is −1/sin θ."
     return 2 * torch.atan2((1 - cosine).sqrt(), (1 + cosine).sqrt())

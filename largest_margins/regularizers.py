@@ -17,6 +17,6 @@ from .margins import at_least_float32, check_prototypes, unit_rows
 def zero_centroid(
     prototypes: Tensor,  # one row for each class, of any norm, [k, d], k ≥ 2
 ) -> Tensor:  # in [0, 1], []
-    "‖(1/k) Σ_j w_j/‖w_j‖‖², the squared norm of the centroid (Zhou et al. 2022, section 3.4)."
+    "‖(1/k) Σ_j w_j/‖w_j‖‖², the squared norm of the centroid (Zhou et al. 2022, §3.4)."
     check_prototypes(prototypes)
     return unit_rows(at_least_float32(prototypes)).mean(0).square().sum()

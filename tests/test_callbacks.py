@@ -1,0 +1,360 @@
+"The callbacks in a real Learner: what they add, what they work with, and that they leave no trace."
+import warnings
+from functools import partial
+from math import degrees
+
+import fastai.callback.schedule
+import pytest
+import torch
+from fastai.callback.core import Callback, CancelBatchException, CancelFitException, CancelTrainException
+from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.mixup import CutMix, MixUp
+from fastai.callback.tracker import SaveModelCallback
+from fastai.callback.training import GradientAccumulation
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
+from fastai.learner import Learner, load_learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.metrics import accuracy
+from fastai.optimizer import OptimWrapper
+from largest_margins.bounds import class_margin_bound
+from largest_margins.callbacks import (
+    DeferredReweighting,
+    HeadCallback,
+    MarginRecorder,
+    SampleMarginRegularizer,
+    ZeroCentroidRegularizer,
+    find_head,
+)
+from torch import nn
+from torch.nn import functional as F
+
+from largest_margins.heads import CosineLinear
+from largest_margins.losses import (
+    ArcFaceLoss,
+    CosFaceLoss,
+    FocalLoss,
+    GMSoftmaxLoss,
+    LDAMLoss,
+    LMSoftmaxLoss,
+    NormFaceLoss,
+    SampleMarginLoss,
+    SphereFaceLoss,
+    class_balanced_weights,
+)
+from largest_margins.margins import class_margin, class_sample_margins, norm_ratio, sample_margins
+from largest_margins.reduction import cosine_matrix
+from largest_margins.regularizers import zero_centroid
+
+K, D = 4, 6
+COUNTS = [40, 30, 20, 10]
+assert fastai.callback.schedule
+
+
+def data(n=96, image=False):
+    "Four overlapping clusters, the first half for training."
+    g = torch.Generator().manual_seed(0)
+    y = torch.arange(n) % K
+    x = torch.randn(K, 8, generator=g)[y] + .8 * torch.randn(n, 8, generator=g)
+    if image: x = x.view(n, 1, 2, 4)
+    items = list(zip(x, y))
+    dls = DataLoaders(DataLoader(items[:n // 2], bs=12), DataLoader(items[n // 2:], bs=24))
+    dls.c = K
+    return dls
+
+
+def network(head='cosine', image=False):
+    torch.manual_seed(0)
+    last = CosineLinear(D, K) if head == 'cosine' else nn.Linear(D, K)
+    return nn.Sequential(*[nn.Flatten()] * image, nn.Linear(8, D), nn.BatchNorm1d(D), last)
+
+
+def learner(head='cosine', loss=None, cbs=None, metrics=None, image=False, tmp=None, **kwargs):
+    loss = loss or (CosFaceLoss(20., .1) if head == 'cosine' else CrossEntropyLossFlat())
+    sgd = partial(OptimWrapper, opt=torch.optim.SGD)
+    return Learner(data(image=image), network(head, image), loss, opt_func=sgd, lr=.1, cbs=cbs,
+                   metrics=metrics, path=tmp, **kwargs)
+
+
+def quiet(learn, f, *args, **kwargs):
+    with learn.no_bar(), learn.no_logging(), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        return f(*args, **kwargs)
+
+
+def everything(start=0):
+    regularisers = [SampleMarginRegularizer(), ZeroCentroidRegularizer(10.)]
+    return [*regularisers, MarginRecorder(), DeferredReweighting(COUNTS, start)]
+
+
+class FirstGradients(Callback):
+    "Keeps the gradients of the first step and stops."
+    order = 100
+
+    def before_step(self):
+        self.grads = [p.grad.clone() for p in self.learn.model.parameters()]
+        raise CancelFitException
+
+
+def first_gradients(learn, cbs):
+    keep = FirstGradients()
+    quiet(learn, learn.fit, 1, cbs=[*cbs, keep])
+    return keep.grads
+
+
+def by_hand(head, total):
+    "Gradients of `total(features, weight, scores, y)` at the first batch."
+    model = network(head).train()
+    x, y = data().train.one_batch()
+    features = model[:-1](x)
+    total(features, model[-1].weight, model[-1](features), y).backward()
+    return [p.grad for p in model.parameters()]
+
+
+def same(a, b, tolerance=1e-5):
+    return all(torch.allclose(x, y, atol=tolerance, rtol=1e-4) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize('head', ['cosine', 'linear'])
+def test_the_regularisers_add_what_they_say(head):
+    base = CosFaceLoss(20., .1) if head == 'cosine' else F.cross_entropy
+
+    def total(features, weight, scores, y):
+        cosines = F.linear(F.normalize(features), F.normalize(weight))
+        others = cosines.masked_fill(F.one_hot(y, K).bool(), -9).amax(1)
+        r_sm = (others - cosines[range(len(y)), y]).mean()
+        return base(scores, y) + .5 * r_sm + 10 * F.normalize(weight).mean(0).square().sum()
+    ours = first_gradients(learner(head), [SampleMarginRegularizer(.5), ZeroCentroidRegularizer(10.)])
+    assert same(ours, by_hand(head, total))
+    assert not same(ours, first_gradients(learner(head), []))
+
+
+def test_class_mean_regulariser():
+    cb = SampleMarginRegularizer(1., reduction='class-mean')
+    def total(features, weight, scores, y):
+        margins = sample_margins(scores, y)
+        return CosFaceLoss(20., .1)(scores, y) - torch.stack([margins[y == c].mean() for c in y.unique()]).mean()
+    assert same(first_gradients(learner(), [cb]), by_hand('cosine', total))
+
+
+def test_gradient_accumulation_scales_the_whole_sum():
+    "Four batches of 12 accumulated give the gradient of their mean, regularisers included."
+    cbs = [SampleMarginRegularizer(.5), ZeroCentroidRegularizer(10.)]
+    got = first_gradients(learner(), [*cbs, GradientAccumulation(48)])
+    model = network().train()
+    for x, y in data().train:
+        scores = model(x)
+        loss = CosFaceLoss(20., .1)(scores, y) + .5 * SampleMarginLoss()(scores, y)
+        ((loss + 10 * zero_centroid(model[-1].weight)) / 4).backward()
+    assert same(got, [p.grad for p in model.parameters()])
+
+
+@pytest.mark.parametrize('mix', [MixUp, CutMix])
+@pytest.mark.parametrize('head', ['cosine', 'linear'])
+def test_mixed_targets_are_mixed_in_the_term_too(mix, head):
+    class Check(Callback):
+        order, run_valid, seen = 3, False, 0
+        def after_loss(self):
+            m, term = self.learn.cbs.filter(lambda c: isinstance(c, mix))[0], self.learn.sample_margin_regularizer
+            cosines = term.batch_cosines()
+            own, other = (-sample_margins(cosines, y) for y in (self.learn.yb[0], m.yb1[0]))
+            wanted = (m.lam * own + (1 - m.lam) * other).mean()
+            assert torch.allclose(term.value, wanted, atol=1e-6)
+            assert torch.allclose(self.learn.loss_grad, self.learn.loss + .5 * wanted, atol=1e-6)
+            Check.seen += 1
+    learn = learner(head, image=True, metrics=accuracy)
+    quiet(learn, learn.fit_one_cycle, 2, cbs=[mix(), SampleMarginRegularizer(), MarginRecorder(), Check()])
+    assert Check.seen == 8
+    assert not hasattr(learn, 'sample_margin_regularizer')
+
+
+@pytest.mark.parametrize('head', ['cosine', 'linear'])
+def test_recorder_measures_the_validation_set(head):
+    learn = learner(head, metrics=accuracy, cbs=MarginRecorder())
+    quiet(learn, learn.fit, 3)
+    learn.model.eval()
+    x, y = (torch.cat(t) for t in zip(*learn.dls.valid))
+    with torch.no_grad(): cosines = cosine_matrix(learn.model[:-1](x), learn.model[-1].weight)
+    weight, history = learn.model[-1].weight.detach(), learn.margin_recorder.history
+    last = history[-1]
+    assert [e['epoch'] for e in history] == [0, 1, 2]
+    assert last['class_margin'] == pytest.approx(degrees(class_margin(weight)), abs=1e-5)
+    assert last['bound'] == pytest.approx(degrees(class_margin_bound(K, D).radians))
+    assert last['bound'] == pytest.approx(109.4712, abs=1e-3)
+    assert last['mean_sample_margin'] == pytest.approx(sample_margins(cosines, y).mean().item(), abs=1e-6)
+    assert last['min_sample_margin'] == pytest.approx(sample_margins(cosines, y).min().item(), abs=1e-6)
+    assert last['class_sample_margins'] == pytest.approx(class_sample_margins(cosines, y).tolist(), abs=1e-6)
+    assert last['norm_ratio'] == pytest.approx(norm_ratio(weight).item(), rel=1e-5)
+    assert last['centroid_norm'] == pytest.approx(F.normalize(weight).mean(0).norm().item(), abs=1e-6)
+    names = list(learn.recorder.metric_names)
+    row = dict(zip(names[1:], learn.recorder.values[-1]))
+    assert row['class_margin°'] == last['class_margin'] and row['min_sample_margin'] == last['min_sample_margin']
+    assert names[:4] == ['epoch', 'train_loss', 'valid_loss', 'accuracy']
+
+
+def test_history_is_of_training_only(tmp_path):
+    learn = learner(metrics=accuracy, cbs=MarginRecorder(), tmp=tmp_path)
+    quiet(learn, learn.fit, 2)
+    kept = list(learn.margin_recorder.history)
+    validated = quiet(learn, learn.validate)
+    assert validated[2] == kept[-1]['class_margin']
+    quiet(learn, learn.get_preds)
+    quiet(learn, learn.lr_find, num_it=4, show_plot=False)
+    assert learn.margin_recorder.history == kept
+    axes = learn.margin_recorder.plot()
+    assert len(axes) == 3
+
+
+def test_plot_without_history_says_so():
+    learn = learner(cbs=MarginRecorder())
+    with pytest.raises(ValueError, match='history'): learn.margin_recorder.plot()
+
+
+@pytest.mark.parametrize('head', ['cosine', 'linear'])
+@pytest.mark.parametrize('extra', ['plain', 'mixup', 'accumulate', 'fp16', 'bf16', 'one cycle', 'lr_find', 'save'])
+def test_works_with(head, extra, tmp_path):
+    learn = learner(head, metrics=accuracy, cbs=everything(1), tmp=tmp_path)
+    cbs = dict(mixup=[MixUp()], accumulate=[GradientAccumulation(24)], fp16=[MixedPrecision()],
+               bf16=[MixedPrecision(amp_mode='bf16')], save=[SaveModelCallback(monitor='class_margin°')]).get(extra, [])
+    if extra == 'lr_find': quiet(learn, learn.lr_find, num_it=4, show_plot=False)
+    elif extra == 'one cycle': quiet(learn, learn.fit_one_cycle, 2)
+    else: quiet(learn, learn.fit, 2, cbs=cbs)
+    assert all(p.isfinite().all() for p in learn.model.parameters())
+    if extra != 'lr_find': assert len(learn.margin_recorder.history) == 2
+    preds, _ = quiet(learn, learn.get_preds)
+    assert preds.shape == (48, K) and torch.allclose(preds.sum(1), torch.ones(48), atol=1e-5)
+    assert (tmp_path/'models'/'model.pth').exists() == (extra == 'save')
+
+
+def test_interpretation_and_losses_per_sample():
+    from fastai.interpret import ClassificationInterpretation
+    learn = learner(cbs=everything(), metrics=accuracy)
+    learn.dls.vocab = list('abcd')
+    quiet(learn, learn.fit, 3)
+    *_, losses = quiet(learn, learn.get_preds, with_loss=True)
+    assert losses.shape == (48,)
+    interpretation = quiet(learn, ClassificationInterpretation.from_learner, learn)
+    assert interpretation.confusion_matrix().sum() == 48
+
+
+def test_export_and_load(tmp_path):
+    learn = learner(cbs=[SampleMarginRegularizer(), MarginRecorder()], metrics=accuracy, tmp=tmp_path)
+    quiet(learn, learn.fit, 1)
+    before, _ = quiet(learn, learn.get_preds)
+    batch = learn.dls.valid
+    learn.export()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        loaded = load_learner(tmp_path/'export.pkl')
+    after, _ = quiet(loaded, loaded.get_preds, dl=batch)
+    assert torch.equal(before, after)
+    assert torch.equal(loaded.model[-1].weight, learn.model[-1].weight)
+
+
+@pytest.mark.parametrize('loss', [NormFaceLoss(), ArcFaceLoss(), SphereFaceLoss(), LDAMLoss(COUNTS), GMSoftmaxLoss(),
+                                  LMSoftmaxLoss(), LMSoftmaxLoss(20., 'logsumexp'), SampleMarginLoss(),
+                                  CosFaceLoss(reduction='class-mean')], ids=repr)
+def test_every_loss_trains(loss):
+    learn = learner(loss=loss, cbs=everything(1), metrics=accuracy)
+    quiet(learn, learn.fit, 2)
+    assert learn.recorder.losses[-1].isfinite()
+
+
+def test_focal_loss_trains_a_linear_head():
+    learn = learner('linear', loss=FocalLoss(), cbs=everything(1), metrics=accuracy)
+    quiet(learn, learn.fit, 2)
+    assert learn.recorder.losses[-1].isfinite()
+
+
+# Deferred reweighting
+
+@pytest.mark.parametrize('head', ['cosine', 'linear'])
+def test_reweighting_starts_on_time_and_weighs_right(head):
+    weights = class_balanced_weights(COUNTS, .9)
+    class Check(Callback):
+        run_valid, seen = False, []
+        def after_loss(self):
+            base = CosFaceLoss(20., .1, weight=weights) if head == 'cosine' else nn.CrossEntropyLoss(weight=weights)
+            weighted = base(self.learn.pred, self.learn.yb[0])
+            Check.seen.append(torch.allclose(self.learn.loss_grad, weighted, atol=1e-6)
+                              and torch.allclose(self.learn.loss, weighted, atol=1e-6))
+    Check.seen = []
+    learn = learner(head)
+    quiet(learn, learn.fit, 2, cbs=[DeferredReweighting(COUNTS, 1, .9), Check()])
+    assert Check.seen == [False] * 4 + [True] * 4
+
+
+def test_reweighting_refuses_what_cannot_be_weighted():
+    learn = learner('linear', loss=F.cross_entropy)
+    with pytest.raises(TypeError, match='weight'): quiet(learn, learn.fit, 1, cbs=DeferredReweighting(COUNTS, 0))
+    with pytest.raises(ValueError, match='start_epoch'): DeferredReweighting(COUNTS, -1)
+    with pytest.raises(ValueError, match='class_counts'): DeferredReweighting([3, 0], 1)
+
+
+# No trace
+
+class Raises(Callback):
+    order = 200
+
+    def __init__(self, event, error):
+        def act(): raise error
+        setattr(self, event, act)
+
+
+def state(learn):
+    loss = getattr(learn.loss_func, 'func', learn.loss_func)
+    hooks = [h for m in learn.model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    return (list(learn.metrics), list(learn.cbs), learn.loss_func, loss.weight, loss.reduction, hooks,
+            {k for k in vars(learn) if 'margin' in k or 'centroid' in k or 'reweight' in k})
+
+
+ENDS = dict(
+    normal=None,
+    cancel_fit=('after_step', CancelFitException()),
+    cancel_train=('after_loss', CancelTrainException()),
+    cancel_batch=('before_batch', CancelBatchException()),
+    error_in_step=('before_step', RuntimeError('no')),
+    error_in_loss=('after_loss', RuntimeError('no')),
+    error_after_validation=('after_epoch', RuntimeError('no')),
+    interrupt=('after_batch', KeyboardInterrupt()))
+
+
+@pytest.mark.parametrize('end', ENDS)
+@pytest.mark.parametrize('head', ['cosine', 'linear'])
+@pytest.mark.parametrize('where', ['fit', 'learner'])
+def test_no_trace(end, head, where):
+    ours = everything()
+    learn = learner(head, metrics=accuracy, cbs=ours if where == 'learner' else None)
+    before = state(learn)
+    cbs = (ours if where == 'fit' else []) + ([Raises(*ENDS[end])] if ENDS[end] else [])
+    try: quiet(learn, learn.fit, 1, cbs=cbs)
+    except (RuntimeError, KeyboardInterrupt): assert 'error' in end or end == 'interrupt'
+    assert state(learn) == before
+
+
+def test_no_trace_when_the_body_fails():
+    learn = learner('linear', metrics=accuracy, cbs=everything())
+    before = state(learn)
+    class Broken(nn.Module):
+        def forward(self, x): raise RuntimeError('out of memory')
+    learn.model[0], working = Broken(), learn.model[0]
+    with pytest.raises(RuntimeError, match='out of memory'): quiet(learn, learn.fit, 1)
+    learn.model[0] = working
+    assert state(learn) == before
+    quiet(learn, learn.fit, 1)
+
+
+def test_detaching_takes_the_columns_away():
+    learn, recorder = learner(metrics=accuracy), MarginRecorder()
+    learn.add_cb(recorder)
+    assert [m.name for m in learn.metrics][1:] == list(MarginRecorder.columns.values())
+    learn.remove_cb(recorder)
+    assert [m.name for m in learn.metrics] == ['accuracy'] and not hasattr(learn, 'margin_recorder')
+
+
+def test_find_head():
+    model = network()
+    assert find_head(model) is model[-1]
+    with pytest.raises(ValueError, match='head='): find_head(nn.ReLU())
+    given = nn.Linear(D, K)
+    assert HeadCallback(given).head is given
