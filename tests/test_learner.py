@@ -1,0 +1,194 @@
+"margin_learner with every kind of body, on real digits, through fastai's own tools."
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from fastai.interpret import ClassificationInterpretation
+from fastai.learner import load_learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.optimizer import SGD
+from fastai.vision.learner import create_body
+from torch import nn
+from torch.nn.functional import interpolate
+from torchvision.models import mobilenet_v3_small, resnet18
+
+from largest_margins.callbacks import MarginRecorder, SampleMarginRegularizer
+from largest_margins.codes import simplex
+from largest_margins.data import load
+from largest_margins.heads import CosineLinear
+from largest_margins.learner import ConvBody, margin_learner, margin_neck
+from largest_margins.losses import (
+    ArcFaceLoss,
+    CosFaceLoss,
+    FocalLoss,
+    LDAMLoss,
+    LMSoftmaxLoss,
+    NormFaceLoss,
+    SampleMarginLoss,
+)
+from largest_margins.margins import sample_margins
+
+DIGITS = load('digits')
+
+
+@pytest.fixture
+def dls():
+    return DIGITS.subset(torch.arange(256)).dataloaders(batch_size=64, seed=0)
+
+
+def quiet(learn, f, *args, **kwargs):
+    with learn.no_bar(), learn.no_logging(), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        return f(*args, **kwargs)
+
+
+BODIES = dict(
+    ours=lambda: (ConvBody(), 128),
+    torchvision=lambda: (resnet18, 512),
+    torchvision_pooled_otherwise=lambda: (mobilenet_v3_small, 576),
+    timm=lambda: ('resnet10t', 512),
+    timm_transformer=lambda: ('test_vit', 64),
+    users_module=lambda: (nn.Sequential(nn.Flatten(), nn.Linear(64, 24), nn.ReLU()), 24),
+    users_maps=lambda: (nn.Conv2d(1, 12, 3), 12))
+
+
+@pytest.mark.parametrize('body', BODIES)
+def test_any_body(dls, body):
+    arch, d = BODIES[body]()
+    data = dls
+    if body == 'timm_transformer': data = enlarged(160)
+    learn = margin_learner(data, arch, CosFaceLoss(20., .1), lr=1e-3)
+    assert isinstance(learn.model[-1], CosineLinear) and learn.model[-1].weight.shape == (10, d)
+    x = learn.dls.valid.one_batch()[0]
+    with torch.no_grad(): features = learn.model[:-1].train()(x)
+    assert features.shape == (len(x), d) and (features < 0).any()
+    before = [p.clone() for p in learn.model.parameters()]
+    quiet(learn, learn.fit, 1)
+    moved = [not torch.equal(a, b) for a, b in zip(before, learn.model.parameters(), strict=True)]
+    assert all(moved), 'part of the model is not trained'
+    history = learn.margin_recorder.history
+    assert len(history) == 1 and 0 < history[0]['class_margin'] <= history[0]['bound']
+
+
+def enlarged(size):
+    "Eight digits, enlarged to what a transformer expects."
+    def grow(images): return interpolate(images[:8].float(), size).to(images.dtype)
+    small = replace(DIGITS, train_images=grow(DIGITS.train_images), train_targets=DIGITS.train_targets[:8],
+                    test_images=grow(DIGITS.test_images), test_targets=DIGITS.test_targets[:8])
+    return small.dataloaders(batch_size=8, seed=0)
+
+
+@pytest.mark.parametrize('loss,cosines', [
+    (NormFaceLoss(), True), (ArcFaceLoss(), True), (LDAMLoss([9] * 10), True), (LMSoftmaxLoss(), True),
+    (SampleMarginLoss(), True), (FocalLoss(), False), (CrossEntropyLossFlat(), False),
+    (nn.CrossEntropyLoss(label_smoothing=.1), False)], ids=repr)
+def test_the_head_fits_the_loss(dls, loss, cosines):
+    learn = margin_learner(dls, ConvBody(), loss, embedding=16)
+    head = learn.model[-1]
+    assert type(head) is (CosineLinear if cosines else nn.Linear)
+    assert head.in_features == 16 and getattr(head, 'bias', None) is None
+    quiet(learn, learn.fit, 1, 1e-3)
+    assert learn.recorder.losses[-1].isfinite()
+
+
+def test_a_body_comes_back_as_it_was(dls):
+    body = ConvBody()
+    statistics = [b.clone() for b in body.buffers()]
+    learn = margin_learner(dls, body, CosFaceLoss())
+    assert learn.model[0] is body and body.training
+    assert all(torch.equal(a, b) for a, b in zip(statistics, body.buffers(), strict=True))
+
+
+def test_layer_groups_and_freezing(dls):
+    learn = margin_learner(dls, resnet18, CosFaceLoss(), opt_func=SGD)
+    learn.create_opt()
+    assert len(learn.opt.param_lists) >= 2
+    learn.freeze()
+    groups = learn.opt.param_lists
+    assert learn.opt.frozen_idx == len(groups) - 1
+    head = learn.model[-1].weight
+    assert head.requires_grad and any(p is head for p in groups[-1])
+    first = next(m for m in learn.model[0].modules() if isinstance(m, nn.Conv2d)).weight
+    assert not first.requires_grad
+
+
+def test_fixed_prototypes_stay(dls):
+    learn = margin_learner(dls, ConvBody(), LMSoftmaxLoss(20.), embedding=12, cbs=SampleMarginRegularizer())
+    learn.model[-1].fix(simplex(10, 12))
+    before = learn.model[-1].weight.clone()
+    quiet(learn, learn.fit, 2, 1e-3)
+    assert torch.equal(learn.model[-1].weight, before)
+    assert learn.margin_recorder.history[-1]['class_margin'] == pytest.approx(96.3793702, abs=1e-4)
+
+
+def test_errors(dls):
+    with pytest.raises(ValueError, match=r'\[N, d, h, w\], got \(2, 3, 4\)'): margin_neck((2, 3, 4))
+    with pytest.raises(ValueError, match='arch must give features'):
+        margin_learner(dls, nn.Unflatten(2, (2, 4)), CosFaceLoss())
+    with pytest.raises(RuntimeError, match='resnet999'): margin_learner(dls, 'resnet999', CosFaceLoss())
+    nameless = DIGITS.dataloaders(batch_size=64)
+    nameless.c = 0
+    with pytest.raises(ValueError, match='number of classes'): margin_learner(nameless, ConvBody(), CosFaceLoss())
+
+
+# fastai's own tools
+
+@pytest.fixture
+def trained(tmp_path):
+    torch.manual_seed(0)
+    dls = DIGITS.dataloaders(batch_size=64, seed=0)
+    learn = margin_learner(dls, ConvBody(), CosFaceLoss(20., .1), embedding=16, path=tmp_path,
+                           cbs=SampleMarginRegularizer())
+    quiet(learn, learn.fit_one_cycle, 2, 1e-2)
+    return learn
+
+
+def test_predictions_are_probabilities_in_the_order_of_the_test_set(trained):
+    probabilities, targets = quiet(trained, trained.get_preds)
+    assert torch.equal(torch.as_tensor(targets), DIGITS.test_targets)
+    assert torch.allclose(probabilities.sum(1), torch.ones(len(targets)), atol=1e-5)
+    cosines, _ = quiet(trained, trained.get_preds, act=lambda x: x)
+    assert torch.allclose(probabilities, (20 * cosines).softmax(1), atol=1e-6)
+    reached = (cosines.argmax(1) == targets).float().mean().item()
+    assert reached > .9 and reached == pytest.approx(trained.recorder.values[-1][2], abs=1e-6)
+    recorded = trained.margin_recorder.history[-1]['mean_sample_margin']
+    assert sample_margins(cosines, targets).mean().item() == pytest.approx(recorded, abs=1e-5)
+
+
+def test_losses_of_samples_and_interpretation(trained):
+    *_, losses = quiet(trained, trained.get_preds, with_loss=True)
+    assert losses.shape == (len(DIGITS.test_targets),)
+    assert losses.mean().item() == pytest.approx(quiet(trained, trained.validate)[0], rel=1e-3)
+    interpretation = quiet(trained, ClassificationInterpretation.from_learner, trained)
+    confusion = interpretation.confusion_matrix()
+    assert confusion.sum() == len(DIGITS.test_targets) and confusion.trace() > .9 * confusion.sum()
+    top, _ = interpretation.top_losses(3)
+    assert torch.allclose(torch.as_tensor(top), losses.topk(3).values, atol=1e-5)
+
+
+def test_export_and_load(trained):
+    batches = trained.dls.valid
+    before, _ = quiet(trained, trained.get_preds, dl=batches)
+    trained.export()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        loaded = load_learner(trained.path/'export.pkl')
+    after, _ = quiet(loaded, loaded.get_preds, dl=batches)
+    assert torch.equal(before, after)
+    assert isinstance(loaded.margin_recorder, MarginRecorder)
+    assert loaded.margin_recorder.history == trained.margin_recorder.history
+
+
+def test_save_and_load(trained):
+    weight = trained.model[-1].weight.detach().clone()
+    trained.save('kept')
+    with torch.no_grad(): trained.model[-1].weight.zero_()
+    trained.load('kept')
+    assert torch.equal(trained.model[-1].weight, weight)
+
+
+def test_create_body_is_a_body(dls):
+    "A body that a user cut with fastai's own tool works as it is."
+    learn = margin_learner(dls, create_body(resnet18(weights=None), n_in=1, pretrained=False), CosFaceLoss())
+    assert learn.model[-1].in_features == 512
