@@ -51,7 +51,8 @@ def _on_circle(k, d, angle):
     return d == 2 and quarter <= Fraction(22, 7) and cosine_bounds(quarter)[1] <= 0
 
 
-def _by_simplex(k, d, angle): return cosine_bounds(angle)[1] <= Fraction(-1, k - 1)
+def _by_simplex(k, d, angle):
+    return angle >= _PI or cosine_bounds(angle)[1] <= Fraction(-1, k - 1)
 
 
 def _by_rankin(k, d, angle): return k > d + 1 and cosine_bounds(angle)[1] <= 0

@@ -11,6 +11,7 @@ __all__ = ['find_head', 'HeadCallback', 'SampleMarginRegularizer', 'ZeroCentroid
 # %% ../nbs/training/23_callbacks.ipynb #1676352f
 from functools import cache, partial
 from math import degrees
+from typing import ClassVar
 
 import torch
 from fastai.callback.core import Callback
@@ -131,10 +132,10 @@ def _best_class_margin(k, d):
 class MarginRecorder(HeadCallback):
     "Records class and sample margins, norm ratio and centroid on the validation set."
     order, run_train = 45, False  # before the Recorder reads the columns
-    columns = dict(class_margin='class_margin°', bound='bound°',
-                   mean_sample_margin='mean_sample_margin',
-                   min_sample_margin='min_sample_margin',
-                   norm_ratio='norm_ratio', centroid_norm='centroid_norm')
+    columns: ClassVar = dict(
+        class_margin='class_margin°', bound='bound°',
+        mean_sample_margin='mean_sample_margin', min_sample_margin='min_sample_margin',
+        norm_ratio='norm_ratio', centroid_norm='centroid_norm')
 
     def __init__(
         self,

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
+from fastai.data.transforms import CategoryMap
 from fastai.torch_core import default_device
 from torch import Tensor
 from torch.nn import functional as F
@@ -43,8 +44,8 @@ class ImageData:
             targets = getattr(self, f'{split}_targets')
             n, shapes = len(images), f'{tuple(images.shape)} and {tuple(targets.shape)}'
             if images.ndim != 4 or targets.shape != (n,) or not n:
-                raise ValueError(f'{split}_images must be [N, c, h, w], {split}_targets '
-                                 f'[N] with N ≥ 1, got {shapes}')
+                raise ValueError(f'{split}_images must be [N, c, h, w], '
+                                 f'{split}_targets [N] with N ≥ 1, got {shapes}')
             low, high = targets.aminmax()
             if low < 0 or high >= len(self.classes):
                 raise ValueError(f'{split}_targets must be in 0..'
@@ -118,7 +119,8 @@ class ImageDataset:
         mean: Tensor,  # of each channel, in bytes, [c]
         std: Tensor,  # of each channel, in bytes, [c]
     ):
-        self.images, self.targets, self.vocab = images, targets, vocab
+        self.images, self.targets = images, targets
+        self.vocab = CategoryMap(vocab, sort=False)  # what fastai's tools expect
         self.mean, self.std = mean, std
 
     @property
@@ -212,8 +214,8 @@ def show_images(
     import matplotlib.pyplot as plt
     if axes is None:
         rows = math.ceil(len(images) / 10)
-        figure, axes = plt.subplots(rows, min(len(images), 10), squeeze=False,
-                                    figsize=(9, 1.15 * rows), facecolor='none')
+        _, axes = plt.subplots(rows, min(len(images), 10), squeeze=False,
+                               figsize=(9, 1.15 * rows), facecolor='none')
         for ax in axes.flat: ax.axis('off')
     for ax, image, target in zip(np.ravel(axes), images, targets, strict=False):
         ax.imshow(image.permute(1, 2, 0).squeeze(-1), cmap='gray', vmin=0, vmax=255)

@@ -11,8 +11,10 @@ __all__ = ['ConvBody', 'margin_neck', 'margin_learner']
 from importlib.util import find_spec
 
 import torch
+from fastai.callback import progress, schedule  # noqa: F401  fit_one_cycle and bars
 from fastai.callback.core import Callback
-from fastai.data.core import DataLoaders, get_c
+from fastai.data.core import DataLoaders
+from fastai.data.transforms import get_c
 from fastai.learner import Learner
 from fastai.metrics import accuracy
 from fastai.vision.learner import default_split, vision_learner
