@@ -8,7 +8,7 @@ Docs: https://largest-margins.github.io/largest-margins/training/callbacks.html.
 __all__ = ['find_head', 'HeadCallback', 'SampleMarginRegularizer', 'ZeroCentroidRegularizer', 'MarginRecorder',
            'DeferredReweighting']
 
-# %% ../nbs/training/23_callbacks.ipynb #1676352f
+# %% ../nbs/training/23_callbacks.ipynb #ea3236a6
 from functools import cache, partial
 from math import degrees
 from typing import ClassVar
@@ -25,12 +25,12 @@ from .heads import CosineLinear
 from .losses import (
     SampleMarginLoss, check_number, class_balanced_weights)
 from .margins import (
-    class_margin, class_sample_margins, norm_ratio, sample_margins)
+    class_margin, class_sample_margins, norm_ratio, plain, sample_margins)
 from .plots import plot_margin_history
 from .reduction import cosine_matrix
 from .regularizers import zero_centroid
 
-# %% ../nbs/training/23_callbacks.ipynb #337bb613
+# %% ../nbs/training/23_callbacks.ipynb #6780399e
 def find_head(
     model: nn.Module,  # a classifier
 ) -> nn.Module:  # its last CosineLinear or nn.Linear
@@ -41,7 +41,7 @@ def find_head(
                          f'{type(model).__name__} has neither: pass head=')
     return heads[-1]
 
-# %% ../nbs/training/23_callbacks.ipynb #e6ea7e91
+# %% ../nbs/training/23_callbacks.ipynb #bdb72cb4
 class HeadCallback(Callback):
     "A callback that sees the classifier of the model and the cosines of the batch."
 
@@ -71,7 +71,7 @@ class HeadCallback(Callback):
 
     def after_batch(self): self._features = None
 
-# %% ../nbs/training/23_callbacks.ipynb #a99b4596
+# %% ../nbs/training/23_callbacks.ipynb #8b2f3af2
 class SampleMarginRegularizer(HeadCallback):
     "Adds `weight`·R_sm to the loss while training (Zhou et al. 2022, section 3.3)."
     order, run_valid = 1, False
@@ -98,10 +98,9 @@ class SampleMarginRegularizer(HeadCallback):
         if mix is None: return self.loss(cosines, targets)
         other, own = (-sample_margins(cosines, y) for y in (mix.yb1[0], targets))
         mixed = torch.lerp(other, own, torch.as_tensor(mix.lam, dtype=own.dtype))
-        targets = targets.as_subclass(Tensor).long()
-        return self.loss.aggregate(mixed, targets, cosines.shape[1])
+        return self.loss.aggregate(mixed, plain(targets).long(), cosines.shape[1])
 
-# %% ../nbs/training/23_callbacks.ipynb #ec34c0fc
+# %% ../nbs/training/23_callbacks.ipynb #be0b5105
 class ZeroCentroidRegularizer(HeadCallback):
     "Adds `weight` · `zero_centroid` to the loss (Zhou et al. 2022, section 3.4)."
     order, run_valid = 1, False
@@ -122,7 +121,7 @@ class ZeroCentroidRegularizer(HeadCallback):
         self.value = zero_centroid(self.head.weight)
         self.learn.loss_grad = self.learn.loss_grad + self.weight * self.value
 
-# %% ../nbs/training/23_callbacks.ipynb #191199e3
+# %% ../nbs/training/23_callbacks.ipynb #a56c85ba
 @cache
 def _best_class_margin(k, d):
     "The bound in degrees; it takes a moment for large k, and never changes."
@@ -175,8 +174,8 @@ class MarginRecorder(HeadCallback):
     def after_pred(self):
         "Keep the sample margins of the batch."
         if self._predicting or not self.learn.yb: return
-        self._cosines.append(self.batch_cosines().detach().as_subclass(Tensor).cpu())
-        self._targets.append(self.learn.yb[0].as_subclass(Tensor).cpu())
+        self._cosines.append(plain(self.batch_cosines()).detach().cpu())
+        self._targets.append(plain(self.learn.yb[0]).cpu())
 
     def after_validate(self):
         "Measure, and add to the history if this epoch was trained."
@@ -203,7 +202,7 @@ class MarginRecorder(HeadCallback):
         "The recorded margins over the epochs."
         return plot_margin_history(self.history, axes)
 
-# %% ../nbs/training/23_callbacks.ipynb #2dc92960
+# %% ../nbs/training/23_callbacks.ipynb #79fded55
 class DeferredReweighting(Callback):
     "From `start_epoch` on, class-balanced weights (Cao et al. 2019, DRW)."
     order, run_valid = -5, False  # before anything is added to the loss

@@ -8,7 +8,7 @@ Docs: https://largest-margins.github.io/largest-margins/training/data.html.md"""
 __all__ = ['DATASETS', 'ImageData', 'ImageDataset', 'ImageLoader', 'show_images', 'RandomShift', 'digits', 'mnist_5k',
            'ImageFiles', 'image_folder', 'load', 'imbalanced_counts', 'imbalanced_indices']
 
-# %% ../nbs/training/21_data.ipynb #27f7d7f7
+# %% ../nbs/training/21_data.ipynb #745f9b47
 import gzip
 import math
 import zlib
@@ -27,7 +27,7 @@ from fastai.torch_core import default_device
 from torch import Tensor
 from torch.nn import functional as F
 
-# %% ../nbs/training/21_data.ipynb #290ad115
+# %% ../nbs/training/21_data.ipynb #d6c2ee01
 @dataclass(frozen=True, eq=False)
 class ImageData:
     "Images and their classes, split into training and test."
@@ -107,7 +107,7 @@ def _statistics(images, sample=10_000):
     pixels = images[rows].transpose(0, 1).flatten(1).float()
     return pixels.mean(1), pixels.std(1).clamp_min(1)
 
-# %% ../nbs/training/21_data.ipynb #0ac5cde1
+# %% ../nbs/training/21_data.ipynb #637ee4fb
 class ImageDataset:
     "Images in memory, their classes, and the statistics that normalise them."
 
@@ -203,7 +203,7 @@ class ImageLoader(DataLoader):
         return show_images(self.dataset.images[:max_n], self.dataset.targets[:max_n],
                            self.dataset.vocab, axes)
 
-# %% ../nbs/training/21_data.ipynb #b5bfa271
+# %% ../nbs/training/21_data.ipynb #fd238949
 def show_images(
     images: Tensor,  # bytes, [n, c, h, w]
     targets: Tensor,  # classes, [n]
@@ -222,7 +222,7 @@ def show_images(
         ax.set_title(classes[target], fontsize=7, color='#777777', pad=2)
         ax.axis('off')
 
-# %% ../nbs/training/21_data.ipynb #4d53e80b
+# %% ../nbs/training/21_data.ipynb #8d724cfc
 class RandomShift:
     "Each image moved by up to `pixels` in both directions, zeros moving in."
 
@@ -255,7 +255,7 @@ class RandomShift:
 
     def __repr__(self): return f'RandomShift({self.pixels}, flip={self.flip})'
 
-# %% ../nbs/training/21_data.ipynb #524b803a
+# %% ../nbs/training/21_data.ipynb #3dbcbfb1
 def digits(data=None, download=False) -> ImageData:
     "Scikit-learn's 1 797 handwritten digits, 8 × 8 pixels, a quarter of them to test."
     from sklearn.datasets import load_digits
@@ -281,7 +281,7 @@ def _with_split(name, images, targets, classes='0123456789'):
     return ImageData(name, images[kept], targets[kept], images[held], targets[held],
                      list(classes))
 
-# %% ../nbs/training/21_data.ipynb #9fb4066a
+# %% ../nbs/training/21_data.ipynb #9def1a3e
 def _read_idx(path):
     "An IDX file of bytes, compressed or not, as a tensor; ValueError if it is damaged."
     try: content = (gzip.open if path.suffix == '.gz' else open)(path, 'rb').read()
@@ -331,7 +331,7 @@ def _missing(name, file, places):
             f'(data=DIR, --data DIR){debian if "fashion" in name else ""} or allow the '
             'download (download=True, --download)')
 
-# %% ../nbs/training/21_data.ipynb #4644240f
+# %% ../nbs/training/21_data.ipynb #23687863
 def _cifar(name, torchvision_name, data=None, download=False):
     "CIFAR through torchvision, each file compared with its published checksum first."
     from torchvision import datasets
@@ -354,7 +354,7 @@ def _cifar(name, torchvision_name, data=None, download=False):
                    torch.tensor(part.targets)]
     return ImageData(name, *splits, list(part.classes))
 
-# %% ../nbs/training/21_data.ipynb #8cf0e76c
+# %% ../nbs/training/21_data.ipynb #4b2a0912
 class ImageFiles:
     "Images on disk that index like a tensor of bytes, [N, 3, h, w]."
 
@@ -422,7 +422,7 @@ def image_folder(
         train, test = (x[torch.arange(len(x))] for x in (train, test))
     return ImageData(path.resolve().name, train, targets, test, test_targets, classes)
 
-# %% ../nbs/training/21_data.ipynb #396019b6
+# %% ../nbs/training/21_data.ipynb #d3d8044b
 _FASHION = ['T-shirt', 'trouser', 'pullover', 'dress', 'coat', 'sandal', 'shirt',
             'sneaker', 'bag', 'ankle boot']
 DATASETS = dict(
@@ -445,7 +445,7 @@ def load(
     raise ValueError(f'{str(name)!r} is neither a directory nor one of '
                      f'{", ".join(DATASETS)}')
 
-# %% ../nbs/training/21_data.ipynb #ca9db589
+# %% ../nbs/training/21_data.ipynb #ae77cdf0
 def imbalanced_counts(
     n_max: int,  # images of the most frequent class, ≥ 1
     num_classes: int,  # k ≥ 2

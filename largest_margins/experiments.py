@@ -7,7 +7,7 @@ Docs: https://largest-margins.github.io/largest-margins/experiments/experiments.
 # %% auto #0
 __all__ = ['LOSSES', 'LossEntry', 'Configuration', 'Result', 'machine', 'train']
 
-# %% ../nbs/experiments/31_experiments.ipynb #a5fd4881
+# %% ../nbs/experiments/31_experiments.ipynb #09b8fb2f
 import math
 import os
 import platform
@@ -30,11 +30,11 @@ from .learner import ConvBody, margin_learner
 from .losses import (
     ArcFaceLoss, CosFaceLoss, FocalLoss, LDAMLoss, LMSoftmaxLoss, NormFaceLoss,
     SampleMarginLoss, SphereFaceLoss)
-from .margins import class_margin, norm_ratio, sample_margins
+from .margins import class_margin, norm_ratio, plain, sample_margins
 from .reduction import cosine_matrix
 from .regularizers import zero_centroid
 
-# %% ../nbs/experiments/31_experiments.ipynb #900677ea
+# %% ../nbs/experiments/31_experiments.ipynb #263ec5be
 @dataclass(frozen=True)
 class LossEntry:
     "How a loss is made, and which numbers it takes."
@@ -59,7 +59,7 @@ LOSSES = {
                                       'LM-Softmax (log-sum-exp)'),
     'sample-margin': LossEntry(SampleMarginLoss, 'R_sm alone', scale=False)}
 
-# %% ../nbs/experiments/31_experiments.ipynb #a789d8f4
+# %% ../nbs/experiments/31_experiments.ipynb #bd7ecd8a
 @dataclass(frozen=True)
 class Configuration:
     "Everything that one training depends on; bad values are refused at once."
@@ -127,7 +127,7 @@ class Configuration:
         if self.zero_centroid: parts.append(f'+ {self.zero_centroid:g} R_w')
         return ' '.join(parts)
 
-# %% ../nbs/experiments/31_experiments.ipynb #64b8adc3
+# %% ../nbs/experiments/31_experiments.ipynb #ac631f3f
 @dataclass(frozen=True, eq=False)
 class Result:
     "One trained configuration, measured on the test split."
@@ -184,7 +184,7 @@ def machine() -> dict:
                 fastai=str(fastai.__version__), system=platform.system(),
                 cores=os.cpu_count(), threads=torch.get_num_threads(), device=device)
 
-# %% ../nbs/experiments/31_experiments.ipynb #38bdb6cc
+# %% ../nbs/experiments/31_experiments.ipynb #cf2b1041
 class _Progress(Callback):
     "Tells a function about each epoch."
     order = 70  # after the recorders
@@ -253,7 +253,7 @@ def _test(learn):
     model, found = learn.model.eval(), []
     for x, y in learn.dls.valid:
         features = model[:-1](x)
-        cosines = cosine_matrix(features, model[-1].weight).as_subclass(Tensor)
-        scores = model[-1](features).as_subclass(Tensor)
+        cosines = cosine_matrix(features, model[-1].weight)
+        scores = plain(model[-1](features))
         found.append((cosines.cpu(), scores.cpu(), y.cpu()))
     return (torch.cat(part) for part in zip(*found, strict=True))

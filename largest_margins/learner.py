@@ -7,7 +7,7 @@ Docs: https://largest-margins.github.io/largest-margins/training/learner.html.md
 # %% auto #0
 __all__ = ['ConvBody', 'margin_neck', 'margin_learner']
 
-# %% ../nbs/training/24_learner.ipynb #90d1cf75
+# %% ../nbs/training/24_learner.ipynb #b30c9aa2
 from importlib.util import find_spec
 
 import torch
@@ -24,7 +24,7 @@ from .callbacks import MarginRecorder
 from .heads import CosineLinear
 from .losses import MarginSoftmaxLoss, SampleMarginLoss
 
-# %% ../nbs/training/24_learner.ipynb #5f70aa4e
+# %% ../nbs/training/24_learner.ipynb #3899bb42
 class ConvBody(nn.Sequential):
     "Blocks of 3 × 3 convolution, batch norm, ReLU and 2 × 2 max pooling."
 
@@ -40,7 +40,7 @@ class ConvBody(nn.Sequential):
                        nn.MaxPool2d(2)]
         super().__init__(*layers)
 
-# %% ../nbs/training/24_learner.ipynb #e1bb86e6
+# %% ../nbs/training/24_learner.ipynb #fa01a69f
 def margin_neck(
     shape: torch.Size,  # of the body's output, [N, d] or [N, d, h, w]
     embedding: int | None = None,  # dimension of the features; None keeps d
@@ -54,7 +54,7 @@ def margin_neck(
     linear = [nn.Linear(shape[1], d, bias=False)] if embedding else []
     return nn.Sequential(*pool, *linear, nn.BatchNorm1d(d)), d
 
-# %% ../nbs/training/24_learner.ipynb #ccf930cf
+# %% ../nbs/training/24_learner.ipynb #b8451b61
 def margin_learner(
     dls: DataLoaders,  # image batches [N, c, h, w] with integer targets [N]
     arch,  # a torchvision function, the name of a timm model, or a module: the body

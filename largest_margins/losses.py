@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .margins import (
-    at_least_float32, check_cosines, check_scores, sample_margins)
+from largest_margins.margins import (
+    at_least_float32, check_cosines, check_logits, plain, sample_margins,
+    values_are_cheap)
 from .reduction import (
-    Cosines, angle_from_cosine, cosine_matrix, log_sum_exp_of_others, target_angle)
+    angle_from_cosine, cosine_matrix, log_sum_exp_of_others, target_angle)
 
 # %% ../nbs/losses/12_losses.ipynb #c7ca48f9
 class ClassificationLoss(nn.Module):
@@ -51,23 +52,31 @@ class ClassificationLoss(nn.Module):
         targets: Tensor,  # class of each sample, int64, [N]
         num_classes: int,  # k
         dtype: torch.dtype,  # of the result
+        by_class: bool = True,  # whether the class weights count
     ) -> Tensor:  # a_i, [N]
         "The weight of each sample in the sums."
-        weights = torch.ones(len(targets), dtype=dtype, device=targets.device)
-        counts = weights.new_zeros(num_classes).index_add(0, targets, weights)
-        if self.weight is not None: weights = self.weight.to(dtype)[targets]
-        return weights / counts[targets] if self.reduction == 'class-mean' else weights
+        ones = torch.ones(len(targets), dtype=dtype, device=targets.device)
+        weighted = by_class and self.weight is not None
+        weights = self.weight.to(dtype)[targets] if weighted else ones
+        if self.reduction != 'class-mean': return weights
+        counts = ones.new_zeros(num_classes).index_add(0, targets, ones)
+        return weights / counts[targets]
 
     def aggregate(
         self,
         losses: Tensor,  # one loss per sample, [N]
         targets: Tensor,  # class of each sample, int64, [N]
         num_classes: int,  # k
+        smooth: Tensor | None = None,  # terms with class weights in them, [N]
     ) -> Tensor:  # [] or, for 'none', [N]
         "The losses of a batch as the reduction wants them."
         weights = self.sample_weights(targets, num_classes, losses.dtype)
-        if self.reduction == 'none': return weights * losses
-        total = (weights * losses).sum()
+        terms = weights * losses
+        if smooth is not None:
+            terms = terms + smooth * self.sample_weights(targets, num_classes,
+                                                         losses.dtype, by_class=False)
+        if self.reduction == 'none': return terms
+        total = terms.sum()
         return total if self.reduction == 'sum' else total / _or_one(weights.sum())
 
     def check_classes(
@@ -112,6 +121,15 @@ def check_per_class(
         raise ValueError(f'{name} must be finite and {"> 0" if positive else "≥ 0"}, '
                          f'got {value[wrong][0].item()} '
                          f'for class {wrong.nonzero()[0].item()}')
+
+
+def _counts(class_counts):
+    "Class counts as a tensor, or a clear error."
+    try: counts = torch.as_tensor(class_counts)
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise TypeError(f'class_counts must be a list or tensor of numbers: {e}') from e
+    check_per_class('class_counts', counts, positive=True)
+    return counts
 
 
 def _or_one(total):
@@ -164,11 +182,14 @@ class MarginSoftmaxLoss(ClassificationLoss):
         own = cosines.gather(1, targets[:, None])[:, 0]
         num, den = self.own_curves(source, own, targets, **given)
         rest = log_sum_exp_of_others(cosines, targets, self.scale)
-        losses = _softmax_loss(num, den, rest, self.scale)
-        if self.label_smoothing:
-            mean_logit = self.scale * (cosines.sum(1) - own + num) / cosines.shape[1]
-            losses = losses + self.label_smoothing * (self.scale * num - mean_logit)
-        return self.aggregate(losses, targets, cosines.shape[1])
+        losses, k = _softmax_loss(num, den, rest, self.scale), cosines.shape[1]
+        if not self.label_smoothing: return self.aggregate(losses, targets, k)
+        weight = cosines.new_ones(k)
+        if self.weight is not None: weight = self.weight.to(own.dtype)
+        logits = self.scale * (cosines @ weight + weight[targets] * (num - own))
+        smooth = (losses + self.scale * num) * weight.sum() - logits
+        return self.aggregate((1 - self.label_smoothing) * losses, targets, k,
+                              self.label_smoothing / k * smooth)
 
     def linear(
         self,
@@ -276,6 +297,8 @@ class CombinedMarginLoss(MarginSoftmaxLoss):
         self.m1 = check_number('m1', m1, at_least=1)
         self.m2 = check_number('m2', m2, at_least=0, below=math.pi)
         self.m3 = check_number('m3', m3)
+        if not isinstance(detach_margin, bool):
+            raise TypeError(f'detach_margin must be a bool, got {detach_margin!r}')
         self.detach_margin = detach_margin
 
     def curve(
@@ -290,7 +313,7 @@ class CombinedMarginLoss(MarginSoftmaxLoss):
         return self._both(num, cosine)
 
     def own_curves(self, cosines, own, targets):
-        if isinstance(cosines, Cosines):
+        if hasattr(cosines, 'features'):
             logit = self.curve(target_angle(cosines, targets)).to(own.dtype)
         else:
             logit = through_angle(self.curve, own, _resolution(cosines))
@@ -365,9 +388,7 @@ class LDAMLoss(MarginSoftmaxLoss):
         **options,  # label_smoothing, weight, reduction: see `MarginSoftmaxLoss`
     ):
         super().__init__(scale, **options)
-        counts = torch.as_tensor(class_counts)
-        check_per_class('class_counts', counts, positive=True)
-        self.register_buffer('class_counts', counts)
+        self.register_buffer('class_counts', _counts(class_counts))
         self.max_margin = check_number('max_margin', max_margin)
 
     def class_margins(
@@ -394,8 +415,7 @@ def class_balanced_weights(
     beta: float = 0.9999,  # β in [0, 1)
 ) -> Tensor:  # weights that sum to k, [k], float32
     "Weights by the effective number of samples (Cui et al. 2019)."
-    counts = torch.as_tensor(class_counts)
-    check_per_class('class_counts', counts, positive=True)
+    counts = _counts(class_counts)
     beta = check_number('beta', beta, at_least=0, below=1)
     counts = counts.double()
     weights = 1 / -torch.expm1(counts * math.log(beta)) if beta else counts ** 0
@@ -420,8 +440,8 @@ class GMSoftmaxLoss(MarginSoftmaxLoss):
         numbers = zip(self._lines, (alpha1, alpha2, beta1, beta2), strict=True)
         for name, value in numbers:
             if isinstance(value, Tensor) and value.ndim:
-                self.register_buffer(name, value)
-            else: setattr(self, name, check_number(name, float(value)))
+                self.register_buffer(name, _check_coefficient(name, value))
+            else: setattr(self, name, float(_check_coefficient(name, value)))
 
     _lines = ('alpha1', 'alpha2', 'beta1', 'beta2')
 
@@ -440,20 +460,36 @@ class GMSoftmaxLoss(MarginSoftmaxLoss):
 
     def _line(self, name, given, cosine, targets):
         "One coefficient: given for each sample, stored for each class, or a number."
-        if not isinstance(given, Tensor):
-            value = getattr(self, name) if given is None else given
+        if given is None:
+            value = getattr(self, name)
             if isinstance(value, Tensor): value = value.to(cosine.dtype)[targets]
             return value
+        given = _check_coefficient(name, given)
+        if not isinstance(given, Tensor): return given
         if given.shape not in ((), cosine.shape):
             raise ValueError(f'{name} must be [N] with N = {len(cosine)}, '
                              f'got shape {tuple(given.shape)}')
-        return given.to(cosine.dtype)
+        return plain(given).to(cosine.dtype)
 
     def extra_repr(self):
         lines = ((name, getattr(self, name)) for name in self._lines)
         shown = ', '.join(f'{n}=[{len(v)}]' if isinstance(v, Tensor) else f'{n}={v:g}'
                           for n, v in lines)
         return f'{shown}, {super().extra_repr()}'
+
+
+def _check_coefficient(name, value):
+    "A finite number, or a tensor of finite numbers with one dimension."
+    if not isinstance(value, Tensor): return check_number(name, value)
+    if not value.is_floating_point():
+        raise TypeError(f'{name} must be a number or a floating-point tensor, '
+                        f'got {value.dtype}')
+    if value.ndim > 1:
+        raise ValueError(f'{name} must be a number or have one dimension, '
+                         f'got shape {tuple(value.shape)}')
+    if values_are_cheap(value) and not value.isfinite().all():
+        raise ValueError(f'{name} must be finite, got {value.tolist()}')
+    return value
 
 # %% ../nbs/losses/12_losses.ipynb #d79d6eff
 class LMSoftmaxLoss(MarginSoftmaxLoss):
@@ -475,7 +511,7 @@ class LMSoftmaxLoss(MarginSoftmaxLoss):
 
     def curves(self, cosine, targets): return cosine, None
 
-    def aggregate(self, losses, targets, num_classes):
+    def aggregate(self, losses, targets, num_classes, smooth=None):
         losses = losses / self.scale
         if self.aggregation == 'mean' or self.reduction == 'none':
             return super().aggregate(losses, targets, num_classes)
@@ -501,8 +537,7 @@ class SampleMarginLoss(ClassificationLoss):
         "The negative sample margins, reduced over the batch."
         self.check_classes(cosines.shape[1])
         losses = -sample_margins(cosines, targets)
-        targets = targets.as_subclass(Tensor).long()
-        return self.aggregate(losses, targets, cosines.shape[1])
+        return self.aggregate(losses, plain(targets).long(), cosines.shape[1])
 
     def linear(
         self,
@@ -533,7 +568,7 @@ class FocalLoss(ClassificationLoss):
         targets: Tensor,  # class of each sample, integers in 0..k−1, [N]
     ) -> Tensor:  # the loss in nats, [] (or [N] for reduction='none')
         "The focal losses, reduced over the batch."
-        logits, targets = check_scores(logits, targets)
+        logits, targets = check_logits(logits, targets)
         self.check_classes(logits.shape[1])
         rest = log_sum_exp_of_others(logits, targets, 1)
         delta = rest - logits.gather(1, targets[:, None])[:, 0]

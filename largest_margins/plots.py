@@ -8,7 +8,7 @@ Docs: https://largest-margins.github.io/largest-margins/training/plots.html.md""
 __all__ = ['BLUE', 'ORANGE', 'GREEN', 'GREY', 'axes_for', 'plot_prototypes', 'plot_similarities', 'plot_sample_margins',
            'plot_margin_history', 'plot_loss_curves']
 
-# %% ../nbs/training/22_plots.ipynb #5126589e
+# %% ../nbs/training/22_plots.ipynb #6346099b
 import math
 
 import matplotlib.pyplot as plt
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from .losses import MarginSoftmaxLoss
 from .margins import check_cosines, check_prototypes, sample_margins
 
-# %% ../nbs/training/22_plots.ipynb #7037a5c2
+# %% ../nbs/training/22_plots.ipynb #12bd2cd8
 BLUE, ORANGE, GREEN, GREY = '#0072B2', '#D55E00', '#009E73', '#808080'
 
 
@@ -45,7 +45,7 @@ def axes_for(
 def _legend(ax):
     ax.legend(frameon=False, labelcolor=GREY, fontsize=8)
 
-# %% ../nbs/training/22_plots.ipynb #a5a476ac
+# %% ../nbs/training/22_plots.ipynb #8d7c8232
 def plot_prototypes(
     prototypes: Tensor,  # of any norm, [k, d]
     ax: Axes | None = None,  # three-dimensional for d = 3
@@ -94,7 +94,7 @@ def _on_sphere(W, names, ax):
     ax.set_axis_off()
     return ax
 
-# %% ../nbs/training/22_plots.ipynb #fa3e6b04
+# %% ../nbs/training/22_plots.ipynb #eb869656
 def plot_similarities(
     cosines: Tensor,  # cosines of samples and prototypes, [N, k]
     targets: Tensor,  # classes, [N]
@@ -128,7 +128,7 @@ def plot_sample_margins(
     _legend(ax)
     return ax
 
-# %% ../nbs/training/22_plots.ipynb #e912c7ba
+# %% ../nbs/training/22_plots.ipynb #b3c8fc53
 def plot_margin_history(
     history: list[dict],  # one entry for each epoch, as `MarginRecorder` keeps them
     axes=None,  # three axes; None makes a figure
@@ -156,7 +156,7 @@ def plot_margin_history(
         _legend(axes_for(ax))
     return axes
 
-# %% ../nbs/training/22_plots.ipynb #4ab4e259
+# %% ../nbs/training/22_plots.ipynb #641a330e
 def plot_loss_curves(
     losses: dict[str, MarginSoftmaxLoss],  # by the name to print
     ax: Axes | None = None,  # where to draw; None makes a figure

@@ -7,7 +7,7 @@ Docs: https://largest-margins.github.io/largest-margins/experiments/report.html.
 # %% auto #0
 __all__ = ['COLUMNS', 'cells', 'table', 'report']
 
-# %% ../nbs/experiments/32_report.ipynb #bac5b573
+# %% ../nbs/experiments/32_report.ipynb #6fd5d66e
 import base64
 import html
 import io
@@ -21,7 +21,7 @@ from .experiments import Result
 from .plots import (
     plot_margin_history, plot_prototypes, plot_sample_margins, plot_similarities)
 
-# %% ../nbs/experiments/32_report.ipynb #b7165549
+# %% ../nbs/experiments/32_report.ipynb #f7b37f3b
 COLUMNS = {'configuration': '', 'accuracy': 'accuracy %',
            'class_margin': 'class margin°', 'bound': 'best possible°',
            'mean_sample_margin': 'mean sample margin',
@@ -51,7 +51,7 @@ def table(
                                in enumerate(zip(row, widths, strict=True))).rstrip()
                      for row in rows)
 
-# %% ../nbs/experiments/32_report.ipynb #73b0d5d2
+# %% ../nbs/experiments/32_report.ipynb #76201c86
 _STYLE = '''
 :root { color-scheme: light dark; --line: #8884; --soft: #808080; --bar: #0072B233 }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto;

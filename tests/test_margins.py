@@ -1,0 +1,217 @@
+"Class and sample margins: against brute force, at tiny and extreme scales, in bounded memory."
+import math
+import multiprocessing
+import resource
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mpmath import mp, mpf
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import gradcheck
+
+from largest_margins.losses import SampleMarginLoss
+from largest_margins.margins import (
+    class_margin, class_sample_margins, min_sample_margin, norm_ratio, sample_margins)
+
+mp.dps = 50
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+NORMS = [(torch.float32, 1e-30), (torch.float32, 1e-20), (torch.float32, 1e20), (torch.float32, 1e30),
+         (torch.float64, 1e-200), (torch.float64, 1e200), (torch.bfloat16, 1e-30), (torch.bfloat16, 1e30),
+         (torch.float16, 1e-3), (torch.float16, 1e3)]
+
+
+def true_angle(x, y):
+    "Between two rows of floats, with fifty digits."
+    x, y = ([mpf(a) for a in row.double().tolist()] for row in (x, y))
+    def dot(a, b): return sum(p * q for p, q in zip(a, b))
+    return mp.acos(max(-1, min(1, dot(x, y) / mp.sqrt(dot(x, x) * dot(y, y)))))
+
+
+def brute_class_margin(prototypes):
+    return min(true_angle(x, y) for i, x in enumerate(prototypes) for y in prototypes[:i])
+
+
+def rows(k, d):
+    return st.lists(st.lists(st.integers(-4, 4), min_size=d, max_size=d).filter(any), min_size=k, max_size=k)
+
+
+# --- class margin ---
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_class_margin_is_brute_force(data):
+    k, d = data.draw(st.integers(2, 7)), data.draw(st.integers(1, 4))
+    prototypes = torch.tensor(data.draw(rows(k, d)), dtype=data.draw(st.sampled_from(DTYPES)))
+    expected = float(brute_class_margin(prototypes))
+    assert class_margin(prototypes).item() == pytest.approx(expected, abs=3e-7)
+
+
+@pytest.mark.parametrize('k', [1023, 1025, 2500])
+def test_class_margin_across_tiles(k):
+    "The closest pair is found within a tile and across any two."
+    torch.manual_seed(0)
+    prototypes = torch.randn(k, 8, dtype=torch.float64)
+    unit = prototypes / prototypes.norm(dim=1, keepdim=True)
+    cosines = (unit @ unit.T).fill_diagonal_(-1)
+    assert class_margin(prototypes).item() == pytest.approx(cosines.max().acos().item(), abs=1e-9)
+    for i, j in ((0, k - 1), (k - 2, k - 1), (0, 1), (500, 1022)):
+        moved = prototypes.clone()
+        moved[j] = moved[i] * 3 + 1e-5
+        assert class_margin(moved).item() == pytest.approx(float(true_angle(moved[i], moved[j])), rel=1e-9)
+
+
+@pytest.mark.parametrize('apart', [1e-6, 1e-5, 1e-3, 1.])
+@pytest.mark.parametrize('norm', [1e-30, 1e-3, 1., 1e30])
+def test_class_margin_of_nearly_equal_float32_prototypes(apart, norm):
+    "On an axis float32 holds the angle; elsewhere the rounded rows have a true angle of their own."
+    on_axis = torch.tensor([[norm, 0, 0], [norm * math.cos(apart), norm * math.sin(apart), 0], [0, 0, -norm]])
+    assert abs(class_margin(on_axis).item() - apart) <= 1e-7
+    torch.manual_seed(0)
+    u, v, far = torch.linalg.qr(torch.randn(5, 3).double()).Q.T
+    general = norm * torch.stack([u, math.cos(apart) * u + math.sin(apart) * v, far, -u]).float()
+    assert abs(class_margin(general).item() - float(brute_class_margin(general))) <= 1e-7
+
+
+@pytest.mark.parametrize('dtype, norm', NORMS, ids=str)
+def test_class_margin_of_any_norm(dtype, norm):
+    torch.manual_seed(0)
+    prototypes = torch.randn(6, 4).to(dtype) * norm
+    assert class_margin(prototypes).item() == pytest.approx(float(brute_class_margin(prototypes)), abs=2e-7)
+    mixed = torch.tensor([[1., 0], [0, 1], [-1, 1]], dtype=dtype) * torch.tensor([[norm], [1.], [1 / norm]], dtype=torch.float64).to(dtype)
+    assert class_margin(mixed).item() == pytest.approx(math.pi / 4, abs=2e-7)
+
+
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+def test_class_margin_from_zero_to_pi(dtype):
+    assert class_margin(torch.tensor([[1., 1], [2, 2], [-1, 0]], dtype=dtype)) == pytest.approx(0, abs=1e-7)
+    assert class_margin(torch.tensor([[1., 2], [-2, -4]], dtype=dtype)) == pytest.approx(math.pi, abs=2e-7)
+    assert class_margin(torch.eye(5, dtype=dtype)) == pytest.approx(math.pi / 2, abs=2e-7)
+    expected = torch.float64 if dtype == torch.float64 else torch.float32
+    assert class_margin(torch.eye(5, dtype=dtype)).dtype == expected
+    assert class_margin(torch.eye(5, dtype=dtype)).shape == ()
+
+
+def test_class_margin_is_differentiable():
+    torch.manual_seed(0)
+    prototypes = (torch.randn(6, 3, dtype=torch.float64) * torch.tensor([1, 2, .5, 3, 1, 1])[:, None])
+    assert gradcheck(class_margin, prototypes.requires_grad_())
+    gradient, = torch.autograd.grad(class_margin(prototypes), prototypes)
+    assert gradient.any(1).sum() == 2  # only the closest pair moves
+    near = torch.tensor([[2., 0], [2 * math.cos(1e-6), 2 * math.sin(1e-6)]], requires_grad=True)
+    gradient, = torch.autograd.grad(class_margin(near), near)
+    assert gradient.norm(dim=1).tolist() == pytest.approx([.5, .5], rel=1e-6)  # 1 / norm, apart along the tangent
+    assert gradient[0, 1] < 0 < gradient[1, 1]
+
+
+def growth_of_memory(k, d):
+    "Bytes by which the peak of a fresh process grows over a class margin."
+    torch.set_num_threads(1)
+    prototypes = torch.randn(k, d)
+    class_margin(prototypes[:1500])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    class_margin(prototypes)
+    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+
+def test_class_margin_never_builds_the_matrix():
+    k = 20_000
+    with multiprocessing.get_context('spawn').Pool(1) as pool:
+        grown = pool.apply(growth_of_memory, (k, 64))
+    assert grown < 4 * k * k / 20  # 80 MB of 1.6 GB
+
+
+# --- sample margins ---
+
+def brute_margins(cosines, targets):
+    return [row[y] - max(c for j, c in enumerate(row) if j != y) for row, y in zip(cosines.tolist(), targets.tolist())]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_sample_margins_are_brute_force(data):
+    n, k = data.draw(st.integers(1, 8)), data.draw(st.integers(2, 6))
+    dtype = data.draw(st.sampled_from(DTYPES))
+    values = st.sampled_from([-1, 0, 1]) | st.floats(-1, 1)
+    numbers = data.draw(st.lists(values, min_size=n * k, max_size=n * k))
+    cosines = torch.tensor(numbers, dtype=torch.float64).to(dtype).view(n, k)
+    targets = torch.tensor(data.draw(st.lists(st.integers(0, k - 1), min_size=n, max_size=n)),
+                           dtype=data.draw(st.sampled_from([torch.long, torch.int32, torch.uint8])))
+    expected = brute_margins(cosines.double(), targets)
+    margins = sample_margins(cosines, targets)
+    assert margins.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert margins.tolist() == pytest.approx(expected, abs=1e-6)
+    of_class = [min((m for m, y in zip(expected, targets.tolist()) if y == j), default=math.inf) for j in range(k)]
+    assert class_sample_margins(cosines, targets).tolist() == pytest.approx(of_class, abs=1e-6)
+    assert min_sample_margin(cosines, targets).item() == pytest.approx(min(expected), abs=1e-6)
+    assert min_sample_margin(cosines, targets) == class_sample_margins(cosines, targets).min()
+    losses = SampleMarginLoss(reduction='none')(cosines, targets)
+    assert torch.equal(losses, -margins)
+
+
+def test_sample_margins_are_differentiable():
+    torch.manual_seed(0)
+    cosines = (1.9 * torch.rand(6, 4).double() - .95).requires_grad_()
+    targets = torch.tensor([0, 1, 1, 3, 0, 2])
+    for margin in (sample_margins, min_sample_margin, class_sample_margins):
+        assert gradcheck(lambda c, margin=margin: margin(c, targets), cosines)
+
+
+def test_tied_wrong_classes_share_the_gradient():
+    cosines = torch.tensor([[.5, .2, .2, .1]], requires_grad=True)
+    sample_margins(cosines, torch.tensor([0])).sum().backward()
+    assert cosines.grad.tolist() == [[1, -.5, -.5, 0]]
+
+
+# --- norms ---
+
+@pytest.mark.parametrize('dtype, norm', NORMS, ids=str)
+def test_norm_ratio_of_any_norm(dtype, norm):
+    prototypes = torch.tensor([[3., 4], [1, 0], [0, 2]], dtype=dtype) * norm
+    assert norm_ratio(prototypes).item() == pytest.approx(5, rel=1e-2 if dtype.itemsize == 2 else 1e-6)
+    assert norm_ratio(prototypes).dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert norm_ratio(torch.eye(3, dtype=dtype) * norm) == pytest.approx(1, rel=1e-6)
+
+
+# --- bad input ---
+
+@pytest.mark.parametrize('margin', [class_margin, norm_ratio])
+def test_bad_prototypes_are_refused(margin):
+    good = torch.randn(3, 2)
+    def with_row(row): return torch.cat([good, torch.tensor([row])])
+    for prototypes, error, given in (
+            ([[1., 0]], TypeError, 'list'), (torch.ones(3, 2).long(), TypeError, 'int64'),
+            (torch.ones(3, 2, dtype=torch.complex64), TypeError, 'complex64'),
+            (good[0], ValueError, r'\(2,\)'), (good[None], ValueError, r'\(1, 3, 2\)'),
+            (good[:1], ValueError, r'\(1, 2\)'), (good[:0], ValueError, r'\(0, 2\)'),
+            (good[:, :0], ValueError, r'\(3, 0\)')):
+        with pytest.raises(error, match=f'^prototypes must .*got .*{given}'): margin(prototypes)
+    for row in ([math.nan, 0.], [0., math.inf], [0., 0.]):
+        with pytest.raises(ValueError, match='^prototypes must .*row 3'): margin(with_row(row))
+
+
+@pytest.mark.parametrize('margin', [sample_margins, class_sample_margins, min_sample_margin])
+def test_bad_cosines_are_refused(margin):
+    cosines, targets = torch.eye(3), torch.arange(3)
+    for bad, error, given in (
+            ((cosines.tolist(), targets), TypeError, 'list'), ((cosines.long(), targets), TypeError, 'int64'),
+            ((cosines[0], targets), ValueError, r'\(3,\)'), ((cosines[:0], targets[:0]), ValueError, r'\(0, 3\)'),
+            ((cosines[:, :1], targets * 0), ValueError, r'\(3, 1\)'), ((cosines * 2, targets), ValueError, '2'),
+            ((cosines / 0, targets), ValueError, 'nan'), ((cosines - 1.01, targets), ValueError, '-1.01')):
+        with pytest.raises(error, match=f'^cosines must .*got .*{given}'): margin(*bad)
+    for bad, error, given in (
+            (targets.tolist(), TypeError, 'list'), (targets.float(), TypeError, 'float32'),
+            (targets[:2], ValueError, r'\(2,\)'), (targets + 1, ValueError, '3'), (targets - 1, ValueError, '-1')):
+        with pytest.raises(error, match=f'^targets must .*got .*{given}'): margin(cosines, bad)
+
+
+def test_no_value_is_read_on_a_gpu():
+    with FakeTensorMode():  # raises where a number would have to be known
+        prototypes = torch.rand(2500, 3, device='cuda')
+        cosines, targets = torch.rand(7, 4, device='cuda'), torch.zeros(7, dtype=torch.long, device='cuda')
+        assert class_margin(prototypes).device.type == norm_ratio(prototypes).device.type == 'cuda'
+        assert sample_margins(cosines, targets).shape == (7,)
+        assert class_sample_margins(cosines, targets).shape == (4,)
+        assert min_sample_margin(cosines, targets).shape == ()
+        with pytest.raises(ValueError, match='^prototypes must'): class_margin(prototypes[0])

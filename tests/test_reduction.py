@@ -1,0 +1,146 @@
+"The reduction over the other classes, and cosines that know their features."
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mpmath import mp, mpf
+from torch.autograd import gradcheck
+from torch.nn import functional as F
+
+from largest_margins.losses import ArcFaceLoss
+from largest_margins.reduction import angle_from_cosine, cosine_matrix, log_sum_exp_of_others, target_angle
+
+mp.dps = 40
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+NORMS = [(torch.float32, 1e-30), (torch.float32, 1e-20), (torch.float32, 1e20), (torch.float32, 1e30),
+         (torch.float64, 1e-200), (torch.float64, 1e200), (torch.bfloat16, 1e-30), (torch.bfloat16, 1e30),
+         (torch.float16, 1e-3), (torch.float16, 1e3)]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_log_sum_exp_of_others_is_a_loop(data):
+    n, k = data.draw(st.integers(1, 5)), data.draw(st.integers(2, 6))
+    numbers = data.draw(st.lists(st.sampled_from([-1, 0, 1]) | st.floats(-1, 1), min_size=n * k, max_size=n * k))
+    targets = data.draw(st.lists(st.integers(0, k - 1), min_size=n, max_size=n))
+    scale = data.draw(st.sampled_from([1e-3, 1., 64., 256.]))
+    cosines = torch.tensor(numbers, dtype=torch.float64).view(n, k)
+    expected = [float(mp.log(sum(mp.exp(mpf(scale) * mpf(c)) for j, c in enumerate(row) if j != y)))
+                for row, y in zip(cosines.tolist(), targets)]
+    got = log_sum_exp_of_others(cosines, torch.tensor(targets), scale)
+    assert got.tolist() == pytest.approx(expected, rel=1e-14, abs=1e-13)
+    single = log_sum_exp_of_others(cosines.float(), torch.tensor(targets), scale)
+    assert single.tolist() == pytest.approx(expected, rel=1e-6, abs=1e-6)
+
+
+def test_log_sum_exp_of_others_does_not_see_the_target():
+    cosines = torch.tensor([[.9, -.1, -.2]], requires_grad=True)
+    rest = log_sum_exp_of_others(cosines, torch.tensor([0]), 64.)
+    assert rest.item() == pytest.approx(-6.4 + math.log1p(math.exp(-6.4)), rel=1e-6)
+    rest.sum().backward()
+    assert cosines.grad[0, 0] == 0 and cosines.grad.isfinite().all()
+    assert cosines.grad.sum().item() == pytest.approx(64, rel=1e-6)
+
+
+def test_gradient_of_log_sum_exp_of_others():
+    torch.manual_seed(0)
+    cosines, targets = torch.rand(5, 4).double().requires_grad_(), torch.tensor([0, 1, 2, 3, 1])
+    assert gradcheck(lambda c: log_sum_exp_of_others(c, targets, 7.), cosines)
+
+
+# --- cosines ---
+
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+def test_cosines_are_those_of_torch_in_at_least_float32(dtype):
+    torch.manual_seed(0)
+    features, prototypes = torch.randn(6, 5).to(dtype), torch.randn(4, 5).to(dtype)
+    cosines = cosine_matrix(features, prototypes)
+    expected = F.normalize(features.double()) @ F.normalize(prototypes.double()).T
+    assert cosines.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert torch.allclose(cosines.double(), expected, rtol=0, atol=1e-14 if dtype == torch.float64 else 3e-7)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert torch.equal(cosine_matrix(features, prototypes), cosines)
+    assert cosine_matrix(features, prototypes.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize('dtype, norm', NORMS, ids=str)
+def test_cosines_of_any_norm(dtype, norm):
+    torch.manual_seed(0)
+    features, prototypes = torch.randn(6, 5).to(dtype), torch.randn(4, 5).to(dtype)
+    large = features * norm
+    features = large.double() / norm  # what the rounding of the product left
+    tolerance = 1e-14 if dtype == torch.float64 else 5e-7
+    expected = F.normalize(features) @ F.normalize(prototypes.double()).T
+    assert torch.allclose(cosine_matrix(large, prototypes).double(), expected, rtol=0, atol=tolerance)
+    assert torch.allclose(cosine_matrix(prototypes, large).double(), expected.T, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize('norm', [1e-30, 1e-18, 1., 1e18, 1e30])
+def test_gradient_of_cosines_of_any_norm(norm):
+    "The gradient scales with 1/norm, and is orthogonal to the feature."
+    z = torch.tensor([[3., 4., 0]])
+    w = torch.tensor([[0., 1, 0], [0, 0, 2]])
+    features = (z * norm).requires_grad_()
+    cosine_matrix(features, w)[0, 0].backward()
+    expected = torch.tensor([-12 / 125, 9 / 125, 0])
+    assert torch.allclose(features.grad[0] * norm, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_a_zero_row_has_cosine_zero_and_a_finite_gradient():
+    features = torch.zeros(2, 3, requires_grad=True)
+    cosines = cosine_matrix(features, torch.eye(3))
+    assert not cosines.any()
+    ArcFaceLoss()(cosines, torch.tensor([0, 2])).backward()
+    assert features.grad.isfinite().all()
+
+
+def test_cosines_behave_as_a_tensor():
+    cosines = cosine_matrix(torch.randn(4, 3), torch.randn(5, 3))
+    for result in (cosines * 2, cosines[:2], cosines.detach(), cosines.softmax(1), cosines.half(), torch.cat([cosines])):
+        assert type(result) is torch.Tensor and not hasattr(result, 'features')
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('theta', [1e-6, 1e-4, 1e-2, 1., 3.])
+def test_target_angle_survives_low_precision(theta, dtype):
+    features = torch.tensor([[2 * math.cos(theta), 2 * math.sin(theta), 0]]).to(dtype)
+    x, y, _ = features.double()[0].tolist()
+    expected = math.atan2(y, x)  # of the rounded feature
+    cosines = cosine_matrix(features.requires_grad_(), 3 * torch.eye(3, dtype=dtype))
+    angle = target_angle(cosines, torch.tensor([0]))
+    assert angle.item() == pytest.approx(expected, rel=1e-9)
+    angle.sum().backward()
+    length = 1 / math.hypot(x, y)
+    tangent = torch.tensor([[-math.sin(expected), math.cos(expected), 0]])
+    assert (features.grad - length * tangent).norm() <= length * (1e-6 if dtype == torch.float32 else 5e-3)
+
+
+@pytest.mark.parametrize('sign', [1, -1])
+def test_target_angle_has_gradient_zero_at_its_ends(sign):
+    features = torch.tensor([[sign * 2., 0]], requires_grad=True)
+    angle = target_angle(cosine_matrix(features, torch.eye(2)), torch.tensor([0]))
+    angle.sum().backward()
+    assert angle.item() == pytest.approx(0 if sign == 1 else math.pi, abs=1e-15)
+    assert not features.grad.any()
+
+
+def test_angle_from_cosine():
+    exact = [1 - 2 ** -53, 1 - 1e-12, .999, .5, 0., -.5, -1 + 1e-12]
+    angles = angle_from_cosine(torch.tensor(exact, dtype=torch.float64, requires_grad=True))
+    assert angles.tolist() == pytest.approx([float(mp.acos(mpf(c))) for c in exact], rel=1e-14)
+    cosine = torch.tensor(exact, dtype=torch.float64, requires_grad=True)
+    angle_from_cosine(cosine).sum().backward()
+    assert cosine.grad.tolist() == pytest.approx([float(-1 / mp.sqrt(1 - mpf(c) ** 2)) for c in exact], rel=1e-12)
+
+
+def test_features_that_do_not_fit_are_refused():
+    z, w = torch.randn(3, 4), torch.randn(2, 4)
+    for features, prototypes, error, message in (
+            (z[:, :3], w, ValueError, r'^features must .*same d, got shapes \(3, 3\) and \(2, 4\)'),
+            (z[0], w, ValueError, r'^features must .*got shapes \(4,\)'),
+            (z, w[0], ValueError, r'^features must .*and \(4,\)'),
+            (z.long(), w, TypeError, '^features must .*got torch.int64'), ('z', w, TypeError, '^features must .*got str'),
+            (z, w.bool(), TypeError, '^prototypes must .*got torch.bool')):
+        with pytest.raises(error, match=message): cosine_matrix(features, prototypes)
