@@ -218,8 +218,8 @@ def train(
     try:
         with learn.no_bar(), learn.no_logging():
             learn.fit_one_cycle(c.epochs, c.learning_rate)
-    except ValueError:
-        if all(p.isfinite().all() for p in learn.model.parameters()): raise
+    except ValueError as e:  # a loss or the recorder met nan or inf
+        if 'must be finite' not in str(e): raise
     seconds, W = time.perf_counter() - start, weights.detach().float().cpu()
     cosines, scores, targets = _test(learn)
     diverged = not (cosines.isfinite().all() and W.isfinite().all())

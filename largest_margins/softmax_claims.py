@@ -128,9 +128,9 @@ def lm_sandwich(gap=lambda k, s: math.log(k - 1) / s):
     return max(worst), 0
 
 
-def lm_repair(scale=400.):
+def lm_repair(scale=400., aggregation='logsumexp'):
     "The soft minimum prefers the octagon: its loss there, and on the stack, higher."
-    loss = LMSoftmaxLoss(scale, 'logsumexp')
+    loss = LMSoftmaxLoss(scale, aggregation)
     return loss(*_circle(_OCTAGON)), loss(*_circle(_STACKED))
 
 

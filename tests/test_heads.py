@@ -130,8 +130,10 @@ def test_bad_points_are_refused():
     before = head.weight
     for points, error, message in (
             (torch.eye(4), ValueError, r'^points must be \[5, 5\], got shape \(4, 4\)'),
-            (torch.eye(5).long(), TypeError, '^points must .*got torch.int64'), ([1.], TypeError, '^points must .*got list'),
-            (torch.eye(5)[0], ValueError, '^points must .*got shape'), (torch.zeros(5, 5), ValueError, '^points must .*row 0'),
+            (torch.eye(5).long(), TypeError, '^points must .*got torch.int64'),
+            ([1.], TypeError, '^points must .*got list'),
+            (torch.eye(5)[0], ValueError, '^points must .*got shape'),
+            (torch.zeros(5, 5), ValueError, '^points must .*row 0'),
             (torch.full((5, 5), math.nan), ValueError, '^points must .*row 0')):
         with pytest.raises(error, match=message): head.fix(points)
     assert head.weight is before and isinstance(before, nn.Parameter)

@@ -12,8 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck
 
 from largest_margins.losses import SampleMarginLoss
-from largest_margins.margins import (
-    class_margin, class_sample_margins, min_sample_margin, norm_ratio, sample_margins)
+from largest_margins.margins import class_margin, class_sample_margins, min_sample_margin, norm_ratio, sample_margins
 
 mp.dps = 50
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -79,7 +78,8 @@ def test_class_margin_of_any_norm(dtype, norm):
     torch.manual_seed(0)
     prototypes = torch.randn(6, 4).to(dtype) * norm
     assert class_margin(prototypes).item() == pytest.approx(float(brute_class_margin(prototypes)), abs=2e-7)
-    mixed = torch.tensor([[1., 0], [0, 1], [-1, 1]], dtype=dtype) * torch.tensor([[norm], [1.], [1 / norm]], dtype=torch.float64).to(dtype)
+    norms = torch.tensor([[norm], [1.], [1 / norm]], dtype=torch.float64).to(dtype)
+    mixed = torch.tensor([[1., 0], [0, 1], [-1, 1]], dtype=dtype) * norms
     assert class_margin(mixed).item() == pytest.approx(math.pi / 4, abs=2e-7)
 
 
@@ -180,13 +180,13 @@ def test_norm_ratio_of_any_norm(dtype, norm):
 def test_bad_prototypes_are_refused(margin):
     good = torch.randn(3, 2)
     def with_row(row): return torch.cat([good, torch.tensor([row])])
-    for prototypes, error, given in (
+    for prototypes, error, shown in (
             ([[1., 0]], TypeError, 'list'), (torch.ones(3, 2).long(), TypeError, 'int64'),
             (torch.ones(3, 2, dtype=torch.complex64), TypeError, 'complex64'),
             (good[0], ValueError, r'\(2,\)'), (good[None], ValueError, r'\(1, 3, 2\)'),
             (good[:1], ValueError, r'\(1, 2\)'), (good[:0], ValueError, r'\(0, 2\)'),
             (good[:, :0], ValueError, r'\(3, 0\)')):
-        with pytest.raises(error, match=f'^prototypes must .*got .*{given}'): margin(prototypes)
+        with pytest.raises(error, match=f'^prototypes must .*got .*{shown}'): margin(prototypes)
     for row in ([math.nan, 0.], [0., math.inf], [0., 0.]):
         with pytest.raises(ValueError, match='^prototypes must .*row 3'): margin(with_row(row))
 
@@ -194,16 +194,16 @@ def test_bad_prototypes_are_refused(margin):
 @pytest.mark.parametrize('margin', [sample_margins, class_sample_margins, min_sample_margin])
 def test_bad_cosines_are_refused(margin):
     cosines, targets = torch.eye(3), torch.arange(3)
-    for bad, error, given in (
+    for bad, error, shown in (
             ((cosines.tolist(), targets), TypeError, 'list'), ((cosines.long(), targets), TypeError, 'int64'),
             ((cosines[0], targets), ValueError, r'\(3,\)'), ((cosines[:0], targets[:0]), ValueError, r'\(0, 3\)'),
             ((cosines[:, :1], targets * 0), ValueError, r'\(3, 1\)'), ((cosines * 2, targets), ValueError, '2'),
             ((cosines / 0, targets), ValueError, 'nan'), ((cosines - 1.01, targets), ValueError, '-1.01')):
-        with pytest.raises(error, match=f'^cosines must .*got .*{given}'): margin(*bad)
-    for bad, error, given in (
+        with pytest.raises(error, match=f'^cosines must .*got .*{shown}'): margin(*bad)
+    for bad, error, shown in (
             (targets.tolist(), TypeError, 'list'), (targets.float(), TypeError, 'float32'),
             (targets[:2], ValueError, r'\(2,\)'), (targets + 1, ValueError, '3'), (targets - 1, ValueError, '-1')):
-        with pytest.raises(error, match=f'^targets must .*got .*{given}'): margin(cosines, bad)
+        with pytest.raises(error, match=f'^targets must .*got .*{shown}'): margin(cosines, bad)
 
 
 def test_no_value_is_read_on_a_gpu():

@@ -32,7 +32,8 @@ def brute_zero_centroid(prototypes):
 def test_zero_centroid_is_brute_force(data):
     k, d = data.draw(st.integers(2, 7)), data.draw(st.integers(1, 4))
     row = st.lists(st.integers(-4, 4), min_size=d, max_size=d).filter(any)
-    prototypes = torch.tensor(data.draw(st.lists(row, min_size=k, max_size=k)), dtype=data.draw(st.sampled_from(DTYPES)))
+    rows, dtype = data.draw(st.lists(row, min_size=k, max_size=k)), data.draw(st.sampled_from(DTYPES))
+    prototypes = torch.tensor(rows, dtype=dtype)
     value = zero_centroid(prototypes)
     exact = prototypes.dtype == torch.float64
     assert value.shape == () and value.dtype == (torch.float64 if exact else torch.float32)
@@ -42,7 +43,7 @@ def test_zero_centroid_is_brute_force(data):
 @pytest.mark.parametrize('k, d', [(4, 3), (10, 16), (5, 5)])
 def test_zero_centroid_vanishes_at_the_simplex_and_is_one_at_collapse(k, d):
     simplex = torch.zeros(k, max(k, d)).double()
-    simplex[:, :k] = torch.eye(k) - 1 / k
+    simplex[:, :k] = torch.eye(k).double() - 1 / k
     assert zero_centroid(simplex) < 1e-30
     assert zero_centroid(simplex[:1].repeat(k, 1)).item() == pytest.approx(1, rel=1e-14)
     points = torch.randn(k, d).double()
@@ -100,10 +101,10 @@ def test_zero_centroid_centres_prototypes():
 
 def test_zero_centroid_refuses_what_are_no_prototypes():
     good = torch.randn(3, 2)
-    for prototypes, error, given in (
+    for prototypes, error, shown in (
             ([[1., 0]], TypeError, 'list'), (good.long(), TypeError, 'int64'), (good[0], ValueError, r'\(2,\)'),
             (good[:1], ValueError, r'\(1, 2\)'), (good[:0], ValueError, r'\(0, 2\)')):
-        with pytest.raises(error, match=f'^prototypes must .*got .*{given}'): zero_centroid(prototypes)
+        with pytest.raises(error, match=f'^prototypes must .*got .*{shown}'): zero_centroid(prototypes)
     for row in ([math.nan, 0.], [0., math.inf], [0., 0.]):
         with pytest.raises(ValueError, match='^prototypes must .*row 3'):
             zero_centroid(torch.cat([good, torch.tensor([row])]))
@@ -118,11 +119,12 @@ def test_no_value_is_read_on_a_gpu():
 
 def test_sample_margin_term_is_the_mean_of_the_negative_margins():
     torch.manual_seed(0)
-    features, prototypes, targets = torch.randn(6, 3).double(), torch.randn(4, 3).double(), torch.tensor([0, 1, 2, 3, 0, 1])
+    features, prototypes, targets = torch.randn(6, 3).double(), torch.randn(4, 3).double(), torch.arange(6) % 4
     unit = [x / x.norm(dim=1, keepdim=True) for x in (features, prototypes)]
     cosines = (unit[0] @ unit[1].T).tolist()
     margins = [row[y] - max(c for j, c in enumerate(row) if j != y) for row, y in zip(cosines, targets.tolist())]
-    assert SampleMarginLoss().linear(features, prototypes, targets).item() == pytest.approx(-sum(margins) / 6, abs=1e-14)
+    value = SampleMarginLoss().linear(features, prototypes, targets)
+    assert value.item() == pytest.approx(-sum(margins) / 6, abs=1e-14)
 
 
 @pytest.mark.parametrize('weight', [.5, 2.])

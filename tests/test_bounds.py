@@ -1,0 +1,169 @@
+"Bounds are above every code, tight where they should be, and verified; lies are not."
+import copy
+import json
+import math
+from fractions import Fraction
+from time import perf_counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mpmath import mp
+
+from largest_margins.bounds import Bound, class_margin_bound, min_sample_margin_bound
+from largest_margins.certificates import checksum, cosine_bounds, verify
+from largest_margins.codes import simplex
+from largest_margins.margins import class_margin
+
+GOLDEN = (1 + math.sqrt(5)) / 4
+SHARP = {(12, 3): 1 / math.sqrt(5), (16, 5): 1 / 5, (27, 6): 1 / 4, (56, 7): 1 / 3, (240, 8): 1 / 2,
+         (275, 22): 1 / 6, (120, 4): GOLDEN, (196560, 24): 1 / 2}
+
+
+@pytest.mark.parametrize('size', SHARP)
+def test_tight_at_the_sharp_codes(size):
+    bound = class_margin_bound(*size)
+    excess = math.degrees(bound.radians) - math.degrees(math.acos(SHARP[size]))
+    assert -1e-12 < excess < 3e-5 and bound.verify()
+
+
+@pytest.mark.parametrize('k,d,degrees,method,attained', [
+    (2, 1, 180, 'simplex', True), (2, 7, 180, 'simplex', True), (3, 2, 120, 'circle', True),
+    (8, 2, 45, 'circle', True), (4, 3, 109.47122063449069, 'simplex', True),
+    (10, 16, 96.37937020844282, 'simplex', True),
+    (5, 3, 90, 'rankin', True), (6, 3, 90, 'rankin', True), (20, 10, 90, 'rankin', True)])
+def test_closed_forms(k, d, degrees, method, attained):
+    bound = class_margin_bound(k, d)
+    assert math.degrees(bound.radians) == pytest.approx(degrees, abs=1e-12)
+    assert bound.verify() and bound.certificate is None
+    named = class_margin_bound(k, d, method)
+    assert named.attained is attained and named.radians == pytest.approx(bound.radians, abs=1e-14)
+
+
+def test_rounded_outwards():
+    "The bound as a number is not below the true value, compared in forty digits."
+    mp.dps = 40
+    for k in range(3, 200):
+        assert mp.mpf(class_margin_bound(k, k).radians) >= mp.acos(mp.mpf(-1) / (k - 1))
+        assert mp.mpf(class_margin_bound(k, 2).radians) >= 2 * mp.pi / k
+        omega = k * mp.pi / (6 * (k - 2))
+        assert mp.mpf(class_margin_bound(k, 3, 'fejes-toth').radians) >= mp.acos((mp.cot(omega)**2 - 1) / 2)
+        assert mp.mpf(min_sample_margin_bound(k, k)) >= mp.mpf(k) / (k - 1)
+    for k, d in ((12, 3), (30, 5), (240, 8)):
+        assert mp.mpf(min_sample_margin_bound(k, d)) >= 1 - mp.cos(mp.mpf(class_margin_bound(k, d).radians))
+    assert min_sample_margin_bound(10, 16) == pytest.approx(10 / 9, abs=1e-15)
+
+
+# Sloane's and proven values, degrees
+REACHED = {(7, 3): 77.8695421, (8, 3): 74.8584922, (9, 3): 70.5287794, (10, 3): 66.1468220, (13, 3): 57.1367031,
+           (14, 3): 55.6705700, (24, 3): 43.6907671, (32, 3): 37.4752140, (10, 4): 80.4059318, (24, 4): 60.,
+           (1000, 128): 85.86}
+
+
+@pytest.mark.parametrize('size', REACHED)
+@pytest.mark.parametrize('method', ['auto', 'levenshtein', 'delsarte', 'fejes-toth'])
+def test_never_below_what_is_reached(size, method):
+    k, d = size
+    if method == 'fejes-toth' and d != 3: method = 'rankin'
+    assert math.degrees(class_margin_bound(k, d, method).radians) >= REACHED[size] - 1e-7
+
+
+def test_auto_is_the_smallest():
+    for k, d in ((8, 3), (24, 4), (40, 6)):
+        every = [class_margin_bound(k, d, m).radians for m in ('simplex', 'rankin', 'levenshtein', 'delsarte')]
+        assert class_margin_bound(k, d).radians <= min(every)
+    assert math.degrees(class_margin_bound(24, 4).radians) == pytest.approx(61.4096, abs=1e-4)
+    assert math.degrees(class_margin_bound(8, 3).radians) < 76.17
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(2, 14), st.integers(2, 6), st.integers(0, 10**6))
+def test_no_code_exceeds_it(k, d, seed):
+    points = torch.randn(k, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    assert class_margin(points) <= class_margin_bound(k, d).radians
+
+
+def test_the_simplex_does_not_exceed_it():
+    for k in range(2, 60): assert class_margin(simplex(k, k)) <= class_margin_bound(k, k).radians + 1e-14
+
+
+@pytest.mark.parametrize('args,message', [((1, 3), 'k must be'), ((3, 0), 'd must be'), ((3.5, 2), 'k must be'),
+                                          ((8, 3, 'guess'), 'method must be'), ((3, 5, 'circle'), 'says nothing'),
+                                          ((4, 5, 'rankin'), 'says nothing')])
+def test_bad_arguments(args, message):
+    with pytest.raises(ValueError, match=message): class_margin_bound(*args)
+
+
+# Lies
+
+@pytest.fixture(scope='module')
+def certificate():
+    return class_margin_bound(8, 3, 'delsarte').certificate
+
+
+def signed(certificate, **changes):
+    "A changed certificate whose checksum fits: only the mathematics can refuse it."
+    lie = {**copy.deepcopy(certificate), **changes}
+    return {**lie, 'sha256': checksum(lie)}
+
+
+def test_verified_fast_and_as_text(certificate):
+    start = perf_counter()
+    assert verify(certificate) and verify(json.dumps(certificate))
+    assert perf_counter() - start < 1
+
+
+def test_a_tampered_certificate_is_refused_by_the_mathematics(certificate):
+    c = certificate['coefficients']
+    lower = str(Fraction(certificate['cosine']) - Fraction(1, 1000))
+    higher = str(Fraction(certificate['cosine']) + Fraction(1, 1000))
+    lies = dict(
+        negative=signed(certificate, coefficients=[*c, '-1/1000000000']),
+        negative_inside=signed(certificate, coefficients=[c[0], f'-{c[1]}', *c[2:]]),
+        cosine_too_large=signed(certificate, cosine=higher), cosine_too_small=signed(certificate, cosine=lower),
+        angle_too_small=signed(certificate, radians=str(Fraction(certificate['radians']) - Fraction(1, 10**6))),
+        other_d=signed(certificate, d=4), other_k=signed(certificate, k=9), smaller_k=signed(certificate, k=7),
+        zero=signed(certificate, coefficients=['0', *c[1:]]), no_degree=signed(certificate, coefficients=c[:1]),
+        missing_term=signed(certificate, coefficients=c[:-1]),
+        angle_of_another_turn=signed(certificate, radians=str(Fraction(certificate['radians']) + 7)))
+    assert {name: verify(lie) for name, lie in lies.items()} == dict.fromkeys(lies, False)
+
+
+def test_malformed_certificates_are_refused(certificate):
+    c = certificate['coefficients']
+    without = {k: v for k, v in certificate.items() if k != 'd'}
+    digits = Fraction(c[3])
+    ninth = str(digits + Fraction(1, 10**9))
+    lies = dict(
+        ninth_digit={**certificate, 'coefficients': [*c[:3], ninth, *c[4:]]},
+        missing_key=without, extra_key=signed(certificate, note='x'), floats=signed(certificate, cosine=.3),
+        float_coefficient=signed(certificate, coefficients=[1.0, *c[1:]]), text_k=signed(certificate, k='8'),
+        true_k=signed(certificate, k=True), decimals=signed(certificate, cosine='0.3'),
+        huge_degree=signed(certificate, coefficients=['1'] * 100_000),
+        huge_number=signed(certificate, cosine='9' * 10**6), huge_k=signed(certificate, k=10**30),
+        division_by_zero=signed(certificate, radians='1/0'), kind=signed(certificate, kind='other'),
+        a_list=[certificate], nothing=None, not_json='{"k": 8', json_null='null', number=3)
+    start = perf_counter()
+    assert {name: verify(lie) for name, lie in lies.items()} == dict.fromkeys(lies, False)
+    assert perf_counter() - start < 5
+
+
+def test_a_bound_cannot_borrow_a_certificate(certificate):
+    bound = class_margin_bound(8, 3, 'delsarte')
+    assert bound.verify()
+    assert not Bound(7, 3, bound.radians, 'delsarte', None, certificate).verify()
+    assert not Bound(8, 3, bound.radians - 1e-3, 'delsarte', None, certificate).verify()
+    assert not Bound(8, 3, 1.5, 'rankin').verify() and not Bound(4, 3, math.pi / 2, 'rankin').verify()
+    assert not Bound(8, 3, 1.3, 'fejes-toth').verify() and not Bound(8, 2, .78, 'circle').verify()
+
+
+@given(st.fractions(0, Fraction(22, 7), max_denominator=10**6))
+def test_cosine_bounds(angle):
+    mp.dps = 50
+    low, high = cosine_bounds(angle)
+    exact = mp.cos(mp.mpf(angle.numerator) / angle.denominator)
+    assert mp.mpf(low.numerator) / low.denominator <= exact + mp.mpf(10)**-45
+    assert mp.mpf(high.numerator) / high.denominator >= exact - mp.mpf(10)**-45
+    assert high - low < Fraction(1, 2**70)
+    with pytest.raises(ValueError, match='angle'): cosine_bounds(Fraction(4))

@@ -1,0 +1,138 @@
+"torch.compile and torch.export of a model with each loss, and saving what was trained."
+import pytest
+import torch
+from loss_family import FAMILY, ON_COSINES
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from largest_margins.heads import CosineLinear
+from largest_margins.losses import ArcFaceLoss, GMSoftmaxLoss
+from largest_margins.margins import class_margin, class_sample_margins, min_sample_margin, sample_margins
+from largest_margins.regularizers import zero_centroid
+
+TARGETS = torch.tensor([0, 1, 1, 3, 2])
+WEIGHT = torch.tensor([1., 2., .5, 1.])
+
+
+class Model(nn.Module):
+    "A body, the head and a loss: what a training step runs."
+
+    def __init__(self, loss, head=None):
+        super().__init__()
+        self.body, self.head, self.loss = nn.Linear(6, 3), head or CosineLinear(3, 4), loss
+
+    def forward(self, x, targets): return self.loss(self.head(self.body(x)), targets)
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    "One compiler cache for each test: it holds few versions of one function."
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+
+
+def step(model, x, targets=TARGETS, parameters=None):
+    "A loss and its gradients."
+    value = model(x, targets)
+    return value.detach(), torch.autograd.grad(value, parameters or list(model.parameters()))
+
+
+def assert_same(a, b):
+    torch.testing.assert_close(a[0], b[0], rtol=1e-5, atol=1e-5)
+    for first, second in zip(a[1], b[1], strict=True): torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('row', FAMILY, ids=repr)
+def test_a_model_with_its_loss_compiles_in_one_graph(row):
+    model, x = Model(row.make(20., range(4), weight=WEIGHT, reduction='class-mean')), torch.randn(5, 6)
+    assert_same(step(torch.compile(model, fullgraph=True, backend='aot_eager'), x, parameters=list(model.parameters())),
+                step(model, x))
+
+
+def test_one_graph_serves_every_batch_size():
+    "The last batch is smaller: no second compilation for it."
+    model = Model(ArcFaceLoss(20., weight=WEIGHT, reduction='class-mean'))
+    counter = CompileCounterWithBackend('aot_eager_decomp_partition')
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    for n in (5, 3, 4):
+        x = torch.randn(n, 6)
+        assert_same(step(compiled, x, TARGETS[:n].clone(), list(model.parameters())), step(model, x, TARGETS[:n].clone()))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize('row', FAMILY, ids=repr)
+def test_a_compiled_loss_takes_what_an_eager_head_returns(row):
+    model, x = Model(row.make(20., range(4))), torch.randn(5, 6)
+    expected = step(model, x)
+    parameters = list(model.parameters())
+    model.loss.compile(fullgraph=True, backend='aot_eager')
+    assert_same(step(model, x, parameters=parameters), expected)
+
+
+@pytest.mark.parametrize('row', ON_COSINES, ids=repr)
+def test_linear_compiles(row):
+    loss = row.make(20., range(4))
+    features, prototypes = torch.randn(5, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
+    def call(compiled):
+        value = compiled(features, prototypes, TARGETS)
+        return value.detach(), torch.autograd.grad(value, (features, prototypes))
+    assert_same(call(torch.compile(loss.linear, fullgraph=True, backend='aot_eager')), call(loss.linear))
+
+
+def test_a_compiled_model_has_the_gradient_at_tiny_angles():
+    "Where the float32 cosine is 1 the angle is known from the features, in a graph as well."
+    head = CosineLinear(3, 4).fix(torch.eye(4, 3) + torch.eye(4, 3).flip(0))
+    model = Model(ArcFaceLoss(8.), head)
+    with torch.no_grad():
+        model.body.weight.zero_()
+        model.body.bias.copy_(head.weight[0] + torch.tensor([0, 1e-4, 0]))
+    assert head(model.body(torch.zeros(1, 6)))[0, 0] > 1 - 1e-7
+    eager = step(model, torch.zeros(1, 6), TARGETS[:1])
+    compiled = step(torch.compile(model, fullgraph=True, backend='aot_eager'), torch.zeros(1, 6), TARGETS[:1],
+                    list(model.parameters()))
+    assert eager[1][1].norm() > 1e-6
+    torch.testing.assert_close(compiled[1][1], eager[1][1], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize('row', FAMILY, ids=repr)
+def test_a_model_with_its_loss_exports(row):
+    model = Model(row.make(20., range(4), weight=WEIGHT, reduction='class-mean'))
+    x, rows = torch.randn(5, 6), torch.export.Dim('rows', min=2, max=64)
+    program = torch.export.export(model, (x, TARGETS), dynamic_shapes=({0: rows}, {0: rows}))
+    torch.testing.assert_close(program.module()(x, TARGETS), model(x, TARGETS))
+    torch.testing.assert_close(program.module()(x[:3], TARGETS[:3]), model(x[:3], TARGETS[:3]))
+
+
+@pytest.mark.parametrize('fixed', [False, True])
+def test_the_model_that_predicts_exports(fixed, tmp_path):
+    head = CosineLinear(3, 4)
+    model, x = nn.Sequential(nn.Linear(6, 3), head.fix(torch.randn(4, 3)) if fixed else head), torch.randn(5, 6)
+    program = torch.export.export(model, (x,))
+    torch.export.save(program, tmp_path/'model.pt2')
+    torch.testing.assert_close(torch.export.load(tmp_path/'model.pt2').module()(x), model(x))
+
+
+def test_gm_with_numbers_for_each_sample_compiles():
+    loss, alpha = GMSoftmaxLoss(20.), torch.rand(5)
+    cosines = CosineLinear(3, 4)(torch.randn(5, 3))
+    compiled = torch.compile(loss, fullgraph=True, backend='aot_eager')
+    torch.testing.assert_close(compiled(cosines, TARGETS, alpha1=alpha), loss(cosines, TARGETS, alpha1=alpha))
+
+
+def test_margins_and_the_centroid_compile():
+    prototypes, cosines = torch.randn(4, 3), CosineLinear(3, 4)(torch.randn(5, 3))
+    for margin in (class_margin, zero_centroid):
+        compiled = torch.compile(margin, fullgraph=True, backend='aot_eager')
+        torch.testing.assert_close(compiled(prototypes), margin(prototypes))
+    for margin in (sample_margins, class_sample_margins, min_sample_margin):
+        compiled = torch.compile(margin, fullgraph=True, backend='aot_eager')
+        torch.testing.assert_close(compiled(cosines, TARGETS), margin(cosines, TARGETS))
+
+
+@pytest.mark.parametrize('row', FAMILY, ids=repr)
+def test_a_checkpoint_brings_model_and_loss_back(row, tmp_path):
+    model, x = Model(row.make(20., range(4), weight=WEIGHT)), torch.randn(5, 6)
+    torch.save(model.state_dict(), tmp_path/'model.pth')
+    other = Model(row.make(20., range(4), weight=torch.ones(4)))
+    other.load_state_dict(torch.load(tmp_path/'model.pth', weights_only=True))
+    assert torch.equal(other(x, TARGETS), model(x, TARGETS))

@@ -1,0 +1,221 @@
+"One training from a configuration to a saved result, a report, and the command line around it."
+import html
+import json
+import math
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from largest_margins.cli import compare, main
+from largest_margins.experiments import LOSSES, Configuration, Result, train
+from largest_margins.margins import class_margin, sample_margins
+from largest_margins.report import cells, report, table
+
+QUICK = Configuration(loss='cosface', epochs=2, sample_margin=.5, embedding=12)
+
+
+@pytest.fixture(scope='module')
+def result(): return train(QUICK)
+
+
+# Configurations
+
+@pytest.mark.parametrize('given,message', [
+    (dict(loss='cosfarce'), 'loss must be one of ce, focal, normface'),
+    (dict(loss='ce', scale=3.), 'scale has no meaning'),
+    (dict(loss='normface', margin=.1), 'margin has no meaning'), (dict(scale=-1.), 'scale must be'),
+    (dict(loss='arcface', margin=28.), 'margin must be'), (dict(epochs=0), 'epochs'),
+    (dict(batch_size=1), 'batch_size'),
+    (dict(embedding=2.5), 'embedding'), (dict(learning_rate=0), 'learning_rate'), (dict(ratio=.1), 'ratio'),
+    (dict(sample_margin=-.5), 'sample_margin'), (dict(zero_centroid=math.nan), 'zero_centroid'),
+    (dict(kind='x'), 'kind')])
+def test_bad_configurations(given, message):
+    with pytest.raises(ValueError, match=message): Configuration(**given)
+
+
+@pytest.mark.parametrize('given,label', [
+    (dict(loss='ce'), 'CE'), (dict(loss='ce', sample_margin=.5), 'CE + 0.5 R_sm'),
+    (dict(loss='arcface', scale=64., margin=.5), 'ArcFace s=64 m=0.5 rad'),
+    (dict(loss='lm-softmax', zero_centroid=100.), 'LM-Softmax s=20 + 100 R_w')])
+def test_labels(given, label):
+    assert Configuration(**given).label == label
+
+
+@pytest.mark.parametrize('loss', LOSSES)
+def test_every_loss_trains(loss):
+    found = train(Configuration(loss=loss, epochs=1, embedding=12, ratio=5., zero_centroid=1.))
+    assert not found.diverged and found.accuracy > 15 and 0 < found.class_margin <= found.bound
+
+
+# Results
+
+def test_the_numbers_are_those_of_the_test_split(result):
+    assert result.class_margin == pytest.approx(math.degrees(class_margin(result.prototypes)))
+    margins = sample_margins(result.cosines, result.targets)
+    assert result.mean_sample_margin == pytest.approx(margins.mean().item())
+    assert result.min_sample_margin == pytest.approx(margins.min().item())
+    assert result.accuracy == pytest.approx(100 * (margins > 0).float().mean().item())
+    assert len(result.targets) == 450 and len(result.history) == 2
+    assert result.history[-1]['mean_sample_margin'] == pytest.approx(result.mean_sample_margin, abs=1e-6)
+
+
+def test_the_same_seed_gives_the_same_numbers(result):
+    assert torch.equal(train(QUICK).cosines, result.cosines)
+    assert not torch.equal(train(replace(QUICK, seed=1)).cosines, result.cosines)
+
+
+def test_progress_is_told():
+    seen = []
+    train(QUICK, progress=lambda epoch, margins: seen.append((epoch, margins['class_margin'])))
+    assert [epoch for epoch, _ in seen] == [1, 2]
+
+
+def test_saved_and_loaded(result, tmp_path):
+    path = tmp_path/'new'/'row.pt'
+    result.save(path)
+    loaded = Result.load(path)
+    assert loaded.configuration == result.configuration and torch.equal(loaded.cosines, result.cosines)
+    assert loaded.history == result.history and [p.name for p in path.parent.iterdir()] == ['row.pt']
+
+
+class Malice:
+    def __reduce__(self): return (exec, ('raise SystemExit("harmed")',))
+
+
+@pytest.mark.parametrize('content', [b'', b'nonsense', pickle.dumps(Malice()), pickle.dumps([1])],
+                         ids=['empty', 'nonsense', 'malice', 'a list'])
+def test_what_we_did_not_write_is_not_opened(content, tmp_path):
+    (tmp_path/'x.pt').write_bytes(content)
+    with pytest.raises(ValueError, match='not a saved Result'): Result.load(tmp_path/'x.pt')
+    torch.save({'a': 1}, tmp_path/'y.pt')
+    with pytest.raises(ValueError, match='not a saved Result'): Result.load(tmp_path/'y.pt')
+
+
+def test_a_diverged_training_is_a_result(tmp_path):
+    for loss in ('ce', 'cosface'):
+        lost = train(Configuration(loss=loss, learning_rate=1e25, epochs=1))
+        assert lost.diverged and math.isnan(lost.class_margin)
+        assert cells(lost)[0].endswith('(diverged)') and '—' in cells(lost)
+        lost.save(tmp_path/'lost.pt')
+        assert Result.load(tmp_path/'lost.pt').diverged
+        report([lost], tmp_path/'lost.html')
+
+
+# Reports
+
+def test_table(result):
+    lines = table([result, replace(result, configuration=Configuration(loss='ce'))]).splitlines()
+    assert len(lines) == 3 and 'class margin°' in lines[0] and 'best possible°' in lines[0]
+    assert lines[1].startswith('CosFace s=20 m=0.1 + 0.5 R_sm') and '96.38' in lines[1]
+    assert f'{result.class_margin:.2f}' in lines[1] and len(set(map(len, lines))) == 1
+
+
+def test_report_is_one_readable_page(result, tmp_path):
+    page = report([result], tmp_path/'a'/'report.html', 'A <title>', ['a note & more'], 'the command').read_text()
+    text = html.unescape(re.sub('<[^>]+>', ' ', page))
+    assert 'A <title>' in text and 'a note & more' in text and 'the command' in text
+    assert f'{result.accuracy:.2f}' in text and 'torch' in text and 'digits' in text
+    sources = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert len(sources) == 2 and all(s.startswith('data:image/png;base64,') for s in sources)
+    assert page.count('alt="') == 2 and 'http' not in page and 'color-scheme: light dark' in page
+    assert [p.name for p in (tmp_path/'a').iterdir()] == ['report.html']
+
+
+def test_the_words_follow_the_numbers(result):
+    worse = replace(result, class_margin=result.class_margin - 1.5,
+                    mean_sample_margin=result.mean_sample_margin + .25)
+    note, = compare([result, worse])
+    assert '-1.50°' in note and '+0.250' in note and note.startswith('CosFace s=20 m=0.1:')
+
+
+# The command line
+
+def run(*argv):
+    with pytest.raises(SystemExit) as end: main([str(a) for a in argv])
+    return end.value.code
+
+
+def test_prove(capsys, tmp_path):
+    assert run('prove', 'L1', 'ME', '--quick', '--json', tmp_path/'e.json') == 0
+    out = capsys.readouterr().out
+    assert out.count('passed') == 5 and 'difference' in out and '4 of 4 checks passed' in out
+    rows = json.loads((tmp_path/'e.json').read_text())
+    assert {r['claim'] for r in rows} == {'L1', 'ME'} and all(r['passed'] for r in rows)
+
+
+def test_a_failed_check_exits_with_1(monkeypatch, capsys):
+    from largest_margins import claims as ledger
+    false = ledger.Claim('X', 'two is three', 'no', 'never', (ledger.Check('exact', lambda: (2, 3), '='),))
+    monkeypatch.setitem(ledger._LEDGER, 'X', false)
+    assert run('prove', 'X') == 1
+    assert 'FAILED' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('argv,message', [
+    (['prove', 'T9'], "unknown claim 'T9'"), (['train', '--loss', 'x'], 'loss must be one of'),
+    (['train', '--loss', 'ce', '--scale', '20'], 'scale has no meaning'),
+    (['train', '--epochs', 'many'], 'invalid int'),
+    (['train', '--dataset', 'mnist', '--data', 'nowhere'], 'train-images-idx3-ubyte'),
+    (['train', '--dataset', 'nothing'], 'neither a directory nor'), ([], 'required'), (['dance'], 'invalid choice')])
+def test_usage_errors_are_one_line_and_2(argv, message, capsys):
+    assert run(*argv) == 2
+    err = capsys.readouterr().err
+    assert message in err and 'Traceback' not in err
+    assert len([line for line in err.splitlines() if 'error' in line or line.startswith('largest-margins:')]) == 1
+
+
+def test_train_writes_table_result_and_report(tmp_path, capsys):
+    assert run('train', '--loss', 'lm-softmax', '--sample-margin', '0.5', '--epochs', '2', '--out', tmp_path) == 0
+    out = capsys.readouterr().out
+    assert 'LM-Softmax s=20 + 0.5 R_sm' in out and 'class margin°' in out and 'report:' in out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['1.pt', 'report.html']
+    assert Result.load(tmp_path/'1.pt').configuration.epochs == 2
+
+
+def test_demo(tmp_path, capsys):
+    assert run('demo', '--epochs', '3', '--out', tmp_path) == 0
+    out = capsys.readouterr().out
+    rows = [line for line in out.splitlines() if '96.38' in line]
+    assert len(rows) == 6 and sum('+ 0.5 R_sm' in row for row in rows) == 3
+    assert 'checks passed' in out and out.count('0.5 R_sm changes the class margin') == 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == [*(f'{i}.pt' for i in range(1, 7)), 'report.html']
+    results = [Result.load(tmp_path/f'{i}.pt') for i in (1, 2, 3, 4)]
+    for without, regularised in zip(results[::2], results[1::2], strict=True):
+        assert regularised.class_margin > without.class_margin
+        assert regularised.mean_sample_margin > without.mean_sample_margin
+
+
+def command(*argv, **kwargs):
+    tool = Path(sys.executable).with_name('largest-margins')
+    return subprocess.Popen([tool, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+
+
+def test_ctrl_c_keeps_the_finished_rows(tmp_path):
+    process = command('demo', '--epochs', '4', '--out', str(tmp_path))
+    deadline = time.monotonic() + 120
+    while not (tmp_path/'2.pt').exists() and time.monotonic() < deadline: time.sleep(.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and 'Traceback' not in err
+    assert 'rows complete' in out and (tmp_path/'report.html').exists()
+    assert Result.load(tmp_path/'1.pt').accuracy > 0
+
+
+def test_help_is_quick_and_prove_needs_no_fastai(tmp_path):
+    blocker = tmp_path/'sitecustomize.py'
+    blocker.write_text('import sys\nfor n in ("fastai", "matplotlib", "torchvision", "tqdm"): sys.modules[n] = None\n')
+    env = {**os.environ, 'PYTHONPATH': str(tmp_path)}
+    for argv, code, said in ((['--help'], 0, 'prove'), (['train', '--help'], 0, 'radians'),
+                             (['prove', 'ME'], 0, '1 of 1'), (['train', '--epochs', '1'], 2, 'largest_margins[fastai]')):
+        process = command(*argv, env=env, cwd=tmp_path)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == code and said in out + err and 'Traceback' not in err

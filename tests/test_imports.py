@@ -1,0 +1,32 @@
+"What importing a theory or loss module loads: torch, numpy, scipy, and no training library."
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HEAVY = {'fastai', 'fastcore', 'matplotlib', 'torchvision', 'timm', 'PIL', 'sklearn', 'joblib', 'pandas', 'IPython',
+         'nbdev'}
+PACKAGE = Path(__file__).parent.parent/'largest_margins'
+TRAINING = {'data', 'plots', 'callbacks', 'learner', 'experiments', 'report', 'cli', 'reid', 'verification', 'all'}
+LIGHT = sorted({p.stem for p in PACKAGE.glob('*.py') if not p.stem.startswith('_')} - TRAINING)
+
+
+def loaded(modules):
+    "The top-level names that `python -X importtime -c 'import …'` reports."
+    wanted = ', '.join(f'largest_margins.{module}' for module in modules)
+    done = subprocess.run([sys.executable, '-X', 'importtime', '-c', f'import {wanted}'],
+                          capture_output=True, text=True, check=True)
+    lines = [line.split('|')[-1].strip() for line in done.stderr.splitlines() if line.startswith('import time:')]
+    return {name.split('.')[0] for name in lines}
+
+
+@pytest.mark.parametrize('modules', [['losses'], LIGHT], ids=['losses', 'theory and losses'])
+def test_no_training_library_is_loaded(modules):
+    names = loaded(modules)
+    assert {'largest_margins', 'torch'} <= names
+    assert not names & HEAVY
+
+
+def test_the_core_is_among_them():
+    assert {'margins', 'reduction', 'losses', 'heads', 'regularizers'} <= set(LIGHT)
