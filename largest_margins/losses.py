@@ -55,7 +55,7 @@ class ClassificationLoss(nn.Module):
         by_class: bool = True,  # whether the class weights count
     ) -> Tensor:  # a_i, [N]
         "The weight of each sample in the sums."
-        ones = torch.ones(len(targets), dtype=dtype, device=targets.device)
+        ones = torch.ones_like(targets, dtype=dtype)
         weighted = by_class and self.weight is not None
         weights = self.weight.to(dtype)[targets] if weighted else ones
         if self.reduction != 'class-mean': return weights
@@ -272,12 +272,13 @@ def through_angle(
     resolution: float,  # the distance of 1 to the next smaller cosine
 ) -> Tensor:  # curve(arccos(cosine)), [N]
     "A curve of the angle as a curve of the cosine, finite in value and slope at ±1."
-    inside = 1 - resolution
+    inside, dtype, cosine = 1 - resolution, cosine.dtype, cosine.double()
     nearest = cosine.detach().clamp(-inside, inside) + (cosine - cosine.detach())
     inner = torch.where(cosine.abs() > inside, nearest, cosine)
     value = curve(angle_from_cosine(inner))
     exact = curve(angle_from_cosine(cosine.detach().clamp(-1, 1)))
-    return value + torch.where(cosine.abs() > inside, exact - value.detach(), 0)
+    outside = torch.where(cosine.abs() > inside, exact - value.detach(), 0)
+    return (value + outside).to(dtype)
 
 # %% ../nbs/losses/12_losses.ipynb #b2b031b3
 class CombinedMarginLoss(MarginSoftmaxLoss):
@@ -517,7 +518,7 @@ class LMSoftmaxLoss(MarginSoftmaxLoss):
             return super().aggregate(losses, targets, num_classes)
         weights = self.sample_weights(targets, num_classes, losses.dtype)
         if self.reduction != 'sum':
-            weights = weights * (len(weights) / _or_one(weights.sum()))
+            weights = weights * (weights.shape[0] / _or_one(weights.sum()))
         some = weights.sum() > 0
         logs = torch.where(some, weights, 1).log() + self.scale * losses
         return torch.where(some, logs.logsumexp(0) / self.scale, 0)
@@ -535,8 +536,8 @@ class SampleMarginLoss(ClassificationLoss):
         targets: Tensor,  # class of each sample, integers in 0..k−1, [N]
     ) -> Tensor:  # in [−2, 2], [] (or [N] for reduction='none')
         "The negative sample margins, reduced over the batch."
-        self.check_classes(cosines.shape[1])
         losses = -sample_margins(cosines, targets)
+        self.check_classes(cosines.shape[1])
         return self.aggregate(losses, plain(targets).long(), cosines.shape[1])
 
     def linear(

@@ -130,11 +130,11 @@ def _check(scores, targets, name):
     if not isinstance(targets, Tensor) or targets.dtype not in _INTEGERS:
         raise TypeError('targets must be an integer tensor [N] of class indices, got '
                         f'{getattr(targets, "dtype", type(targets).__name__)}')
-    if scores.ndim != 2 or len(scores) < 1 or scores.shape[1] < 2:
+    if scores.ndim != 2 or scores.shape[0] < 1 or scores.shape[1] < 2:
         raise ValueError(f'{name} must be [N, k] with N ≥ 1 and k ≥ 2, '
                          f'got shape {tuple(scores.shape)}')
     if targets.shape != scores.shape[:1]:
-        raise ValueError(f'targets must be [N] with N = {len(scores)}, '
+        raise ValueError(f'targets must be [N] with N = {scores.shape[0]}, '
                          f'got shape {tuple(targets.shape)}')
     if values_are_cheap(targets):
         low, high = targets.aminmax()

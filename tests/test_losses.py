@@ -524,7 +524,8 @@ def test_values_of_pytorch_metric_learning(name):
     with torch.no_grad(): theirs.W.copy_(prototypes.T)
     angles = CosineLinear(6, 5).fix(prototypes)(features).gather(1, targets[:, None]).acos()
     assert angles.max() < math.pi - .4
-    assert ours.linear(features, prototypes, targets).item() == pytest.approx(theirs(features, targets).item(), rel=1e-5)
+    value = ours.linear(features, prototypes, targets)
+    assert value.item() == pytest.approx(theirs(features, targets).item(), rel=1e-5)
 
 
 # --- symmetry and every shape ---
