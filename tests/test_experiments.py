@@ -215,7 +215,8 @@ def test_help_is_quick_and_prove_needs_no_fastai(tmp_path):
     blocker.write_text('import sys\nfor n in ("fastai", "matplotlib", "torchvision", "tqdm"): sys.modules[n] = None\n')
     env = {**os.environ, 'PYTHONPATH': str(tmp_path)}
     for argv, code, said in ((['--help'], 0, 'prove'), (['train', '--help'], 0, 'radians'),
-                             (['prove', 'ME'], 0, '1 of 1'), (['train', '--epochs', '1'], 2, 'largest_margins[fastai]')):
+                             (['prove', 'ME'], 0, '1 of 1'),
+                             (['train', '--epochs', '1'], 2, 'largest_margins[fastai]')):
         process = command(*argv, env=env, cwd=tmp_path)
         out, err = process.communicate(timeout=60)
         assert process.returncode == code and said in out + err and 'Traceback' not in err
