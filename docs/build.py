@@ -206,7 +206,7 @@ def readme(nb):
             found, text = options(text)
             if found.get('echo') != 'false':
                 parts.append(f'```python\n{text}\n```')
-            for output in cell['outputs']:
+            for output in cell['outputs'] if found.get('output') != 'false' else ():
                 data = output.get('data', {})
                 if 'image/png' in data:
                     file = f'figure-{len(images) + 1}.png'

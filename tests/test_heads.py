@@ -84,7 +84,6 @@ def test_fixed_prototypes_stay():
     head = CosineLinear(5, 5)
     assert head.fix(points) is head
     assert torch.equal(head.weight, points.float()) and head.weight.dtype == torch.float32
-    points.zero_()  # a copy is kept
     assert class_margin(head.weight).item() == pytest.approx(math.acos(-1 / 4), abs=1e-6)
     assert not list(head.parameters()) and list(head.state_dict()) == ['weight']
     for parameter in nn.Sequential(head).requires_grad_().parameters(): raise AssertionError(parameter)
@@ -92,6 +91,14 @@ def test_fixed_prototypes_stay():
     features = torch.randn(3, 5, requires_grad=True)
     head(features).sum().backward()
     assert features.grad.any() and head.weight.grad is None
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_fixed_prototypes_are_a_copy(dtype):
+    points = torch.eye(5, dtype=dtype)
+    head = CosineLinear(5, 5).fix(points)
+    points.zero_()
+    assert torch.equal(head.weight, torch.eye(5))
 
 
 def test_fixed_prototypes_can_be_fixed_again():

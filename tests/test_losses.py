@@ -451,6 +451,18 @@ def test_losses_far_below_rounding_are_exact():
     assert cosines.grad[0, 0].item() == pytest.approx(-20 * math.exp(-40), rel=1e-5)
 
 
+@pytest.mark.parametrize('gamma', [0., .5, 2.])
+def test_focal_loss_of_a_certain_sample_is_exact(gamma):
+    "p rounds to 1: where (1 − p)^γ is formed from p, the value is 0 and for γ < 1 the slope is NaN."
+    logits = torch.tensor([[60., 0.]], requires_grad=True)
+    loss = FocalLoss(gamma)(logits, torch.tensor([0]))
+    expected = math.exp(-60 * (1 + gamma))  # (1 − p)^γ · (1 − p)
+    assert loss.item() == pytest.approx(expected, rel=1e-4, abs=1e-44)
+    loss.backward()
+    slope = (1 + gamma) * expected
+    assert logits.grad[0].tolist() == pytest.approx([-slope, slope], rel=1e-4, abs=1e-44)
+
+
 # --- limits ---
 
 LIMITS = {

@@ -164,6 +164,15 @@ def test_tied_wrong_classes_share_the_gradient():
     assert cosines.grad.tolist() == [[1, -.5, -.5, 0]]
 
 
+def test_the_own_cosine_is_no_rival():
+    "Not even where all others are at −1."
+    cosines = torch.tensor([[1., -1.], [-1., -1.]], requires_grad=True)
+    margins = sample_margins(cosines, torch.tensor([0, 1]))
+    margins.sum().backward()
+    assert margins.tolist() == [2, 0]
+    assert cosines.grad.tolist() == [[1, -1], [-1, 1]]
+
+
 # --- norms ---
 
 @pytest.mark.parametrize('dtype, norm', NORMS, ids=str)
