@@ -54,12 +54,17 @@ def run(
     out: Path,  # directory for results and report
     title: str,  # of the report
     notes=lambda results: [],  # what to say about the results, below the table
+    threads: int | None = None,  # of the CPU; None leaves it to torch
 ) -> int:  # 0, or 130 after Ctrl-C
     "Train the configurations one after the other, print the table, write the report."
     from largest_margins.data import load
     from largest_margins.experiments import train
     from largest_margins.report import report, table
+    from torch import set_num_threads
     from tqdm import tqdm
+    if threads is not None:
+        if threads < 1: raise ValueError(f'threads must be ≥ 1, got {threads}')
+        set_num_threads(threads)
     first, results, stopped = configurations[0], [], False
     data = load(first.dataset, first.data, first.download)
     bar = tqdm(total=sum(c.epochs for c in configurations), unit='epoch',
@@ -94,7 +99,7 @@ def train_command(
     from largest_margins.experiments import Configuration
     given = {f.name: getattr(args, f.name) for f in fields(Configuration)}
     c = Configuration(**{k: v for k, v in given.items() if v is not None})
-    return run([c], Path(args.out), c.label)
+    return run([c], Path(args.out), c.label, threads=args.threads)
 
 
 def demo_command(
@@ -111,7 +116,7 @@ def demo_command(
     failed = prove_command(argparse.Namespace(ids=None, quick=True, json=None))
     print(f'\nSix trainings on {args.dataset}:\n')
     code = run(configurations, Path(args.out), 'Learning towards the largest margins',
-               compare)
+               compare, args.threads)
     print(f'{time.perf_counter() - start:.0f} seconds in all')
     return code or failed
 
@@ -146,7 +151,7 @@ def parser() -> argparse.ArgumentParser:
     p.set_defaults(run=prove_command)
 
     p = commands.add_parser('train', help='train one configuration')
-    _data_arguments(p, 'runs/train')
+    _data_arguments(p, 'runs/train', threads=None)
     p.add_argument('--loss', default='cosface', metavar='NAME',
                    help='ce, focal, normface, cosface, arcface, sphereface, ldam, '
                    'lm-softmax, lm-softmax-logsumexp or sample-margin; default cosface')
@@ -171,12 +176,12 @@ def parser() -> argparse.ArgumentParser:
     p.set_defaults(run=train_command)
 
     p = commands.add_parser('demo', help='quick proofs and six trainings')
-    _data_arguments(p, 'runs/demo')
+    _data_arguments(p, 'runs/demo', threads=1)
     p.set_defaults(run=demo_command)
     return top
 
 
-def _data_arguments(p, out):
+def _data_arguments(p, out, threads):
     "What training commands have in common."
     p.add_argument('--dataset', default='digits', metavar='NAME',
                    help='digits, mnist_5k, fashion_mnist, mnist, cifar10, cifar100, or '
@@ -187,6 +192,9 @@ def _data_arguments(p, out):
     p.add_argument('--seed', type=int, default=0, metavar='N', help='default 0')
     p.add_argument('--out', default=out, metavar='DIR',
                    help=f'where results and report.html go; default {out}')
+    p.add_argument('--threads', type=int, default=threads, metavar='N',
+                   help='of the CPU; one is best for images of a few pixels; default '
+                   f'{threads or "what torch takes"}')
 
 
 def main(
