@@ -72,46 +72,61 @@ def cosine_bounds(
         total += term
     return min(total, total - term), max(total, total - term)
 
-# %% ../nbs/theory/04_certificates.ipynb #fb23da7e
-_KEYS = {'kind', 'k', 'd', 'cosine', 'radians', 'coefficients', 'sha256'}
+# %% ../nbs/theory/04_certificates.ipynb #538e8821
+_MALFORMED = (TypeError, ValueError, LookupError, RecursionError, ZeroDivisionError)
 
 
 def verify(
     certificate: dict | str,  # as a dict or as JSON text
-) -> bool:  # True only if the bound is proved
-    "Check exactly that no `k` points in `d` dimensions are more than `radians` apart."
+) -> bool:  # True only if what the certificate states is proved
+    "Check a certificate in exact arithmetic, by the proof that its `kind` stands for."
     try:
         if isinstance(certificate, str): certificate = json.loads(certificate)
-        k, d, cosine, radians, coefficients = _read(certificate)
-    except (TypeError, ValueError, RecursionError, ZeroDivisionError): return False
-    return (certificate['sha256'] == checksum(certificate)
-            and coefficients[0] > 0 and min(coefficients) >= 0
-            and (k - 1) * coefficients[0] <= sum(coefficients) < k * coefficients[0]
+        proves = _KINDS[certificate['kind']]
+        return certificate['sha256'] == checksum(certificate) and proves(certificate)
+    except _MALFORMED: return False
+
+
+def _delsarte(certificate):
+    "No `k` points in `d` dimensions are more than `radians` apart."
+    _only(certificate, 'k', 'd', 'cosine', 'radians', 'coefficients')
+    k, d = (_size(certificate[key]) for key in 'kd')
+    cosine, radians = map(_fraction, (certificate['cosine'], certificate['radians']))
+    c = _fractions(certificate['coefficients'], _DEGREE + 1)
+    return (c[0] > 0 and min(c) >= 0 and (k - 1) * c[0] <= sum(c) < k * c[0]
             and -1 < cosine < 1 and 0 <= radians <= Fraction(22, 7)
             and cosine_bounds(radians)[1] <= cosine
-            and _nowhere_positive(_powers(d, coefficients), Fraction(-1), cosine))
+            and _nowhere_positive(_powers(d, c), Fraction(-1), cosine))
+
+
+_KINDS = {'delsarte': _delsarte}
 
 # %% ../nbs/theory/04_certificates.ipynb #8310354b
 _FRACTION = re.compile(r'-?[0-9]{1,400}(/[0-9]{1,400})?')
 _DEGREE = 64  # the largest degree that is looked at
 
 
-def _read(certificate):
-    "The numbers of a certificate; ValueError for anything out of form."
-    if not isinstance(certificate, dict) or set(certificate) != _KEYS:
-        raise ValueError(f'a certificate is a dict with the keys {sorted(_KEYS)}')
-    k, d, coefficients = (certificate[key] for key in ('k', 'd', 'coefficients'))
-    if certificate['kind'] != 'delsarte': raise ValueError("kind must be 'delsarte'")
-    for size in (k, d):
-        if type(size) is not int or not 2 <= size <= 10**9:
-            raise ValueError(f'k and d must be integers from 2 to 10⁹, got {size!r}')
-    if not isinstance(coefficients, list) or not 2 <= len(coefficients) <= _DEGREE + 1:
-        raise ValueError(f'coefficients must be a list of 2 to {_DEGREE + 1} fractions')
-    numbers = [certificate['cosine'], certificate['radians'], *coefficients]
-    if not all(isinstance(x, str) and _FRACTION.fullmatch(x) for x in numbers):
-        raise ValueError("numbers must be strings like '-1/3', of at most 400 digits")
-    cosine, radians, *coefficients = map(Fraction, numbers)
-    return k, d, cosine, radians, coefficients
+def _only(certificate, *keys):
+    if set(certificate) != {'kind', 'sha256', *keys}:
+        raise ValueError(f'the keys must be kind, sha256, {", ".join(keys)}')
+
+
+def _size(value):
+    if type(value) is not int or not 2 <= value <= 10**9:
+        raise ValueError(f'a size must be an integer from 2 to 10⁹, got {value!r}')
+    return value
+
+
+def _fraction(text):
+    if not isinstance(text, str) or not _FRACTION.fullmatch(text):
+        raise ValueError("a number must be a string like '-1/3', of at most 400 digits")
+    return Fraction(text)
+
+
+def _fractions(texts, most):
+    if not isinstance(texts, list) or not 2 <= len(texts) <= most:
+        raise ValueError(f'there must be a list of 2 to {most} numbers')
+    return [_fraction(text) for text in texts]
 
 
 def checksum(
@@ -120,3 +135,30 @@ def checksum(
     "SHA-256 of the certificate's content, as JSON with sorted keys."
     content = {key: value for key, value in certificate.items() if key != 'sha256'}
     return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+# %% ../nbs/theory/04_certificates.ipynb #bf5de6e0
+_ENTRIES = 10**6  # of a hull's points that are looked at
+
+
+def _hull(certificate):
+    "Row `target` of `points` is `lower` to `upper` away from the others' convex hull."
+    _only(certificate, 'points', 'target', 'weights', 'direction', 'lower', 'upper')
+    points, y = certificate['points'], certificate['target']
+    k, d = len(points), len(points[0])
+    if k * d > _ENTRIES or type(y) is not int or not 0 <= y < k: return False
+    v, weights = (_fractions(certificate[key], _ENTRIES) for key in
+                  ('direction', 'weights'))
+    points = [_fractions(row, d) for row in points]
+    if {len(row) for row in points} != {len(v)} or len(weights) != k: return False
+    lower, upper = map(_fraction, (certificate['lower'], certificate['upper']))
+    if min(weights) < 0 or weights[y] or sum(weights) != 1: return False
+    apart = [w - sum(x * c for x, c in zip(weights, column) if x)
+             for w, column in zip(points[y], zip(*points))]
+    lead = min(sum((a - b) * c for a, b, c in zip(points[y], row, v))
+               for j, row in enumerate(points) if j != y)
+    return (0 <= lower <= upper and sum(x * x for x in apart) <= upper * upper
+            and (lower == 0 or lead > 0
+                 and lead * lead >= lower * lower * sum(x * x for x in v)))
+
+
+_KINDS['hull'] = _hull
