@@ -8,10 +8,12 @@ Docs: https://largest-margins.github.io/largest-margins/theory/lm_softmax.html.m
 __all__ = ['on_circle', 'annealed', 'lm_sandwich', 'lm_certified', 'lm_boundary', 'lm_repair', 'lm_optimised', 'je_optimised',
            'je_exact', 'je_boundary']
 
-# %% ../nbs/theory/10_lm_softmax.ipynb #fc5ba568
+# %% ../nbs/theory/10_lm_softmax.ipynb #3a244157
 import math
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from .claims import Check, Claim, descend, register
@@ -25,24 +27,31 @@ _STACKED = torch.tensor([0, 0, 0, 0, 0, 1, 2, 3], dtype=torch.float64) * (math.p
 
 
 def on_circle(
-    angles: torch.Tensor,  # of the prototypes, radians, [k]
+    angles: Tensor,  # of the prototypes, radians, [k]
 ) -> tuple:  # cosines [k, k] and targets [k], with features at their prototypes
     "What a loss sees of prototypes on the circle."
     return (angles[:, None] - angles).cos(), torch.arange(len(angles))
 
-# %% ../nbs/theory/10_lm_softmax.ipynb #2a3e9613
+# %% ../nbs/theory/10_lm_softmax.ipynb #cd429523
 def annealed(
-    loss: torch.nn.Module,  # with a settable scale
+    loss: torch.nn.Module,  # of cosines [k, k] and targets [k], with a settable scale
     k: int,  # number of classes, with one sample each
     d: int,  # dimension
     scales: tuple[float, ...],  # in turn, each from where the last one ended
     seed: int = 0,  # of the random start
-) -> tuple:  # value of the loss, prototypes, features
+    *,
+    log: bool = False,  # go down log(loss), whose gradient does not vanish
+    penalty: Callable[[Tensor], Tensor] = lambda W: 0.,  # of the prototypes
+) -> tuple:  # value of the objective, prototypes, features
     "Where free prototypes and features end as a loss's scale is raised."
     torch.manual_seed(seed)
     targets, (W, Z) = torch.arange(k), torch.randn(2, k, d, dtype=torch.float64)
+
+    def objective(W, Z):
+        value = loss(Z @ W.T, targets)
+        return (value.log() / loss.scale if log else value) + penalty(W)
     for loss.scale in scales:
-        value, W, Z = descend(lambda W, Z: loss(Z @ W.T, targets), W, Z)
+        value, W, Z = descend(objective, W, Z, iterations=3000)
     return value, W, Z
 
 # %% ../nbs/theory/10_lm_softmax.ipynb #70c9cf97
