@@ -156,9 +156,9 @@ def _hull(certificate):
              for w, column in zip(points[y], zip(*points))]
     lead = min(sum((a - b) * c for a, b, c in zip(points[y], row, v))
                for j, row in enumerate(points) if j != y)
+    square = sum(x * x for x in v)
     return (0 <= lower <= upper and sum(x * x for x in apart) <= upper * upper
-            and (lower == 0 or lead > 0
-                 and lead * lead >= lower * lower * sum(x * x for x in v)))
+            and (lower == 0 or (lead > 0 and lead * lead >= lower * lower * square)))
 
 
 _KINDS['hull'] = _hull

@@ -82,7 +82,7 @@ from torch import Tensor
 from .bounds import class_margin_bound
 from .margins import class_margin
 
-# %% ../nbs/theory/03_packing.ipynb #f50036d4
+# %% ../nbs/theory/03_packing.ipynb #063aabbb
 _PAIRS = 2**18  # pairs in memory at a time
 
 
@@ -113,8 +113,9 @@ def _log_energy(points, p):
         gradient[a + n:] += terms[:, n:].T @ rows
     return (top + math.log(total)) / p, gradient * (2 / total)
 
-# %% ../nbs/theory/03_packing.ipynb #a4967759
+# %% ../nbs/theory/03_packing.ipynb #6fa38346
 _EXPONENTS = 2, 8, 40, 200, 1000, 5000
+_FIRST = 0, 3, 1, 3, 2, 3  # which exponent starts begin with, in turn
 
 
 class _TimeIsUp(Exception): pass
@@ -141,7 +142,7 @@ def _descend(points, p, iterations, deadline):
     except _TimeIsUp: return latest
     return _normalised(found.x.reshape(points.shape)), found.fun
 
-# %% ../nbs/theory/03_packing.ipynb #174fa52c
+# %% ../nbs/theory/03_packing.ipynb #0ae2b089
 def _close_pairs(points, slack):
     "Pairs i < j whose cosine is within `slack` of the largest, and these cosines."
     k, size = len(points), max(1, _PAIRS // len(points))
@@ -192,7 +193,7 @@ def _lift(points, deadline, steps=60, radius=.01):
         if promised < 1e-11 or radius < 1e-10 or time.monotonic() > deadline: break
     return points
 
-# %% ../nbs/theory/03_packing.ipynb #2564b7d9
+# %% ../nbs/theory/03_packing.ipynb #874d3e85
 def _equalise(points, slack, deadline, steps=12):
     "Gauss–Newton on the equations that all contacts have the same cosine."
     (k, d), best, top = points.shape, points, _largest_cosine(points)
@@ -225,7 +226,7 @@ def _polish(points, deadline):
         points = _equalise(points, slack, deadline)
     return points
 
-# %% ../nbs/theory/03_packing.ipynb #473dcb38
+# %% ../nbs/theory/03_packing.ipynb #ffbac83b
 @dataclass(frozen=True, eq=False)
 class Packing:
     "Points on the sphere that are far apart, and how far they could be at best."
@@ -263,13 +264,13 @@ class Packing:
         margin, bound = math.degrees(self.class_margin), math.degrees(self.bound)
         return f'Packing(k={k}, d={d}, class margin {margin:.6f}° ≤ {bound:.6f}°)'
 
-# %% ../nbs/theory/03_packing.ipynb #bc89c1a3
+# %% ../nbs/theory/03_packing.ipynb #1d3fb0c6
 def best_packing(
     k: int,  # number of points, ≥ 2
     d: int,  # dimension, ≥ 2
     *,
     seed: int = 0,  # the same seed gives the same points
-    starts: int | None = None,  # random starts at most; None: by size, up to 64
+    starts: int | None = None,  # random starts at most; None: by size, up to 400
     seconds: float | None = None,  # stop after about this long with the best so far
     progress: Callable[[int, int, float], None] | None = None,  # told after each start
 ) -> Packing:  # the points, their class margin, a rigorous bound, and the gap
@@ -281,7 +282,7 @@ def best_packing(
     if seconds is not None and not seconds > 0:
         raise ValueError(f'seconds must be > 0 or None, got {seconds!r}')
     if (points := _closed_form(k, d)) is not None: return Packing(points, bound)
-    starts = starts or min(64, max(1, 2_000_000 // (k * k * d)))
+    starts = starts or min(40 if d > 3 else 400, max(1, 2_000_000 // (k * k * d)))
     rng = np.random.default_rng(seed)
     points = _search(k, d, rng, starts, deadline, bound, progress)
     return Packing(torch.from_numpy(points), bound)
@@ -303,7 +304,7 @@ def _search(k, d, rng, starts, deadline, bound, progress):
     best, top, ends, energies = None, 2., [], {p: [] for p in _EXPONENTS}
     for m in range(1, starts + 1):
         points, known = _normalised(rng.standard_normal((k, d))), False
-        first = (m - 1) % 4 if k * d <= 10_000 else 2
+        first = _FIRST[(m - 1) % 6] if k * d <= 10_000 else 2
         for n, p in enumerate(_EXPONENTS[first:], first):
             now = time.monotonic()
             until = now + (deadline - now) / (len(_EXPONENTS) - n)
@@ -325,7 +326,7 @@ def _search(k, d, rng, starts, deadline, bound, progress):
         if all_seen or attained or time.monotonic() > deadline: break
     return _release(best)
 
-# %% ../nbs/theory/03_packing.ipynb #379f8db5
+# %% ../nbs/theory/03_packing.ipynb #91147f28
 def _release(points):
     "Move each point that its contacts do not hold to where it has none."
     for _ in range(len(points)):
@@ -348,7 +349,7 @@ def _release(points):
         else: break
     return points
 
-# %% ../nbs/theory/06_sample_margins.ipynb #0fc1f1a7
+# %% ../nbs/theory/06_sample_margins.ipynb #b8cb78df
 from fractions import Fraction
 
 import numpy as np
@@ -359,7 +360,7 @@ from torch import Tensor
 from .certificates import checksum
 from .margins import check_prototypes, unit_rows
 
-# %% ../nbs/theory/06_sample_margins.ipynb #1a7e0630
+# %% ../nbs/theory/06_sample_margins.ipynb #e3417d71
 def _hull_weights(points, y):
     "The weights of the point nearest to row y in the convex hull of the other rows."
     others = np.delete(points, y, 0) - points[y]
@@ -381,7 +382,7 @@ def largest_sample_margins(
         if margins[y] > 1e-12: features[y] = away / margins[y]
     return torch.from_numpy(features), torch.from_numpy(margins)
 
-# %% ../nbs/theory/06_sample_margins.ipynb #1c7ab3fb
+# %% ../nbs/theory/06_sample_margins.ipynb #fe731a9f
 def sample_margin_certificate(
     prototypes: Tensor,  # one row for each class, of any norm, [k, d], k ≥ 2
     target: int,  # the class, 0 … k − 1

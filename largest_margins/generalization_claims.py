@@ -16,7 +16,7 @@ from scipy.optimize import minimize
 
 from .claims import Check, Claim, register
 
-# %% ../nbs/theory/12_generalization.ipynb #7b0fa8c7
+# %% ../nbs/theory/12_generalization.ipynb #8856683d
 def balanced_error_bound(
     margins,  # γ_j of each class, > 0 and at most 2, [k]
     class_counts,  # training samples of each class, n_j ≥ 1, [k]
@@ -40,7 +40,7 @@ def balanced_error_bound(
     return float(np.mean(below + 4 * k * radius / (margins * np.sqrt(n))
                          + spread + chance))
 
-# %% ../nbs/theory/12_generalization.ipynb #f161a02d
+# %% ../nbs/theory/12_generalization.ipynb #40a51810
 def shared(
     class_counts,  # n_j, [k]
     exponent: float,  # p in γ_j ∝ n_j^−p
@@ -50,7 +50,7 @@ def shared(
     margins = n**-exponent / (n**-exponent).sum()
     return float((1 / (margins * np.sqrt(n))).sum())
 
-# %% ../nbs/theory/12_generalization.ipynb #cf2e0a7b
+# %% ../nbs/theory/12_generalization.ipynb #992b70b3
 def gb_exact(power=1):
     "How far (Σγ)(Σ1/(γ√n)) is below (Σ n^−¼)², or off it for LDAM's margins; and 0."
     excess = []

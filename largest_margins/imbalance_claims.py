@@ -23,7 +23,7 @@ from .losses import GMSoftmaxLoss, LMSoftmaxLoss, NormFaceLoss
 from .margins import class_margin
 from .regularizers import zero_centroid
 
-# %% ../nbs/theory/11_imbalance.ipynb #976c4e06
+# %% ../nbs/theory/11_imbalance.ipynb #9614bd1d
 def shares(
     k: int,  # number of classes
     ratio: float,  # samples of the most frequent class over those of the rarest
@@ -52,7 +52,7 @@ def ends(
              for seed in range(seeds)]
     return min(found, key=lambda f: f[0])[1]
 
-# %% ../nbs/theory/11_imbalance.ipynb #ec4f7812
+# %% ../nbs/theory/11_imbalance.ipynb #d55f389f
 def class_mean_ends(
     loss: torch.nn.Module,  # its reduction is what is tested
     kind: str = 'long-tailed',  # or 'step'
@@ -69,7 +69,7 @@ def class_mean_ends(
     _, W, _ = descend(lambda W, Z: loss(Z @ W.T, targets), W, Z, iterations=3000)
     return class_margin(W).rad2deg().item()
 
-# %% ../nbs/theory/11_imbalance.ipynb #06fea080
+# %% ../nbs/theory/11_imbalance.ipynb #0e8c389b
 def t8_exact(sign=-1):
     "The largest |Σ_{j≠y} w_j·z + w_y·z| on rational points of sum zero, and 0."
     worst = Fraction(0)
@@ -113,7 +113,7 @@ register(Claim(
      Check('boundary', t8_boundary_lambda, '<'),
      Check('boundary', t8_boundary_alpha, '<'))))
 
-# %% ../nbs/theory/11_imbalance.ipynb #c69faa14
+# %% ../nbs/theory/11_imbalance.ipynb #92605908
 def t5b_exact(weight=lambda n, k, N: Fraction(1, k * n)):
     "The largest error of T5's identity, Σ v_i ‖a·w_y − b·S‖² with weights v_i, and 0."
     worst, random = Fraction(0), Random(0)

@@ -18,7 +18,7 @@ from .claims import (
 from .losses import LMSoftmaxLoss, SampleMarginLoss
 from .margins import class_margin
 
-# %% ../nbs/theory/09_sample_margin_loss.ipynb #a22092aa
+# %% ../nbs/theory/09_sample_margin_loss.ipynb #a5bd044b
 def sharpen(
     weight: torch.Tensor,  # share of each class in the mean, ≥ 0, [k]
     W: torch.Tensor,  # prototypes to begin with, [k, d]
@@ -27,13 +27,13 @@ def sharpen(
 ) -> tuple:  # mean R_sm, prototypes, features
     "Free prototypes and features that minimise the mean of R_sm."
     targets = torch.arange(len(W))
-    for s in scales:
-        loss = LMSoftmaxLoss(s, weight=weight.double())
+    loss = LMSoftmaxLoss(weight=weight.double())
+    for loss.scale in scales:
         _, W, Z = descend(lambda W, Z: loss(Z @ W.T, targets), W, Z)
     loss = SampleMarginLoss(weight=weight.double())
     return loss(Z @ W.T, targets).item(), W, Z
 
-# %% ../nbs/theory/09_sample_margin_loss.ipynb #f5aa4764
+# %% ../nbs/theory/09_sample_margin_loss.ipynb #eeb0665e
 def me_exact():
     "The smallest (mean − min) of rational margins, which is not negative."
     least = []

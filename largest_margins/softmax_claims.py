@@ -19,7 +19,7 @@ from .claims import Check, Claim, register
 from .codes import best_packing
 from .margins import class_margin, unit_rows
 
-# %% ../nbs/theory/07_softmax.ipynb #46adb9a0
+# %% ../nbs/theory/07_softmax.ipynb #87c3be4e
 def prototypes_with_class_margin(
     k: int,  # number of classes, ≥ 2
     d: int,  # dimension, ≥ 2
@@ -40,7 +40,7 @@ def prototypes_with_class_margin(
         low, high = (t, high) if class_margin(moved) > margin else (low, t)
     return moved
 
-# %% ../nbs/theory/07_softmax.ipynb #1c193867
+# %% ../nbs/theory/07_softmax.ipynb #23139136
 def t4_exact(sign=-1):
     "The limit of log(1 + (k−1) e^{−r(1−cos ε)}) for long features, and 0."
     import sympy

@@ -1,0 +1,125 @@
+"Best packings against tables, closed forms and bounds; what they promise about time, memory and seeds."
+import math
+import time
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+
+from largest_margins import codes
+from largest_margins.bounds import class_margin_bound
+from largest_margins.codes import Packing, best_packing, log_riesz_energy
+from largest_margins.margins import class_margin, unit_rows
+
+SLOANE = {  # degrees, three dimensions (Sloane, Hardin, Smith: Tables of spherical codes)
+    4: 109.4712206, 5: 90, 6: 90, 7: 77.8695422, 8: 74.8584922, 9: 70.5287794, 10: 66.1468220, 11: 63.4349488,
+    12: 63.4349488, 13: 57.1367031, 14: 55.6705700, 15: 53.6578501, 16: 52.2443957, 17: 51.0903285, 18: 49.5566548,
+    19: 47.6919141, 20: 47.4310362, 21: 45.6132231, 22: 44.7401612, 23: 43.7099642, 24: 43.6907671, 25: 41.6344612,
+    26: 41.0376616, 27: 40.6776007, 28: 39.3551436, 29: 38.7136512, 30: 38.5971159, 31: 37.7098291, 32: 37.4752140}
+
+
+@pytest.mark.parametrize('k', SLOANE)
+def test_every_value_of_the_table(k):
+    packing = best_packing(k, 3)
+    assert math.degrees(packing.class_margin) == pytest.approx(SLOANE[k], abs=1.5e-7)
+    assert 0 <= packing.gap == packing.bound - packing.class_margin or packing.gap == 0
+
+
+EXACT = [(8, 3, (math.sqrt(8) - 1) / 7), (9, 3, 1 / 3), (12, 3, 1 / math.sqrt(5)), (10, 4, 1 / 6), (24, 4, .5),
+         (120, 4, (1 + math.sqrt(5)) / 4), (16, 5, .2), (27, 6, .25), (56, 7, 1 / 3), (240, 8, .5)]
+
+
+@pytest.mark.parametrize('k,d,cosine', EXACT)
+def test_proven_and_famous_optima(k, d, cosine):
+    packing = best_packing(k, d)
+    W = packing.points
+    assert W.shape == (k, d) and W.dtype == torch.float64
+    assert (W.norm(dim=1) - 1).abs().max() < 1e-14
+    assert abs(math.degrees(packing.class_margin) - math.degrees(math.acos(cosine))) < 1e-9
+    largest = (W @ W.T).fill_diagonal_(-2).max().item()
+    assert abs(largest - cosine) < 1e-12
+
+
+@pytest.mark.parametrize('k,d', [(2, 2), (3, 2), (11, 2), (4, 3), (10, 64), (6, 3), (5, 3), (20, 10), (13, 10)])
+def test_closed_forms_are_not_searched(k, d, monkeypatch):
+    monkeypatch.setattr(codes, '_search', None)
+    packing = best_packing(k, d)
+    assert packing.gap < 1e-9 and class_margin_bound(k, d).attained
+
+
+def test_same_seed_same_points_and_another_seed_another_turn():
+    one, two, other = (best_packing(11, 3, seed=seed, starts=2).points for seed in (3, 3, 4))
+    assert torch.equal(one, two) and not torch.equal(one, other)
+
+
+def test_rattlers_and_contacts():
+    for k, rattlers in ((19, 1), (20, 2), (23, 1), (24, 0)):
+        packing = best_packing(k, 3)
+        free = packing.rattlers().tolist()
+        assert len(free) == rattlers
+        W, pairs = packing.points, packing.contacts()
+        assert not set(free) & set(pairs.flatten().tolist())
+        assert torch.allclose((W[pairs[:, 0]] * W[pairs[:, 1]]).sum(1),
+                              torch.tensor(math.cos(packing.class_margin), dtype=torch.float64), atol=1e-9)
+    assert len(best_packing(24, 3).contacts()) == 60 and len(best_packing(240, 8).contacts()) == 6720
+
+
+def test_never_above_the_bound():
+    for k, d in ((7, 3), (9, 4), (15, 5), (40, 3), (60, 6)):
+        packing = best_packing(k, d, starts=3)
+        assert packing.class_margin <= packing.bound == class_margin_bound(k, d).radians
+        assert packing.class_margin == class_margin(packing.points).item()
+
+
+def test_progress_and_time():
+    seen, start = [], time.perf_counter()
+    packing = best_packing(40, 4, seconds=1.5, starts=10_000, progress=lambda *told: seen.append(told))
+    assert time.perf_counter() - start < 6
+    assert [done for done, _, _ in seen] == list(range(1, len(seen) + 1)) and seen[0][1] == 10_000
+    margins = [margin for _, _, margin in seen]
+    assert margins == sorted(margins) and abs(margins[-1] - packing.class_margin) < 1e-9
+
+
+def test_large_ones_in_the_time_given_and_far_below_k_squared_numbers():
+    packing = best_packing(1000, 128, seconds=5)
+    assert math.degrees(packing.class_margin) > 84.5
+    tracemalloc.start()
+    try:
+        packing = best_packing(4000, 32, seconds=4)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally: tracemalloc.stop()
+    random = class_margin(unit_rows(torch.randn(4000, 32))).item()
+    assert packing.class_margin > random + .1 and packing.gap > 0
+    assert peak < 4000 * 4000 * 8 / 1.5
+
+
+@pytest.mark.parametrize('kwargs,message', [(dict(starts=0), 'starts'), (dict(starts=1.5), 'starts'),
+                                            (dict(seconds=0), 'seconds'), (dict(seconds=-1), 'seconds')])
+def test_refuses(kwargs, message):
+    with pytest.raises(ValueError, match=message): best_packing(7, 3, **kwargs)
+
+
+@pytest.mark.parametrize('k,d', [(1, 3), (2.5, 3), ('7', 3), (7, 0)])
+def test_refuses_sizes(k, d):
+    with pytest.raises(ValueError, match='must be an int'): best_packing(k, d)
+
+
+def test_repr_is_in_degrees_and_says_what_is_open():
+    assert repr(best_packing(8, 3)).startswith('Packing(k=8, d=3, class margin 74.858492° ≤ 76.')
+    assert isinstance(best_packing(8, 3), Packing)
+
+
+def test_energy_and_its_gradient_in_blocks(monkeypatch):
+    rng = np.random.default_rng(0)
+    points = codes._normalised(rng.standard_normal((60, 5)))
+    for p in (2., 40., 1000.):
+        W = torch.tensor(points, requires_grad=True)
+        wanted = log_riesz_energy(W, p) / p
+        wanted.backward()
+        def tangent(g): return g - (g * points).sum(1, keepdims=True) * points
+        for pairs in (60, 700, 10**6):
+            monkeypatch.setattr(codes, '_PAIRS', pairs)
+            value, gradient = codes._log_energy(points, p)
+            assert value == pytest.approx(wanted.item(), rel=1e-12)
+            assert np.abs(tangent(gradient) - tangent(W.grad.numpy())).max() < 1e-12
