@@ -220,7 +220,7 @@ def _equalise(points, slack, deadline, steps=12):
 
 def _polish(points, deadline):
     "To the nearest local optimum, and there to rounding."
-    if points.size <= 1000: points = _lift(points, deadline)
+    if points.size <= 500: points = _lift(points, deadline)
     for slack in (1e-2, 1e-3, 1e-4, 1e-6, 1e-9):
         if time.monotonic() > deadline: break
         points = _equalise(points, slack, deadline)

@@ -147,7 +147,7 @@ def run(*argv):
 def test_prove(capsys, tmp_path):
     assert run('prove', 'L1', 'ME', '--quick', '--json', tmp_path/'e.json') == 0
     out = capsys.readouterr().out
-    assert out.count('passed') == 5 and 'difference' in out and '4 of 4 checks passed' in out
+    assert out.count('passed') == 6 and 'difference' in out and '5 of 5 checks passed' in out
     rows = json.loads((tmp_path/'e.json').read_text())
     assert {r['claim'] for r in rows} == {'L1', 'ME'} and all(r['passed'] for r in rows)
 
