@@ -244,7 +244,7 @@ register(Claim(
     (Check('exact', l1_exact, '≥'), Check('certified', l1_certified, '=', 1e-12),
      Check('optimised', l1_optimised, '=', 1e-4), Check('boundary', l1_boundary, '<'))))
 
-# %% ../nbs/theory/03_packing.ipynb #4a999ccc
+# %% ../nbs/theory/03_packing.ipynb #8288ec91
 from .codes import best_packing, simplex
 
 

@@ -226,7 +226,7 @@ def _polish(points, deadline):
         points = _equalise(points, slack, deadline)
     return points
 
-# %% ../nbs/theory/03_packing.ipynb #ffbac83b
+# %% ../nbs/theory/03_packing.ipynb #05d791bc
 @dataclass(frozen=True, eq=False)
 class Packing:
     "Points on the sphere that are far apart, and how far they could be at best."
@@ -264,7 +264,7 @@ class Packing:
         margin, bound = math.degrees(self.class_margin), math.degrees(self.bound)
         return f'Packing(k={k}, d={d}, class margin {margin:.6f}° ≤ {bound:.6f}°)'
 
-# %% ../nbs/theory/03_packing.ipynb #1d3fb0c6
+# %% ../nbs/theory/03_packing.ipynb #2fbb860a
 def best_packing(
     k: int,  # number of points, ≥ 2
     d: int,  # dimension, ≥ 2
@@ -326,7 +326,7 @@ def _search(k, d, rng, starts, deadline, bound, progress):
         if all_seen or attained or time.monotonic() > deadline: break
     return _release(best)
 
-# %% ../nbs/theory/03_packing.ipynb #91147f28
+# %% ../nbs/theory/03_packing.ipynb #5fd10332
 def _release(points):
     "Move each point that its contacts do not hold to where it has none."
     for _ in range(len(points)):
