@@ -6,8 +6,8 @@ Docs: https://largest-margins.github.io/largest-margins/theory/margins.html.md""
 
 # %% auto #0
 __all__ = ['unit_rows', 'row_norms', 'angle', 'values_are_cheap', 'plain', 'check_prototypes', 'class_margin', 'check_cosines',
-           'check_logits', 'at_least_float32', 'sample_margins', 'class_sample_margins', 'min_sample_margin',
-           'norm_ratio']
+           'check_logits', 'check_targets', 'at_least_float32', 'sample_margins', 'class_sample_margins',
+           'min_sample_margin', 'norm_ratio']
 
 # %% ../nbs/theory/01_margins.ipynb #33f7b327
 import torch
@@ -69,7 +69,8 @@ def check_prototypes(
         raise ValueError(f'{name} must be [k, d] with k ≥ 2 rows and d ≥ 1, '
                          f'got shape {tuple(prototypes.shape)}')
     if not values_are_cheap(prototypes): return
-    largest = prototypes.detach().abs().amax(1)
+    low, high = prototypes.detach().aminmax(dim=1)
+    largest = torch.maximum(-low, high)
     if not largest.isfinite().all():
         raise ValueError(f'{name} must be finite, row '
                          f'{largest.isfinite().logical_not().nonzero()[0].item()} '
@@ -78,24 +79,47 @@ def check_prototypes(
         raise ValueError(f'{name} must have a direction, row '
                          f'{largest.eq(0).nonzero()[0].item()} is zero')
 
-# %% ../nbs/theory/01_margins.ipynb #95609878
+# %% ../nbs/theory/01_margins.ipynb #962efc23
 @torch.no_grad()
-def _closest_pair(prototypes, tile=1024):
-    "Indices of the two prototypes with the largest cosine; two tiles in memory."
+def _closest_pair(prototypes, size=1024):
+    "Indices of the two prototypes with the largest cosine; a few tiles in memory."
     best = prototypes.new_full((), -2, dtype=torch.float64)
     pair = torch.zeros(2, dtype=torch.long, device=prototypes.device)
-    starts = range(0, len(prototypes), tile)
-    for a in starts:
-        left = unit_rows(prototypes[a:a + tile].double())
-        for b in starts[a // tile:]:
-            cosines = left @ unit_rows(prototypes[b:b + tile].double()).T
-            if a == b: cosines.fill_diagonal_(-2)
-            value, where = cosines.flatten().max(0)
-            row, column = where // cosines.shape[1], where % cosines.shape[1]
-            found = torch.stack([a + row, b + column])
-            pair = torch.where(value > best, found, pair)
-            best = torch.maximum(value, best)
+    starts = range(0, len(prototypes), size)
+    tiles = [(a, b) for a in starts for b in starts if b >= a]
+    if len(tiles) > 1 and values_are_cheap(prototypes):
+        tiles = _promising(prototypes, tiles, size)
+    def unit(i): return unit_rows(prototypes[i:i + size].double())
+    for a, b, tile in _cosines(tiles, unit):
+        value, where = tile.flatten().max(0)
+        found = torch.stack([a + where // tile.shape[1], b + where % tile.shape[1]])
+        pair = torch.where(value > best, found, pair)
+        best = torch.maximum(value, best)
     return pair
+
+
+def _promising(prototypes, tiles, size):
+    "The tiles that hold the largest cosine of all, as far as float32 can tell."
+    def part(i): return at_least_float32(prototypes[i:i + size])
+    norms = part(0).new_empty(len(prototypes), 1)
+    for i in range(0, len(norms), size): norms[i:i + size] = row_norms(part(i))
+    if not 1e-30 < norms.min() <= norms.max() < 1e30: return tiles
+    def unit(i): return (part(i) / norms[i:i + size]).float()
+    largest = [tile.amax().item() for *_, tile in _cosines(tiles, unit)]
+    enough = max(largest) - (prototypes.shape[1] + 8) * 2**-23
+    return [tile for tile, cosine in zip(tiles, largest) if cosine >= enough]
+
+
+def _cosines(tiles, unit):
+    "Each tile with the cosines of two blocks of unit rows, and −2 on the diagonal."
+    rows, buffer = None, None
+    for a, b in tiles:
+        if a != rows: rows, left = a, unit(a)
+        right = unit(b)
+        if buffer is None: buffer = left.new_empty(len(left) * len(right))
+        tile = buffer[:len(left) * len(right)].view(len(left), len(right))
+        torch.mm(left, right.T, out=tile)
+        yield a, b, tile.fill_diagonal_(-2) if a == b else tile
 
 # %% ../nbs/theory/01_margins.ipynb #f68f7719
 def class_margin(
@@ -127,20 +151,10 @@ def _check(scores, targets, name):
     if not isinstance(scores, Tensor) or not scores.is_floating_point():
         raise TypeError(f'{name} must be a floating-point tensor [N, k], got '
                         f'{getattr(scores, "dtype", type(scores).__name__)}')
-    if not isinstance(targets, Tensor) or targets.dtype not in _INTEGERS:
-        raise TypeError('targets must be an integer tensor [N] of class indices, got '
-                        f'{getattr(targets, "dtype", type(targets).__name__)}')
     if scores.ndim != 2 or scores.shape[0] < 1 or scores.shape[1] < 2:
         raise ValueError(f'{name} must be [N, k] with N ≥ 1 and k ≥ 2, '
                          f'got shape {tuple(scores.shape)}')
-    if targets.shape != scores.shape[:1]:
-        raise ValueError(f'targets must be [N] with N = {scores.shape[0]}, '
-                         f'got shape {tuple(targets.shape)}')
-    if values_are_cheap(targets):
-        low, high = targets.aminmax()
-        if low < 0 or high >= scores.shape[1]:
-            raise ValueError(f'targets must be in 0..{scores.shape[1] - 1}, '
-                             f'got {low} to {high}')
+    targets = check_targets(targets, *scores.shape)
     if values_are_cheap(scores):
         low, high = plain(scores).detach().aminmax()
         if not (low.isfinite() and high.isfinite()):
@@ -151,7 +165,27 @@ def _check(scores, targets, name):
                              f'{high:.4g}: were logits passed? Normalise features '
                              'and prototypes (CosineLinear does) and leave the '
                              'scale to the loss')
-    return at_least_float32(scores), plain(targets).long()
+    return at_least_float32(scores), targets
+
+
+def check_targets(
+    targets: Tensor,  # candidate classes [N]
+    samples: int,  # N
+    num_classes: int,  # k
+) -> Tensor:  # int64, [N]
+    "Refuse what cannot be classes: shape, dtype and, on CPU, values."
+    if not isinstance(targets, Tensor) or targets.dtype not in _INTEGERS:
+        raise TypeError('targets must be an integer tensor [N] of class indices, got '
+                        f'{getattr(targets, "dtype", type(targets).__name__)}')
+    if targets.shape != (samples,):
+        raise ValueError(f'targets must be [N] with N = {samples}, '
+                         f'got shape {tuple(targets.shape)}')
+    if values_are_cheap(targets):
+        low, high = targets.aminmax()
+        if low < 0 or high >= num_classes:
+            raise ValueError(f'targets must be in 0..{num_classes - 1}, '
+                             f'got {low} to {high}')
+    return plain(targets).long()
 
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)

@@ -1,0 +1,227 @@
+"""Time, memory and error of one step of a classification head, ours beside the others'.
+
+    python benchmarks/losses.py                                  # the stored table: benchmarks/results/losses.json
+    python benchmarks/losses.py --shapes 512x512x10000 --rows CE,ArcFace --rounds 3 --out /tmp/mine.json
+
+A step takes features [N, d] and prototypes [k, d] to a loss and to the gradients of both. All rows of a shape take
+turns in one process, on one thread; what is stored are ratios of median CPU times, to plain cross-entropy and to the
+three matrix products that every row contains. Memory is the peak resident size of a fresh process during one step less
+the size before it and less the gradients, in units of one N × k matrix. The error is the largest of loss, dz and dW
+against autograd in float64, relative, where the row computes one of our losses. A profile of one more step counts
+torch's operations and says which share of its time the matrix products take.
+"""
+import argparse
+import json
+import math
+import platform
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from time import process_time
+
+import torch
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
+
+from largest_margins import losses
+from largest_margins.reduction import cosine_matrix
+
+RESULTS = Path(__file__).parent/'results'/'losses.json'
+SHAPES = '256x64x10', '128x128x1000', '512x512x10000', '512x512x100000'
+PRODUCTS = 'aten::mm', 'aten::addmm', 'aten::addmm_'
+S, M = 64., .5
+
+
+def inputs(n, d, k, dtype=torch.float32):
+    "Random features, prototypes and targets; the same for every row."
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(n, d, generator=generator).to(dtype).requires_grad_()
+    prototypes = (.05 * torch.randn(k, d, generator=generator)).to(dtype).requires_grad_()
+    return features, prototypes, torch.randint(k, (n,), generator=generator)
+
+
+def of_function(function):
+    "A row from (features, prototypes, targets) → loss."
+    def make(n, d, k):
+        features, prototypes, targets = inputs(n, d, k)
+
+        def step():
+            features.grad = prototypes.grad = None
+            function(features, prototypes, targets).backward()
+        return step
+    return make
+
+
+def products(n, d, k):
+    "The floor: logits, dz and dW, into memory that is there already."
+    features, prototypes = (x.detach() for x in inputs(n, d, k)[:2])
+    logits, dz, dw = torch.zeros(n, k), torch.zeros_like(features), torch.zeros_like(prototypes)
+
+    def step():
+        torch.mm(features, prototypes.T, out=logits)
+        torch.mm(logits, prototypes, out=dz)
+        torch.mm(logits.T, features, out=dw)
+    return step
+
+
+def scaled_cosines(features, prototypes): return S * F.linear(F.normalize(features), F.normalize(prototypes))
+
+
+def usual_arcface(features, prototypes, targets):
+    "ArcFace as most repositories write it: the margin on the whole matrix, then a one-hot mask."
+    cosines = F.linear(F.normalize(features), F.normalize(prototypes))
+    sines = (1 - cosines.square()).clamp(0, 1).sqrt()
+    moved = cosines * math.cos(M) - sines * math.sin(M)
+    moved = torch.where(cosines > -math.cos(M), moved, cosines - M * math.sin(M))
+    hot = torch.zeros_like(cosines).scatter_(1, targets[:, None], 1)
+    return F.cross_entropy(S * (hot * moved + (1 - hot) * cosines), targets)
+
+
+def usual_lm(features, prototypes, targets):
+    "LM-Softmax by masking the matrix."
+    logits = scaled_cosines(features, prototypes)
+    own = torch.zeros_like(logits).scatter_(1, targets[:, None], 1).bool()
+    return ((logits.masked_fill(own, -math.inf).logsumexp(1) - logits[own]) / S).mean()
+
+
+def of_metric_learning(name):
+    "A row from pytorch-metric-learning, which keeps its prototypes as [d, k]."
+    def make(n, d, k):
+        from pytorch_metric_learning import losses as others
+        features, _, targets = inputs(n, d, k)
+        head = getattr(others, name)(num_classes=k, embedding_size=d)
+
+        def step():
+            features.grad = head.W.grad = None
+            head(features, targets).backward()
+        return step
+    return make
+
+
+CE = 'cross-entropy'
+OURS = {
+    'NormFace': losses.NormFaceLoss(S), 'CosFace': losses.CosFaceLoss(S), 'ArcFace': losses.ArcFaceLoss(S, M),
+    'SphereFace': losses.SphereFaceLoss(S), 'GM-Softmax': losses.GMSoftmaxLoss(S, 1.1, .9, -.1, .1),
+    'LM-Softmax': losses.LMSoftmaxLoss(S), 'LM-Softmax, log-sum-exp': losses.LMSoftmaxLoss(S, 'logsumexp'),
+    'R_sm': losses.SampleMarginLoss()}
+NARROW = 'CosFace, 112 rows'  # the chunk size that keeps within a quarter of an N × k matrix at N = 512
+LINEAR = {name: loss.linear for name, loss in OURS.items()} | {
+    NARROW: lambda z, w, y: OURS['CosFace'].linear(z, w, y, chunk_size=112)}
+ROWS = {
+    'three products': products,
+    CE: of_function(lambda z, w, y: F.cross_entropy(F.linear(z, w), y)),
+    'cross-entropy of s·cos': of_function(lambda z, w, y: F.cross_entropy(scaled_cosines(z, w), y)),
+    'ArcFace, usual code': of_function(usual_arcface),
+    'LM-Softmax, usual code': of_function(usual_lm),
+    'torch linear_cross_entropy': of_function(
+        lambda z, w, y: F.linear_cross_entropy(z, w, y, options=torch.nn.LinearCrossEntropyOptions())),
+    **{f'metric-learning {name}': of_metric_learning(name) for name in
+       ('ArcFaceLoss', 'CosFaceLoss', 'NormalizedSoftmaxLoss', 'SphereFaceLoss')},
+    **{f'ours, {name}': of_function(function) for name, function in LINEAR.items()}}
+
+
+def ratios(names, shape, rounds, least=.05):
+    "Median CPU times of interleaved steps, in seconds."
+    steps, repeats, times = {}, {}, {name: [] for name in names}
+    for name in names:
+        steps[name] = ROWS[name](*shape)
+        steps[name]()
+        start = process_time()
+        steps[name]()
+        repeats[name] = max(1, int(least / (process_time() - start + 1e-6)))
+    for _ in range(rounds):
+        for name, step in steps.items():
+            start = process_time()
+            for _ in range(repeats[name]): step()
+            times[name].append((process_time() - start) / repeats[name])
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def profiled(name, shape):
+    "How many of torch's operations a step is, and the share of matrix products in its time."
+    step = ROWS[name](*shape)
+    step()
+    with profile(activities=[ProfilerActivity.CPU]) as watch: step()
+    events = [e for e in watch.key_averages() if e.key.startswith('aten::')]
+    times = [sum(e.self_cpu_time_total for e in some) for some in (
+        [e for e in events if e.key in PRODUCTS], events)]
+    return {'operations': sum(e.count for e in events), 'share of products': round(times[0] / times[1], 3)}
+
+
+def resident(key):
+    "A number of this process's status, in bytes."
+    for line in Path('/proc/self/status').read_text().splitlines():
+        if line.startswith(key): return int(line.split()[1]) * 1024
+
+
+def peak(name, shape):
+    "Bytes that one step adds to this process at most; a small step comes first and loads what is loaded lazily."
+    ROWS[name](8, 8, 8)()
+    step = ROWS[name](*shape)
+    Path('/proc/self/clear_refs').write_text('5')
+    before = resident('VmRSS')
+    step()
+    return resident('VmHWM') - before
+
+
+def memory(name, shape):
+    "`peak`, in a process of its own, less the gradients and in units of N × k floats."
+    done = subprocess.run([sys.executable, __file__, '--peak', name, '--shapes', 'x'.join(map(str, shape))],
+                          capture_output=True, text=True, check=True)
+    n, d, k = shape
+    return (int(done.stdout) - 4 * (n + k) * d) / (4 * n * k)
+
+
+def error(name, shape):
+    "The largest relative error of loss, dz and dW against dense autograd in float64."
+    def run(function, dtype):
+        features, prototypes, targets = inputs(*shape, dtype)
+        value = function(features, prototypes, targets)
+        value.backward()
+        return [x.double() for x in (value.detach(), features.grad, prototypes.grad)]
+    loss = OURS['CosFace' if name == NARROW else name]
+    true = run(lambda z, w, y: loss(cosine_matrix(z, w), y), torch.float64)
+    got = run(LINEAR[name], torch.float32)
+    return max(((g - t).norm() / t.norm()).item() for g, t in zip(got, true, strict=True))
+
+
+def machine():
+    "What the numbers were measured on."
+    model = next((line.split(':')[1].strip() for line in Path('/proc/cpuinfo').read_text().splitlines()
+                  if line.startswith('model name')), platform.processor())
+    return f'{model}, one thread, torch {torch.__version__}'
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--shapes', default=','.join(SHAPES), help='N x d x k, comma-separated')
+    parser.add_argument('--rows', help='parts of row names, comma-separated; default: all')
+    parser.add_argument('--rounds', type=int, default=5, help='steps are timed this many times')
+    parser.add_argument('--out', type=Path, default=RESULTS, help='where the JSON goes')
+    parser.add_argument('--peak', help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    shapes = [tuple(map(int, shape.split('x'))) for shape in options.shapes.split(',')]
+    if options.peak: return print(peak(options.peak, shapes[0]))
+    wanted = options.rows.split(',') if options.rows else ['']
+    names = [name for name in ROWS if name in ('three products', CE) or any(part in name for part in wanted)]
+    table = []
+    for shape in shapes:
+        times = ratios(names, shape, options.rounds)
+        for name in names:
+            row = {'shape': list(shape), 'row': name, 'over CE': round(times[name] / times[CE], 3),
+                   'over products': round(times[name] / times['three products'], 3)}
+            row |= profiled(name, shape)
+            if name != 'three products' and shape[2] >= 10_000: row['matrices'] = round(memory(name, shape), 3)
+            ours = name.removeprefix('ours, ')
+            if ours in LINEAR and shape[2] <= 10_000: row['error'] = float(f'{error(ours, shape):.1e}')
+            table.append(row)
+            print(row, flush=True)
+    options.out.parent.mkdir(exist_ok=True)
+    aside = options.out.with_suffix('.part')
+    aside.write_text(json.dumps({'machine': machine(), 'rows': table}, indent=1) + '\n')
+    aside.replace(options.out)
+
+
+if __name__ == '__main__': main()

@@ -1,0 +1,311 @@
+"The losses from features and prototypes: the same numbers as from the matrix of cosines, without the matrix."
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from loss_family import ANGULAR, FAMILY, ON_COSINES, SMOOTHABLE
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import gradcheck
+
+from largest_margins.chunked import BUFFER_BYTES, rows_at_once
+from largest_margins.losses import CosFaceLoss, GMSoftmaxLoss, LMSoftmaxLoss, NormFaceLoss
+from largest_margins.reduction import cosine_matrix
+
+N, D, K = 23, 6, 11
+CHUNKS = [1, 7, N]
+BENCHMARK = Path(__file__).parent.parent/'benchmarks'/'losses.py'
+each_loss = pytest.mark.parametrize('row', ON_COSINES, ids=repr)
+each_reduction = pytest.mark.parametrize('reduction', ['mean', 'sum', 'none', 'class-mean'])
+
+
+def inputs(n=N, d=D, k=K, dtype=torch.float64, seed=0):
+    "Features and prototypes of several norms, and targets in which some classes are missing."
+    generator = torch.Generator().manual_seed(seed)
+    features, prototypes = (torch.randn(rows, d, generator=generator, dtype=torch.float64)
+                            * (10 ** torch.randn(rows, 1, generator=generator, dtype=torch.float64)) for rows in (n, k))
+    return features.to(dtype), prototypes.to(dtype), torch.randint(k, (n,), generator=generator)
+
+
+def dense(loss): return lambda z, w, y, **given: loss(cosine_matrix(z, w), y, **given)
+
+
+def value_and_gradients(function, features, prototypes, targets, **given):
+    "Loss and both gradients, in float64, of a sum that weighs samples unequally if there is one value for each."
+    leaves = [x.clone().requires_grad_() for x in (features, prototypes)]
+    value = function(*leaves, targets, **given)
+    (value * torch.linspace(.5, 2, value.numel()).to(value).view(value.shape)).sum().backward()
+    return [value.detach().double(), *(x.grad.double() for x in leaves)]
+
+
+def distance(got, true): return max(((g - t).norm() / t.norm()).item() for g, t in zip(got, true, strict=True))
+
+
+# --- the same numbers ---
+
+@each_loss
+@each_reduction
+@pytest.mark.parametrize('chunk_size', CHUNKS)
+@pytest.mark.parametrize('weighted', [False, True])
+def test_value_and_gradient_in_float64(row, reduction, chunk_size, weighted):
+    weight = torch.linspace(.2, 2, K, dtype=torch.float64) if weighted else None
+    loss = row.make(16., range(K), reduction=reduction, weight=weight)
+    got = value_and_gradients(lambda *a: loss.linear(*a, chunk_size=chunk_size), *inputs())
+    assert distance(got, value_and_gradients(dense(loss), *inputs())) < 1e-13
+
+
+@pytest.mark.parametrize('row', SMOOTHABLE, ids=repr)
+@each_reduction
+@pytest.mark.parametrize('chunk_size', CHUNKS)
+def test_label_smoothing(row, reduction, chunk_size):
+    weight = torch.linspace(.2, 2, K, dtype=torch.float64)
+    loss = row.make(16., range(K), reduction=reduction, weight=weight, label_smoothing=.2)
+    got = value_and_gradients(lambda *a: loss.linear(*a, chunk_size=chunk_size), *inputs())
+    assert distance(got, value_and_gradients(dense(loss), *inputs())) < 1e-13
+
+
+@each_loss
+@pytest.mark.parametrize('chunk_size', CHUNKS)
+def test_value_and_gradient_in_float32(row, chunk_size):
+    loss, batch = row.make(16., range(K)), inputs(dtype=torch.float32)
+    got = value_and_gradients(lambda *a: loss.linear(*a, chunk_size=chunk_size), *batch)
+    true = value_and_gradients(dense(loss), *(x.double() for x in batch[:2]), batch[2])
+    assert distance(got, true) < 2e-6
+
+
+def test_log_sum_exp_at_scale_64_in_float32():
+    "The weights exp(s·L) multiply the rounding of L by s, whoever computes them: 2e-6 is out of reach there."
+    loss, batch = LMSoftmaxLoss(64., 'logsumexp'), inputs(64, 16, 50, dtype=torch.float32)
+    true = value_and_gradients(dense(loss), *(x.double() for x in batch[:2]), batch[2])
+    ours, theirs = (distance(value_and_gradients(f, *batch), true) for f in (loss.linear, dense(loss)))
+    assert ours < 2e-5 and theirs > 5e-7
+
+
+@each_loss
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('of', ['features', 'both'])
+def test_half_precision_is_only_storage(row, dtype, of):
+    features, prototypes, targets = inputs(dtype=dtype)
+    prototypes = prototypes if of == 'both' else prototypes.float()
+    loss = row.make(16., range(K))
+    got = value_and_gradients(loss.linear, features, prototypes, targets)
+    true = value_and_gradients(dense(loss), features.double(), prototypes.double(), targets)
+    assert loss.linear(features, prototypes, targets).dtype == torch.float32
+    assert distance(got[:1], true[:1]) < 2e-6
+    assert distance(got[1:], true[1:]) < 2 * torch.finfo(dtype).eps  # the gradient takes the dtype of its input
+
+
+@given(n=st.integers(1, 9), d=st.integers(1, 5), k=st.integers(2, 9), chunk_size=st.integers(1, 12),
+       row=st.sampled_from(ON_COSINES), seed=st.integers(0, 99))
+@settings(max_examples=150, deadline=None)
+def test_any_shape(n, d, k, chunk_size, row, seed):
+    if d == 1 and row in ANGULAR: d = 2  # on the line every angle is 0 or π, where the angle has no slope
+    loss, batch = row.make(8., range(k)), inputs(n, d, k, seed=seed)
+    got = value_and_gradients(lambda *a: loss.linear(*a, chunk_size=chunk_size), *batch)
+    for g, t in zip(got, value_and_gradients(dense(loss), *batch), strict=True):
+        assert (g - t).norm() <= 1e-12 * (1 + t.norm())
+
+
+@pytest.mark.parametrize('chunk_size', CHUNKS)
+def test_numbers_for_each_sample_have_gradients(chunk_size):
+    features, prototypes, targets = inputs()
+    loss = GMSoftmaxLoss(8.)
+    names = 'alpha1', 'alpha2', 'beta1', 'beta2'
+    numbers = torch.rand(4, N, dtype=torch.float64).add_(.5).requires_grad_()
+
+    def run(function): return torch.autograd.grad(
+        function(features, prototypes, targets, **dict(zip(names, numbers, strict=True))), numbers)[0]
+    got = run(lambda *a, **given: loss.linear(*a, **given, chunk_size=chunk_size))
+    assert (got - run(dense(loss))).norm() < 1e-13 * got.norm()
+    slope = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)  # one number, learned
+    got, = torch.autograd.grad(loss.linear(features, prototypes, targets, alpha1=slope), slope)
+    true, = torch.autograd.grad(dense(loss)(features, prototypes, targets, alpha1=slope), slope)
+    assert abs(got - true) < 1e-13
+
+
+@each_loss
+def test_against_finite_differences(row):
+    loss, (features, prototypes, targets) = row.make(4., range(4)), inputs(5, 3, 4)
+    features, prototypes = (x / x.norm(dim=1, keepdim=True) for x in (features, prototypes))
+    assert gradcheck(lambda z, w: loss.linear(z, w, targets, chunk_size=2),
+                     [features.requires_grad_(), prototypes.requires_grad_()])
+
+
+# --- edges ---
+
+@each_loss
+@pytest.mark.parametrize('chunk_size', [1, N])
+def test_zero_and_extreme_norms(row, chunk_size):
+    loss = row.make(16., range(K))
+    for dtype, tiny, huge in ((torch.float64, 1e-200, 1e200), (torch.float32, 1e-30, 1e25)):
+        features, prototypes, targets = inputs(dtype=dtype)
+        features[0], prototypes[3] = 0, 0
+        features[1] *= tiny
+        prototypes[4] *= huge
+        got = value_and_gradients(lambda *a: loss.linear(*a, chunk_size=chunk_size), features, prototypes, targets)
+        assert all(x.isfinite().all() for x in got)
+        true = value_and_gradients(dense(loss), features.double(), prototypes.double(), targets)
+        for g, t in zip(got[1:], true[1:], strict=True):  # row by row: their sizes differ by hundreds of orders
+            rows = ((g - t).norm(dim=1) / t.norm(dim=1).clamp_min(1e-300)).nan_to_num()
+            if row.name == 'SphereFace 4': rows[3] = 0  # its zero prototype sits at a kink, θ = π/2, of slope 0
+            if row.name == 'R_sm': rows = rows[1:]  # at zero all cosines are the largest, and any of them is right
+            assert rows.max() < (1e-12 if dtype == torch.float64 else 2e-5)
+
+
+def test_batches_of_weightless_classes():
+    features, prototypes, targets = inputs()
+    weight = torch.ones(K)
+    weight[targets.unique()] = 0
+    for loss in (CosFaceLoss(weight=weight), LMSoftmaxLoss(20., 'logsumexp', weight=weight)):
+        got = value_and_gradients(lambda *a, f=loss.linear: f(*a, chunk_size=5), features, prototypes, targets)
+        assert all((x == 0).all() for x in got)
+
+
+def test_a_first_chunk_without_weight():
+    "The log-sum-exp starts from the first chunk that counts."
+    features, prototypes, targets = inputs()
+    targets = targets.sort().values
+    weight = torch.ones(K, dtype=torch.float64)
+    weight[targets[:8].unique()] = 0
+    loss = LMSoftmaxLoss(20., 'logsumexp', weight=weight)
+    got = value_and_gradients(lambda *a: loss.linear(*a, chunk_size=3), features, prototypes, targets)
+    assert distance(got, value_and_gradients(dense(loss), features, prototypes, targets)) < 1e-13
+
+
+@pytest.mark.parametrize('chunk_size', [2.5, '12', None, True])
+def test_bad_chunk_sizes(chunk_size):
+    with pytest.raises(TypeError, match='^chunk_size must be'): NormFaceLoss().linear(*inputs(), chunk_size=chunk_size)
+
+
+def test_chunks_have_rows():
+    for size in (0, -1):
+        with pytest.raises(ValueError, match=f'^chunk_size must be ≥ 1, got {size}'):
+            NormFaceLoss().linear(*inputs(), chunk_size=size)
+
+
+def test_numbers_for_each_sample_are_checked_before_they_are_cut():
+    for wrong in (torch.ones(N + 1), torch.ones(7)):
+        with pytest.raises(ValueError, match=re.escape(f'alpha1 must be [N] with N = {N}')):
+            GMSoftmaxLoss().linear(*inputs(), alpha1=wrong, chunk_size=7)
+    with pytest.raises(TypeError, match='alpha3'): GMSoftmaxLoss().linear(*inputs(), alpha3=torch.ones(N))
+
+
+# --- how autograd uses it ---
+
+@each_loss
+@pytest.mark.parametrize('reduction', ['mean', 'none'])
+def test_one_side_only(row, reduction):
+    features, prototypes, targets = inputs()
+    loss = row.make(16., range(K), reduction=reduction)
+    both = [x.clone().requires_grad_() for x in (features, prototypes)]
+    expected = torch.autograd.grad(loss.linear(*both, targets).sum(), both)
+    for side, fixed in ((0, 1), (1, 0)):
+        leaves = [features.clone(), prototypes.clone()]
+        leaves[side].requires_grad_()
+        loss.linear(*leaves, targets).sum().backward()
+        assert leaves[fixed].grad is None
+        assert torch.equal(leaves[side].grad, expected[side])
+    assert not loss.linear(features, prototypes, targets).requires_grad
+
+
+@each_loss
+@pytest.mark.parametrize('reduction', ['mean', 'none'])
+def test_a_second_backward_is_right_or_an_error(row, reduction):
+    features, prototypes, targets = inputs()
+    leaves = [x.clone().requires_grad_() for x in (features, prototypes)]
+    value = row.make(16., range(K), reduction=reduction).linear(*leaves, targets, chunk_size=7).sum()
+    first = torch.autograd.grad(3 * value, leaves, retain_graph=True)
+    second = torch.autograd.grad(value, leaves, retain_graph=True)
+    assert all((a - 3 * b).norm() <= 1e-14 * a.norm() for a, b in zip(first, second, strict=True))
+    with torch.no_grad(): leaves[1].mul_(2)
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'): value.backward()
+
+
+@each_loss
+def test_the_loss_may_change_before_backward(row):
+    "fastai's MixUp asks for 'none' and sets the reduction back before it goes backward."
+    features, prototypes, targets = inputs()
+    features.requires_grad_()
+    loss = row.make(16., range(K), reduction='none')
+    value = loss.linear(features, prototypes, targets).mean()
+    loss.reduction, loss.scale = 'sum', 1.
+    true = dense(row.make(16., range(K), reduction='none'))(features, prototypes, targets).mean()
+    got, expected = (torch.autograd.grad(v, features)[0] for v in (value, true))
+    assert (got - expected).norm() < 1e-13 * expected.norm()
+
+
+def test_the_gradient_has_no_gradient():
+    features, prototypes, targets = inputs()
+    features.requires_grad_()
+    slope, = torch.autograd.grad(CosFaceLoss().linear(features, prototypes, targets), features, create_graph=True)
+    with pytest.raises(RuntimeError, match='once_differentiable|does not require grad'): slope.sum().backward()
+
+
+def test_used_twice():
+    features, prototypes, targets = inputs()
+    loss = CosFaceLoss(16.)
+
+    def twice(linear):
+        def run(z, w, y):
+            value = linear(z, w, y)
+            return value * value + linear(2 * z, w, y)
+        return value_and_gradients(run, features, prototypes, targets)
+    assert distance(twice(loss.linear), twice(dense(loss))) < 1e-13
+
+
+@each_loss
+def test_autocast_changes_nothing(row):
+    batch, loss = inputs(dtype=torch.float32), row.make(16., range(K))
+    expected = value_and_gradients(loss.linear, *batch)
+
+    def under_autocast(*a):
+        with torch.autocast('cpu', torch.bfloat16): return loss.linear(*a)
+    assert distance(value_and_gradients(under_autocast, *batch), expected) == 0
+
+
+@each_loss
+def test_gradients_on_a_gpu_read_no_value(row, monkeypatch):
+    """FakeTensorMode raises where a number would have to be known, or where devices do not match.
+
+    The engine of autograd wants a real GPU, so here it answers with slopes of the right shape and device.
+    """
+    monkeypatch.setattr(torch.autograd, 'grad', lambda outputs, inputs, *_, **__: [torch.ones_like(x) for x in inputs])
+    options = {'label_smoothing': .1} if row in SMOOTHABLE else {}
+    loss = row.make(20., range(4), **options)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        loss = loss.to('cuda')
+        leaves = [torch.rand(rows, 3, device='cuda', requires_grad=True) for rows in (7, 4)]
+        targets = torch.zeros(7, dtype=torch.long, device='cuda')
+        value = loss.linear(*leaves, targets, chunk_size=3)
+        assert value.device.type == 'cuda' and value.requires_grad
+        assert {x.device.type for x in value.grad_fn.to.values()} == {'cuda'}
+        with pytest.raises(ValueError, match='one device, got cuda:0 and cpu'):
+            loss.linear(leaves[0], leaves[1].cpu(), targets)
+
+
+# --- memory ---
+
+@given(samples=st.integers(1, 5000), num_classes=st.integers(2, 10**8))
+def test_the_buffer_keeps_its_budget(samples, num_classes):
+    rows = rows_at_once(samples, num_classes)
+    assert 1 <= rows <= samples
+    assert rows == 1 or 4 * rows * num_classes <= BUFFER_BYTES
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='peak memory is read from /proc')
+@pytest.mark.parametrize('name', ['ArcFace', 'LM-Softmax, log-sum-exp', 'R_sm'])
+@pytest.mark.parametrize('samples', [512, 2048])
+def test_peak_memory(name, samples):
+    "A step of a fresh process: the gradients, and at most 96 MiB, however large the batch."
+    d, k = 64, 100_000
+    done = subprocess.run([sys.executable, BENCHMARK, '--peak', f'ours, {name}', '--shapes', f'{samples}x{d}x{k}'],
+                          capture_output=True, text=True, check=True)
+    assert int(done.stdout) - 4 * d * (samples + k) < 96 * 2**20
+
+
+def test_focal_loss_is_of_logits():
+    assert not hasattr(next(row for row in FAMILY if row.name == 'focal').make(1., range(3)), 'linear')
