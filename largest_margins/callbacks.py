@@ -25,7 +25,7 @@ from .heads import CosineLinear
 from .losses import (
     SampleMarginLoss, check_number, class_balanced_weights)
 from .margins import (
-    class_margin, class_sample_margins, norm_ratio, plain, sample_margins)
+    class_margin, norm_ratio, plain, sample_margins, smallest_by_class)
 from .plots import plot_margin_history
 from .reduction import cosine_matrix
 from .regularizers import zero_centroid
@@ -71,6 +71,13 @@ class HeadCallback(Callback):
 
     def after_batch(self): self._features = None
 
+
+def _innermost(loss):
+    "The loss object inside whatever wraps it."
+    owner = getattr(loss, '__self__', None)
+    if isinstance(owner, MixHandler): loss = owner.old_lf
+    return loss.func if isinstance(loss, BaseLoss) else loss
+
 # %% ../nbs/training/23_callbacks.ipynb #8b2f3af2
 class SampleMarginRegularizer(HeadCallback):
     "Adds `weight`·R_sm to the loss while training (Zhou et al. 2022, section 3.3)."
@@ -85,9 +92,27 @@ class SampleMarginRegularizer(HeadCallback):
         super().__init__(head)
         self.weight = check_number('weight', weight, at_least=0)
         self.loss = SampleMarginLoss(reduction=reduction)
+        self._in_the_loss = None
+
+    def after_pred(self):
+        "Where no cosines are computed, the loss adds the term in its own walk."
+        loss = _innermost(self.learn.loss_func)
+        lazy = hasattr(self.learn.pred, 'matrix') and hasattr(loss, 'sample_margin')
+        if not lazy or loss.weight is not None: return
+        if loss.reduction != self.loss.reduction: return
+        self._in_the_loss, loss.sample_margin = (loss, loss.sample_margin), self.weight
+
+    def _take_out(self):
+        "Give the loss back as it was; whether it had the term."
+        if self._in_the_loss is None: return False
+        (loss, loss.sample_margin), self._in_the_loss = self._in_the_loss, None
+        return True
+
+    def after_cancel_batch(self): self._take_out()
 
     def after_loss(self):
         "Add the term to `learn.loss_grad`."
+        if self._take_out(): return
         if not self.learn.yb: return
         self.value = self._mixed(self.batch_cosines(), self.learn.yb[0])
         self.learn.loss_grad = self.learn.loss_grad + self.weight * self.value
@@ -169,21 +194,21 @@ class MarginRecorder(HeadCallback):
         self._trained = not self._predicting
         if self._trained and self.learn.epoch == 0: self.history = []
 
-    def before_validate(self): self.latest, self._cosines, self._targets = {}, [], []
+    def before_validate(self): self.latest, self._margins, self._targets = {}, [], []
 
     def after_pred(self):
         "Keep the sample margins of the batch."
         if self._predicting or not self.learn.yb: return
-        self._cosines.append(plain(self.batch_cosines()).detach().cpu())
-        self._targets.append(plain(self.learn.yb[0]).cpu())
+        cosines, targets = self.batch_cosines(), plain(self.learn.yb[0])
+        self._margins.append(sample_margins(cosines, targets).detach().cpu())
+        self._targets.append(targets.cpu())
 
     def after_validate(self):
         "Measure, and add to the history if this epoch was trained."
-        if self._predicting or not self._cosines: return
-        cosines, targets = torch.cat(self._cosines), torch.cat(self._targets)
-        self._cosines, self._targets = [], []
+        if self._predicting or not self._margins: return
+        margins, targets = torch.cat(self._margins), torch.cat(self._targets)
+        self._margins, self._targets = [], []
         prototypes = self.head.weight.detach().float()
-        margins = sample_margins(cosines, targets)
         self.latest = dict(
             epoch=self.learn.epoch,
             class_margin=degrees(class_margin(prototypes)),
@@ -192,7 +217,8 @@ class MarginRecorder(HeadCallback):
             min_sample_margin=margins.amin().item(),
             norm_ratio=norm_ratio(prototypes).item(),
             centroid_norm=zero_centroid(prototypes).sqrt().item(),
-            class_sample_margins=class_sample_margins(cosines, targets).tolist())
+            class_sample_margins=smallest_by_class(
+                margins, targets, len(prototypes)).tolist())
         if self._trained: self.history.append(self.latest)
 
     def plot(
@@ -222,10 +248,7 @@ class DeferredReweighting(Callback):
 
     def _weighted(self):
         "The loss object that has a `weight`, inside whatever wraps it."
-        loss = self.learn.loss_func
-        owner = getattr(loss, '__self__', None)
-        if isinstance(owner, MixHandler): loss = owner.old_lf
-        if isinstance(loss, BaseLoss): loss = loss.func
+        loss = _innermost(self.learn.loss_func)
         if not hasattr(loss, 'weight'):
             raise TypeError(f'loss_func must have a weight per class, {loss} has none')
         return loss

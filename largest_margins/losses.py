@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .margins import (
-    at_least_float32, check_cosines, check_logits, check_targets, plain,
+    at_least_float32, check_cosines, check_integers, check_logits, plain,
     sample_margins, values_are_cheap)
 from .chunked import chunked_loss
 from largest_margins.reduction import (
@@ -70,10 +70,10 @@ class ClassificationLoss(nn.Module):
         targets: Tensor,  # class of each sample, int64, [N]
         num_classes: int,  # k
         dtype: torch.dtype,  # of the result
-    ) -> tuple[Tensor, Tensor]:  # factors of losses, and of smoothing terms, [N] each
+    ) -> tuple:  # factors of losses, and of smoothing terms: [N] each, or one number
         "What each sample's loss is multiplied by before all are added."
-        if self.weight is None and self.reduction == 'mean':
-            even = torch.ones_like(targets, dtype=dtype) / targets.shape[0]
+        if self.weight is None and self.reduction != 'class-mean':
+            even = 1 / targets.shape[0] if self.reduction == 'mean' else 1.
             return even, even
         shares = tuple(self.sample_weights(targets, num_classes, dtype, by_class)
                        for by_class in (True, False))
@@ -87,9 +87,11 @@ class ClassificationLoss(nn.Module):
         targets: Tensor,  # class of each sample, int64, [N]
         num_classes: int,  # k
         smooth: Tensor | None = None,  # terms with class weights in them, [N]
+        leads: Tensor | None = None,  # negative sample margins to be added, [N]
     ) -> Tensor:  # [] or, for 'none', [N]
         "The losses of a batch as the reduction wants them."
         by_class, plainly = self.shares(targets, num_classes, losses.dtype)
+        if leads is not None: losses = losses + self.sample_margin * leads
         terms = by_class * losses
         if smooth is not None: terms = terms + plainly * smooth
         return terms if self.reduction == 'none' else terms.sum()
@@ -99,8 +101,8 @@ class ClassificationLoss(nn.Module):
         num_classes: int,  # k of the scores at hand
     ):
         "Every buffer of a loss holds a number per class; refuse any other number."
-        for name, value in self.named_buffers():
-            if value.shape != (num_classes,):
+        for name, value in self._buffers.items():
+            if value is not None and value.shape != (num_classes,):
                 raise ValueError(f'{name} must be [k] with k = {num_classes}, '
                                  f'got shape {tuple(value.shape)}')
 
@@ -155,7 +157,8 @@ def _or_one(total):
 class CosineLoss(ClassificationLoss):
     "A loss of each sample's own cosine and one reduction over the others."
     angular = False  # whether `row_terms` reads the angle of the own cosine
-    scale: float | None = None  # s of the log-sum-exp; None reads the largest cosine
+    scale: float | None = None  # s of the log-sum-exp; None: only the largest counts
+    sample_margin = 0.  # λ of the λ·R_sm that is added
     pools = False  # whether samples are summed up by a log-sum-exp
 
     def linear(
@@ -164,31 +167,43 @@ class CosineLoss(ClassificationLoss):
         prototypes: Tensor,  # prototypes of any norm, [k, d]
         targets: Tensor,  # class of each sample, integers in 0..k−1, [N]
         *,
-        chunk_size: int | str = 'auto',  # rows at a time, or 'auto': up to 64 MiB
+        chunk_size: int | str = 'auto',  # rows at a time, or 'auto': up to 72 MiB
+        group=None,  # process group that shares the classes; see the page on shards
         **given,  # numbers for each sample, if the loss takes any
     ) -> Tensor:  # the loss, [] (or [N] for reduction='none')
         "The loss of features and prototypes, both normalised here; no matrix is kept."
         check_features(features, prototypes)
-        if len(features) < 1 or len(prototypes) < 2:
+        least = 2 if group is None else 1
+        if len(features) < 1 or len(prototypes) < least:
             raise ValueError('features must be [N, d] with N ≥ 1 and prototypes [k, d] '
-                             f'with k ≥ 2, got shapes {tuple(features.shape)} '
+                             f'with k ≥ {least}, got shapes {tuple(features.shape)} '
                              f'and {tuple(prototypes.shape)}')
-        targets = check_targets(targets, len(features), len(prototypes))
-        self.check_classes(len(prototypes))
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() and group is None:
             return self(cosine_matrix(features, prototypes), targets, **given)
-        return chunked_loss(self, features, prototypes, targets, chunk_size, **given)
+        targets = check_integers(targets, len(features))
+        return chunked_loss(self, features, prototypes, targets, chunk_size, group,
+                            **given)
 
     def row_terms(
         self,
         own: Tensor,  # own cosines, or angles if `angular`, [n]
-        other: Tensor,  # log Σ_{j≠y} exp(s·c_j), or max_{j≠y} c_j without scale, [n]
+        other: Tensor,  # log Σ_{j≠y} exp(s·c_j), [n]
         spread: tuple | None,  # Σ_j a_j·c_j [n] and a [k] of `spread_weights`, if any
         targets: Tensor,  # class of each sample, int64, [n]
         **given,  # numbers for each sample, if the loss takes any
     ) -> tuple[Tensor, Tensor | None]:  # losses and smoothing terms, [n] each
         "The losses of some samples, before they are weighed and summed up."
         raise NotImplementedError
+
+    def row_slopes(
+        self,
+        own: Tensor,  # own cosines, or angles if `angular`, [n]
+        other: Tensor,  # log Σ_{j≠y} exp(s·c_j), [n]
+        targets: Tensor,  # class of each sample, int64, [n]
+        **given,  # numbers for each sample, if the loss takes any
+    ) -> tuple | None:  # losses, ∂/∂own and ∂/∂other, [n] each or one number
+        "What `row_terms` returns, with its slopes; None leaves these to autograd."
+        return None
 
     def spread_weights(
         self,
@@ -208,10 +223,12 @@ class MarginSoftmaxLoss(CosineLoss):
         scale: float = 20.,  # s > 0, the inverse temperature of the cosines
         *,
         label_smoothing: float = 0.,  # ε in [0, 1)
+        sample_margin: float = 0.,  # λ ≥ 0 of the λ·R_sm that is added
         **options,  # weight and reduction, see `ClassificationLoss`
     ):
         super().__init__(**options)
         self.scale = check_number('scale', scale, above=0)
+        self.sample_margin = check_number('sample_margin', sample_margin, at_least=0)
         self.label_smoothing = check_number('label_smoothing', label_smoothing,
                                             at_least=0, below=1)
 
@@ -240,6 +257,7 @@ class MarginSoftmaxLoss(CosineLoss):
         **given,  # numbers for each sample, if the loss takes any
     ) -> Tensor:  # the loss in nats, at least float32, [] (or [N] for 'none')
         "Equation (eq-stable), reduced over the batch."
+        if hasattr(cosines, 'loss'): return cosines.loss(self, targets, **given)
         source, (cosines, targets) = cosines, check_cosines(cosines, targets)
         self.check_classes(cosines.shape[1])
         own = cosines.gather(1, targets[:, None])[:, 0]
@@ -248,11 +266,40 @@ class MarginSoftmaxLoss(CosineLoss):
         spreads = self.spread_weights(cosines.shape[1], cosines.dtype, cosines.device)
         spread = None if spreads is None else (cosines @ spreads, spreads)
         losses, smooth = self.terms(num, den, own, rest, spread, targets)
-        return self.aggregate(losses, targets, cosines.shape[1], smooth)
+        leads = -sample_margins(cosines, targets) if self.sample_margin else None
+        return self.aggregate(losses, targets, cosines.shape[1], smooth, leads)
+
+    def row_curves(
+        self,
+        own: Tensor,  # own cosines, or angles if `angular`, [n]
+        targets: Tensor,  # class of each sample, int64, [n]
+        **given,  # numbers for each sample, if the loss takes any
+    ) -> tuple[Tensor, Tensor, Tensor | None]:  # own cosine, num and den, [n] each
+        "The curves, from what the walk over the rows reads."
+        return own, *self.curves(own, targets, **given)
+
+    def slopes(
+        self,
+        own: Tensor,  # own cosines, or angles if `angular`, [n]
+        targets: Tensor,  # class of each sample, int64, [n]
+        **given,  # numbers for each sample, if the loss takes any
+    ) -> tuple | None:  # derivatives of num and den by `own`, [n] each or one number
+        "The slopes of the curves, for speed; None leaves them to autograd."
+        return None
 
     def row_terms(self, own, other, spread, targets, **given):
-        num, den = self.curves(own, targets, **given)
+        own, num, den = self.row_curves(own, targets, **given)
         return self.terms(num, den, own, other, spread, targets)
+
+    def row_slopes(self, own, other, targets, **given):
+        slopes = self.slopes(own, targets, **given)
+        if slopes is None: return None
+        (_, num, den), s = self.row_curves(own, targets, **given), self.scale
+        losses, _ = self.terms(num, den, None, other, None, targets)
+        if den is None: return losses, -slopes[0], 1 / s  # LM-Softmax, divided by s
+        on_other = torch.sigmoid(other - s * den)
+        if den is num: return losses, on_other * (-s * slopes[0]), on_other
+        return losses, s * ((1 - on_other) * slopes[1] - slopes[0]), on_other
 
     def terms(
         self,
@@ -287,6 +334,7 @@ class MarginSoftmaxLoss(CosineLoss):
     def extra_repr(self):
         epsilon = self.label_smoothing
         smoothing = f', label_smoothing={epsilon:g}' if epsilon else ''
+        if self.sample_margin: smoothing += f', sample_margin={self.sample_margin:g}'
         return f'scale={self.scale:g}{smoothing}, reduction={self.reduction!r}'
 
 
@@ -316,6 +364,8 @@ def check_number(
 class NormFaceLoss(MarginSoftmaxLoss):
     "Softmax of scaled cosines, num = den = c (Wang et al. 2017, NormFace)."
 
+    def slopes(self, own, targets): return 1., 1.
+
 # %% ../nbs/losses/12_losses.ipynb #25854ad6
 class CosFaceLoss(MarginSoftmaxLoss):
     "An additive margin on the cosine, num = den = c − m (Wang et al. 2018, CosFace)."
@@ -331,6 +381,8 @@ class CosFaceLoss(MarginSoftmaxLoss):
 
     def curves(self, cosine, targets): return (logit := cosine - self.margin), logit
 
+    def slopes(self, own, targets): return 1., 1.
+
     def extra_repr(self): return f'margin={self.margin:g}, {super().extra_repr()}'
 
 # %% ../nbs/losses/12_losses.ipynb #9dcebfca
@@ -340,6 +392,11 @@ def falling_cosine(
     "The cosine, continued monotonically past π (SphereFace's ψ for real arguments)."
     n = torch.floor(u.detach() / math.pi)
     return (1 - 2 * n.remainder(2)) * u.cos() - 2 * n
+
+
+def _arc_sign(u):
+    "1 on the arcs of ψ that are those of the cosine, −1 on those turned over."
+    return 1 - 2 * torch.floor(u / math.pi).remainder(2)
 
 # %% ../nbs/losses/12_losses.ipynb #a456cd80
 def through_angle(
@@ -390,10 +447,13 @@ class CombinedMarginLoss(MarginSoftmaxLoss):
         num = through_angle(self.curve, cosine, _resolution(cosine))
         return self._both(num, cosine)
 
-    def row_terms(self, own, other, spread, targets):
-        cosine = own.cos()
-        num, den = self._both(self.curve(own), cosine)
-        return self.terms(num, den, cosine, other, spread, targets)
+    def row_curves(self, own, targets):
+        return (cosine := own.cos()), *self._both(self.curve(own), cosine)
+
+    def slopes(self, own, targets):
+        if self.detach_margin: return (slope := -own.sin()), slope
+        slope = -self.m1 * _arc_sign(u := self.m1 * own + self.m2) * u.sin()
+        return slope, slope
 
     def own_curves(self, cosines, own, targets):
         if hasattr(cosines, 'features'):
@@ -486,6 +546,8 @@ class LDAMLoss(MarginSoftmaxLoss):
         logit = cosine - self.class_margins(cosine.dtype)[targets]
         return logit, logit
 
+    def slopes(self, own, targets): return 1., 1.
+
     def extra_repr(self):
         margins = self.class_margins()
         return (f'{len(margins)} margins from {margins.amin():.3g} '
@@ -516,10 +578,12 @@ class GMSoftmaxLoss(MarginSoftmaxLoss):
         beta1: float | Tensor = 0.,  # offset of the numerator, a number or [k]
         beta2: float | Tensor = 0.,  # offset of the denominator, a number or [k]
         *,
+        sample_margin: float = 0.,  # λ ≥ 0 of the λ·R_sm that is added
         weight: Tensor | None = None,  # weight of each class, ≥ 0, [k]
         reduction: str = 'mean',  # 'mean', 'sum', 'none' or 'class-mean'
     ):
-        super().__init__(scale, weight=weight, reduction=reduction)
+        super().__init__(scale, sample_margin=sample_margin, weight=weight,
+                         reduction=reduction)
         numbers = zip(self._lines, (alpha1, alpha2, beta1, beta2), strict=True)
         for name, value in numbers:
             if isinstance(value, Tensor) and value.ndim:
@@ -540,6 +604,10 @@ class GMSoftmaxLoss(MarginSoftmaxLoss):
         alpha1, alpha2, beta1, beta2 = (
             self._line(name, given.get(name), cosine, targets) for name in self._lines)
         return alpha1 * cosine + beta1, alpha2 * cosine + beta2
+
+    def slopes(self, own, targets, **given):
+        return tuple(self._line(name, given.get(name), own, targets)
+                     for name in ('alpha1', 'alpha2'))
 
     def _line(self, name, given, cosine, targets):
         "One coefficient: given for each sample, stored for each class, or a number."
@@ -583,16 +651,20 @@ class LMSoftmaxLoss(MarginSoftmaxLoss):
         scale: float = 20.,  # s > 0
         aggregation: str = 'mean',  # 'mean' as published, or 'logsumexp'
         *,
+        sample_margin: float = 0.,  # λ ≥ 0 of the λ·R_sm that is added
         weight: Tensor | None = None,  # weight of each class, ≥ 0, [k]
         reduction: str = 'mean',  # 'mean', 'sum', 'none' or 'class-mean'
     ):
-        super().__init__(scale, weight=weight, reduction=reduction)
+        super().__init__(scale, sample_margin=sample_margin, weight=weight,
+                         reduction=reduction)
         if aggregation not in ('mean', 'logsumexp'):
             raise ValueError("aggregation must be 'mean' or 'logsumexp', "
                              f'got {aggregation!r}')
         self.aggregation = aggregation
 
     def curves(self, cosine, targets): return cosine, None
+
+    def slopes(self, own, targets): return 1., None
 
     def terms(self, *args):
         losses, _ = super().terms(*args)
@@ -608,16 +680,20 @@ class LMSoftmaxLoss(MarginSoftmaxLoss):
         dtype: torch.dtype,  # of the result
     ) -> Tensor:  # log a_i, [N]
         "The logarithms of the weights in equation (eq-lm-logsumexp)."
-        shares, _ = self.shares(targets, num_classes, dtype)
-        if self.reduction != 'sum': shares = shares * shares.shape[0]
-        return shares.log()
+        weights = self.sample_weights(targets, num_classes, dtype)
+        if self.reduction != 'sum':
+            weights = weights * weights.shape[0] / _or_one(weights.sum())
+        return weights.log()
 
-    def aggregate(self, losses, targets, num_classes, smooth=None):
-        if not self.pools: return super().aggregate(losses, targets, num_classes)
+    def aggregate(self, losses, targets, num_classes, smooth=None, leads=None):
+        if not self.pools:
+            return super().aggregate(losses, targets, num_classes, smooth, leads)
+        added = 0 if leads is None else super().aggregate(
+            torch.zeros_like(leads), targets, num_classes, leads=leads)
         logs = self.log_weights(targets, num_classes, losses.dtype)
         some = logs.amax() > -math.inf
         logs = torch.where(some, logs, 0) + self.scale * losses
-        return torch.where(some, logs.logsumexp(0) / self.scale, 0)
+        return torch.where(some, logs.logsumexp(0) / self.scale, 0) + added
 
     def extra_repr(self):
         return f'aggregation={self.aggregation!r}, {super().extra_repr()}'
@@ -632,11 +708,10 @@ class SampleMarginLoss(CosineLoss):
         targets: Tensor,  # class of each sample, integers in 0..k−1, [N]
     ) -> Tensor:  # in [−2, 2], [] (or [N] for reduction='none')
         "The negative sample margins, reduced over the batch."
+        if hasattr(cosines, 'loss'): return cosines.loss(self, targets)
         losses = -sample_margins(cosines, targets)
         self.check_classes(cosines.shape[1])
         return self.aggregate(losses, plain(targets).long(), cosines.shape[1])
-
-    def row_terms(self, own, other, spread, targets): return other - own, None
 
     def extra_repr(self): return f'reduction={self.reduction!r}'
 

@@ -6,8 +6,8 @@ Docs: https://largest-margins.github.io/largest-margins/theory/margins.html.md""
 
 # %% auto #0
 __all__ = ['unit_rows', 'row_norms', 'angle', 'values_are_cheap', 'plain', 'check_prototypes', 'class_margin', 'check_cosines',
-           'check_logits', 'check_targets', 'at_least_float32', 'sample_margins', 'class_sample_margins',
-           'min_sample_margin', 'norm_ratio']
+           'check_logits', 'check_targets', 'check_integers', 'at_least_float32', 'sample_margins',
+           'class_sample_margins', 'smallest_by_class', 'min_sample_margin', 'norm_ratio']
 
 # %% ../nbs/theory/01_margins.ipynb #33f7b327
 import torch
@@ -148,6 +148,7 @@ def check_logits(
 
 
 def _check(scores, targets, name):
+    if hasattr(scores, 'matrix'): scores = scores.matrix()
     if not isinstance(scores, Tensor) or not scores.is_floating_point():
         raise TypeError(f'{name} must be a floating-point tensor [N, k], got '
                         f'{getattr(scores, "dtype", type(scores).__name__)}')
@@ -174,17 +175,26 @@ def check_targets(
     num_classes: int,  # k
 ) -> Tensor:  # int64, [N]
     "Refuse what cannot be classes: shape, dtype and, on CPU, values."
+    targets = check_integers(targets, samples)
+    if values_are_cheap(targets):
+        low, high = (v.item() for v in targets.aminmax())
+        if low < 0 or high >= num_classes:
+            raise ValueError(f'targets must be in 0..{num_classes - 1}, '
+                             f'got {low} to {high}')
+    return targets
+
+
+def check_integers(
+    targets: Tensor,  # candidate classes [N]
+    samples: int,  # N
+) -> Tensor:  # int64, [N]
+    "Refuse what cannot be classes whatever their number: shape and dtype."
     if not isinstance(targets, Tensor) or targets.dtype not in _INTEGERS:
         raise TypeError('targets must be an integer tensor [N] of class indices, got '
                         f'{getattr(targets, "dtype", type(targets).__name__)}')
     if targets.shape != (samples,):
         raise ValueError(f'targets must be [N] with N = {samples}, '
                          f'got shape {tuple(targets.shape)}')
-    if values_are_cheap(targets):
-        low, high = targets.aminmax()
-        if low < 0 or high >= num_classes:
-            raise ValueError(f'targets must be in 0..{num_classes - 1}, '
-                             f'got {low} to {high}')
     return plain(targets).long()
 
 
@@ -203,6 +213,7 @@ def sample_margins(
     targets: Tensor,  # class of each sample, integers in 0..k−1, [N]
 ) -> Tensor:  # margins in [−2, 2], [N]; positive where classified correctly
     "Each sample's lead over the best other class (Zhou et al. 2022, section 3.2)."
+    if hasattr(cosines, 'sample_margins'): return cosines.sample_margins(targets)
     cosines, targets = check_cosines(cosines, targets)
     own = targets[:, None]
     others = cosines.scatter(1, own, -torch.inf)
@@ -215,8 +226,17 @@ def class_sample_margins(
 ) -> Tensor:  # γ_j, the smallest margin in each class, [k]; +inf for an empty class
     "The smallest sample margin of each class (Zhou et al. 2022, section 3.2)."
     margins = sample_margins(cosines, targets)
-    empty = margins.new_full(cosines.shape[1:], torch.inf)
-    return empty.scatter_reduce(0, plain(targets).long(), margins, 'amin')
+    return smallest_by_class(margins, plain(targets).long(), cosines.shape[1])
+
+
+def smallest_by_class(
+    margins: Tensor,  # of each sample, [N]
+    targets: Tensor,  # class of each sample, int64 in 0..k−1, [N]
+    num_classes: int,  # k
+) -> Tensor:  # [k]; +inf for an empty class
+    "The smallest margin of each class."
+    empty = margins.new_full((num_classes,), torch.inf)
+    return empty.scatter_reduce(0, targets, margins, 'amin')
 
 # %% ../nbs/theory/01_margins.ipynb #cf609876
 def min_sample_margin(
