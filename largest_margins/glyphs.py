@@ -95,7 +95,8 @@ def _is_ours(folder):
     try: note = json.loads((folder/_NOTE).read_text(encoding='utf-8'))
     except (OSError, ValueError): return False
     ours = isinstance(note, dict) and note.get('made_by') == 'largest_margins.glyphs'
-    return ours and {path.name for path in folder.iterdir()} <= {*note['entries'], _NOTE}
+    entries = note.get('entries', ()) if ours else ()
+    return ours and {path.name for path in folder.iterdir()} <= {_NOTE, *entries}
 
 
 @contextmanager
