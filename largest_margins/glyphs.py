@@ -57,7 +57,8 @@ def glyph_characters(
     categories: str = 'LN',  # first letters of Unicode categories: L letters, N numbers
 ) -> str:  # in the order of their code points
     "The characters that every face has, and that no face draws like another one."
-    codes = set.intersection(*(set(FT2Font(_font_file(f)).get_charmap()) for f in FACES))
+    fonts = (FT2Font(_font_file(face)) for face in FACES)
+    codes = set.intersection(*(set(font.get_charmap()) for font in fonts))
     found = ''.join(c for c in map(chr, sorted(codes))
                     if unicodedata.category(c)[0] in categories)
     if not found:
@@ -142,8 +143,8 @@ def write_glyph_market(
             raise ValueError(f'{name} must be an int in 0..{most}, got {n!r}')
     asked = rng.randint(len(FACES), size=len(test))
     passers_by = ''.join(sorted(rng.permutation(list(symbols))[:distractors]))
-    settings = dict(seed=seed, identities=identities, distractors=distractors, junk=junk)
-    with _complete(folder, kind='market', **settings) as new:
+    settings = dict(identities=identities, distractors=distractors, junk=junk)
+    with _complete(folder, kind='market', seed=seed, **settings) as new:
         for split in ('bounding_box_train', 'query', 'bounding_box_test'):
             (new/split).mkdir()
         def save(split, characters, camera, pictures, box=1):

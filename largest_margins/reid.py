@@ -223,9 +223,9 @@ def duke_folder(
     "DukeMTMC-reID, for those who hold it lawfully; withdrawn in 2019, do not use it."
     if despite_withdrawal is not True:
         raise ValueError(
-            'DukeMTMC-reID was withdrawn by its authors in June 2019, after it was found '
-            'to breach the approval of the ethics board. New work should not use it. If '
-            'you hold it lawfully and have to reproduce an old result, pass '
+            'DukeMTMC-reID was withdrawn by its authors in June 2019, after it was '
+            'found to breach the approval of the ethics board. New work should not use '
+            'it. If you hold it lawfully and have to reproduce an old result, pass '
             'despite_withdrawal=True')
     return _read_folder(root, 8, duke=True)
 
@@ -235,7 +235,7 @@ class ReIDResult:
     "How good rankings are; shares in 0..1, printed in percent."
     mAP: float  # mean average precision
     mINP: float  # mean of the matches over the rank of the last one
-    cmc: Tensor  # share of queries with a match within rank 1, 2, …, float64, [max_rank]
+    cmc: Tensor  # share of queries with a match within rank 1, 2, …, [max_rank]
     valid_queries: int  # queries that have a match
     average_precisions: Tensor  # of each query, nan without a match, float64, [Q]
     ap: str  # 'step' or 'trapezoid'
@@ -487,9 +487,9 @@ def reid_learner(
     if isinstance(head, nn.Linear): nn.init.normal_(head.weight, std=.001)
     return learn
 
-# %% ../nbs/experiments/34_reid.ipynb #fc3e3463
+# %% ../nbs/experiments/34_reid.ipynb #a2d69e8d
 def resnet50_body(
-    weights: str | Path | None = None,  # torchvision's resnet50 state dict; None: random
+    weights: str | Path | None = None,  # a state dict of torchvision's; None: random
 ) -> nn.Sequential:  # images [N, 3, h, w] to maps [N, 2048, h/16, w/16]
     "ResNet-50 with last stride 1, as re-identification uses it; downloads nothing."
     from torchvision.models import resnet50
@@ -581,4 +581,5 @@ def _show(ax, path, title, color, style):
     ax.set_xticks([])
     ax.set_yticks([])
     ax.set_title(title, fontsize=8, color=color, pad=3)
-    for spine in ax.spines.values(): spine.set(color=color, linewidth=2, linestyle=style)
+    for spine in ax.spines.values():
+        spine.set(color=color, linewidth=2, linestyle=style)
