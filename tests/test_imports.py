@@ -8,7 +8,8 @@ import pytest
 HEAVY = {'fastai', 'fastcore', 'matplotlib', 'torchvision', 'timm', 'PIL', 'sklearn', 'joblib', 'pandas', 'IPython',
          'nbdev'}
 PACKAGE = Path(__file__).parent.parent/'largest_margins'
-TRAINING = {'data', 'plots', 'callbacks', 'learner', 'experiments', 'report', 'cli', 'reid', 'verification', 'all'}
+TRAINING = {'data', 'plots', 'callbacks', 'learner', 'experiments', 'report', 'cli', 'glyphs', 'reid', 'verification',
+            'all'}
 LIGHT = sorted({p.stem for p in PACKAGE.glob('*.py') if not p.stem.startswith('_')} - TRAINING)
 
 
