@@ -52,8 +52,8 @@ class CosineLinear(nn.Module):
         features: Tensor,  # features of any norm, [N, d]
     ) -> Tensor:  # cosines in [−1, 1], [N, k], in at least float32
         "The cosine of every feature with every prototype, not computed if too many."
-        many = len(features) * self.out_features >= LAZY_FROM
-        if many and not torch.compiler.is_compiling() and not torch.jit.is_tracing():
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if not traced and len(features) * self.out_features >= LAZY_FROM:
             return LazyCosines(features, self.weight)
         return cosine_matrix(features, self.weight)
 
