@@ -1,14 +1,14 @@
 """Time, memory and error of one step of a classification head, ours beside the others'.
 
     python benchmarks/losses.py                                  # the stored table: benchmarks/results/losses.json
-    python benchmarks/losses.py --shapes 512x512x10000 --rows CE,ArcFace --rounds 3 --out /tmp/mine.json
+    python benchmarks/losses.py --shapes 512x512x10000 --rows CE,ArcFace --rounds 3 --out mine.json
 
 A step takes features [N, d] and prototypes [k, d] to a loss and to the gradients of both. All rows of a shape take
 turns in one process, on one thread; what is stored are ratios of median CPU times, to plain cross-entropy and to the
 three matrix products that every row contains. Memory is the peak resident size of a fresh process during one step less
 the size before it and less the gradients, in units of one N × k matrix. The error is the largest of loss, dz and dW
-against autograd in float64, relative, where the row computes one of our losses. A profile of one more step counts
-torch's operations and says which share of its time the matrix products take.
+against the same loss by autograd in float64, relative; of ours, against the loss of the whole matrix. A profile of one
+more step counts torch's operations and says which share of its time the matrix products take.
 """
 import argparse
 import math
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from largest_margins import losses
+from largest_margins.chunked import fast_products
 from largest_margins.reduction import cosine_matrix
 
 SHAPES = '256x64x10', '128x128x1000', '512x512x10000', '512x512x100000'
@@ -93,36 +94,57 @@ def of_metric_learning(name):
     return make
 
 
-CE = 'cross-entropy'
+def numbers(targets): return {name: torch.ones(len(targets)) for name in ('alpha1', 'alpha2')}
+
+
+CE, FLOOR = 'cross-entropy', 'three products'
 OURS = {
     'NormFace': losses.NormFaceLoss(S), 'CosFace': losses.CosFaceLoss(S), 'ArcFace': losses.ArcFaceLoss(S, M),
     'SphereFace': losses.SphereFaceLoss(S), 'GM-Softmax': losses.GMSoftmaxLoss(S, 1.1, .9, -.1, .1),
     'LM-Softmax': losses.LMSoftmaxLoss(S), 'LM-Softmax, log-sum-exp': losses.LMSoftmaxLoss(S, 'logsumexp'),
-    'R_sm': losses.SampleMarginLoss()}
-NARROW = 'CosFace, 112 rows'  # the chunk size that keeps within a quarter of an N × k matrix at N = 512
-LINEAR = {name: loss.linear for name, loss in OURS.items()} | {
-    NARROW: lambda z, w, y: OURS['CosFace'].linear(z, w, y, chunk_size=112)}
+    'R_sm': losses.SampleMarginLoss(), 'CosFace + 0.5 R_sm': losses.CosFaceLoss(S, sample_margin=.5)}
+LINEAR = {name: loss.linear for name, loss in OURS.items()}
+DENSE = {name: lambda z, w, y, loss=loss: loss(cosine_matrix(z, w), y) for name, loss in OURS.items()}
+PER_SAMPLE, NARROW, FAST = 'GM-Softmax, per sample', 'CosFace, 64 rows', 'ArcFace, oneDNN'
+LINEAR[PER_SAMPLE] = lambda z, w, y: OURS['GM-Softmax'].linear(z, w, y, **numbers(y))
+DENSE[PER_SAMPLE] = lambda z, w, y: OURS['GM-Softmax'](cosine_matrix(z, w), y, **numbers(y))
+LINEAR[NARROW] = lambda z, w, y: OURS['CosFace'].linear(z, w, y, chunk_size=64)
+LINEAR[FAST] = OURS['ArcFace'].linear
+DENSE |= {NARROW: DENSE['CosFace'], FAST: DENSE['ArcFace']}
+OTHERS = {
+    CE: lambda z, w, y: F.cross_entropy(F.linear(z, w), y),
+    'cross-entropy of s·cos': lambda z, w, y: F.cross_entropy(scaled_cosines(z, w), y),
+    'ArcFace, usual code': usual_arcface, 'LM-Softmax, usual code': usual_lm,
+    'torch linear_cross_entropy': lambda z, w, y: F.linear_cross_entropy(
+        z, w, y, options=torch.nn.LinearCrossEntropyOptions())}
+CHECKED = OTHERS | {f'ours, {name}': function for name, function in LINEAR.items()}
+EXACT = OTHERS | {f'ours, {name}': function for name, function in DENSE.items()}
 ROWS = {
-    'three products': products,
-    CE: of_function(lambda z, w, y: F.cross_entropy(F.linear(z, w), y)),
-    'cross-entropy of s·cos': of_function(lambda z, w, y: F.cross_entropy(scaled_cosines(z, w), y)),
-    'ArcFace, usual code': of_function(usual_arcface),
-    'LM-Softmax, usual code': of_function(usual_lm),
-    'torch linear_cross_entropy': of_function(
-        lambda z, w, y: F.linear_cross_entropy(z, w, y, options=torch.nn.LinearCrossEntropyOptions())),
+    FLOOR: products, f'{FLOOR}, oneDNN': products,
+    **{name: of_function(function) for name, function in OTHERS.items()},
     **{f'metric-learning {name}': of_metric_learning(name) for name in
        ('ArcFaceLoss', 'CosFaceLoss', 'NormalizedSoftmaxLoss', 'SphereFaceLoss')},
     **{f'ours, {name}': of_function(function) for name, function in LINEAR.items()}}
 
 
+def made(name, shape):
+    "The step of a row; those that ask for oneDNN have its products where `fast_products` allows them."
+    step = ROWS[name](*shape)
+    if 'oneDNN' not in name: return step
+
+    def fast():
+        with fast_products(): step()
+    return fast
+
+
 def ratios(names, shape, rounds):
     "Median CPU times of interleaved steps, in seconds."
-    return medians({name: ROWS[name](*shape) for name in names}, rounds)
+    return medians({name: made(name, shape) for name in names}, rounds)
 
 
 def profiled(name, shape):
     "How many of torch's operations a step is, and the share of matrix products in its time."
-    step = ROWS[name](*shape)
+    step = made(name, shape)
     step()
     with profile(activities=[ProfilerActivity.CPU]) as watch: step()
     events = [e for e in watch.key_averages() if e.key.startswith('aten::')]
@@ -145,9 +167,8 @@ def error(name, shape):
         value = function(features, prototypes, targets)
         value.backward()
         return [x.double() for x in (value.detach(), features.grad, prototypes.grad)]
-    loss = OURS['CosFace' if name == NARROW else name]
-    true = run(lambda z, w, y: loss(cosine_matrix(z, w), y), torch.float64)
-    got = run(LINEAR[name], torch.float32)
+    got = run(CHECKED[name], torch.float32)
+    true = run(EXACT[name], torch.float64)
     return max(((g - t).norm() / t.norm()).item() for g, t in zip(got, true, strict=True))
 
 
@@ -163,19 +184,18 @@ def main():
     shapes = [tuple(map(int, shape.split('x'))) for shape in options.shapes.split(',')]
     if options.peak:
         ROWS[options.peak](8, 8, 8)()  # loads what is loaded lazily
-        return print(peak(ROWS[options.peak](*shapes[0])))
+        return print(peak(made(options.peak, shapes[0])))
     wanted = options.rows.split(',') if options.rows else ['']
-    names = [name for name in ROWS if name in ('three products', CE) or any(part in name for part in wanted)]
+    names = [name for name in ROWS if name in (FLOOR, CE) or any(part in name for part in wanted)]
     table = []
     for shape in shapes:
         times = ratios(names, shape, options.rounds)
         for name in names:
             row = {'shape': list(shape), 'row': name, 'over CE': round(times[name] / times[CE], 3),
-                   'over products': round(times[name] / times['three products'], 3)}
+                   'over products': round(times[name] / times[FLOOR], 3)}
             row |= profiled(name, shape)
-            if name != 'three products' and shape[2] >= 10_000: row['matrices'] = round(memory(name, shape), 3)
-            ours = name.removeprefix('ours, ')
-            if ours in LINEAR and shape[2] <= 10_000: row['error'] = float(f'{error(ours, shape):.1e}')
+            if FLOOR not in name and shape[2] >= 10_000: row['matrices'] = round(memory(name, shape), 3)
+            if name in CHECKED and shape[2] <= 10_000: row['error'] = float(f'{error(name, shape):.1e}')
             table.append(row)
             print(row, flush=True)
     store(table, options.out)
