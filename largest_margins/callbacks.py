@@ -10,7 +10,7 @@ __all__ = ['find_head', 'HeadCallback', 'SampleMarginRegularizer', 'ZeroCentroid
 
 # %% ../nbs/training/23_callbacks.ipynb #ea3236a6
 from functools import cache, partial
-from math import degrees
+from math import degrees, nan
 from typing import ClassVar
 
 import torch
@@ -164,9 +164,11 @@ class MarginRecorder(HeadCallback):
     def __init__(
         self,
         head: nn.Module | None = None,  # the classifier; None finds it in the model
+        most_classes: int = 50_000,  # with more, the class margin is left out: nan
     ):
         super().__init__(head)
         self.history, self.latest, self._trained = [], {}, False
+        self.most_classes = most_classes
         self._metrics = [ValueMetric(partial(self._value, key), name)
                          for key, name in self.columns.items()]
 
@@ -209,10 +211,11 @@ class MarginRecorder(HeadCallback):
         margins, targets = torch.cat(self._margins), torch.cat(self._targets)
         self._margins, self._targets = [], []
         prototypes = self.head.weight.detach().float()
+        few = len(prototypes) <= self.most_classes
         self.latest = dict(
             epoch=self.learn.epoch,
-            class_margin=degrees(class_margin(prototypes)),
-            bound=_best_class_margin(*prototypes.shape),
+            class_margin=degrees(class_margin(prototypes)) if few else nan,
+            bound=_best_class_margin(*prototypes.shape) if few else nan,
             mean_sample_margin=margins.mean().item(),
             min_sample_margin=margins.amin().item(),
             norm_ratio=norm_ratio(prototypes).item(),

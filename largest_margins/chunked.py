@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
 
-from .margins import (
-    check_integers, check_targets, plain, row_norms, unit_rows, values_are_cheap)
+from largest_margins.margins import (
+    check_integers, check_targets, plain, row_blocks, row_norms, unit_rows,
+    values_are_cheap)
 from .reduction import check_features, cosine_matrix, full_precision
 from .sharded import ClassShards, OwnRows, all_ranks
 
@@ -44,7 +45,7 @@ def _inverse_norms(x, dtype, name):
 def _read(buffer, columns, per_prototype, here, softmax, with_place):
     "In place from x·w to p/‖w‖ or cosines; own, log-sum-exp, largest and its place."
     parts = []
-    for rows in _blocks(buffer):
+    for rows in row_blocks(buffer, 2**17):
         part, rest = buffer[rows].mul_(per_prototype), None
         ours = None if here is None else here[rows]
         own, largest, place = _take_out(part, columns[rows], ours, with_place)
@@ -73,11 +74,6 @@ def _take_out(cosines, columns, here, with_place):
     largest, place = cosines.max(1) if with_place else (cosines.amax(1), None)
     return own[:, 0], largest, place
 
-
-def _blocks(x, numbers=2**17):
-    "Slices of rows that fit into a CPU's cache; all rows at once elsewhere."
-    step = max(1, numbers // x.shape[1]) if x.device.type == 'cpu' else x.shape[0]
-    return [slice(a, a + step) for a in range(0, x.shape[0], step)]
 
 # %% ../nbs/losses/14_chunked.ipynb #afdbf1f7
 def _angle_and_tangents(x, own):
@@ -291,7 +287,7 @@ class _Walk:
         if 'prototypes' not in self.to: return
         gradient, unit = self.to['prototypes'], not self.moderate
         if self.spreads is not None: gradient.addr_(self.ours, self.pulled)
-        for rows in _blocks(self.w, 2**16):
+        for rows in row_blocks(self.w, 2**16):
             out, w = gradient[rows], self.w[rows]
             if not unit: w = w * self.per_prototype[rows, None]
             out.addcmul_(w, (out * w).sum(1, keepdim=True), value=-1)
