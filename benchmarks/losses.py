@@ -11,23 +11,17 @@ against autograd in float64, relative, where the row computes one of our losses.
 torch's operations and says which share of its time the matrix products take.
 """
 import argparse
-import json
 import math
-import platform
-import statistics
-import subprocess
-import sys
 from pathlib import Path
-from time import process_time
 
 import torch
+from measure import RESULTS, medians, peak, peak_in_fresh_process, store
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from largest_margins import losses
 from largest_margins.reduction import cosine_matrix
 
-RESULTS = Path(__file__).parent/'results'/'losses.json'
 SHAPES = '256x64x10', '128x128x1000', '512x512x10000', '512x512x100000'
 PRODUCTS = 'aten::mm', 'aten::addmm', 'aten::addmm_'
 S, M = 64., .5
@@ -121,21 +115,9 @@ ROWS = {
     **{f'ours, {name}': of_function(function) for name, function in LINEAR.items()}}
 
 
-def ratios(names, shape, rounds, least=.05):
+def ratios(names, shape, rounds):
     "Median CPU times of interleaved steps, in seconds."
-    steps, repeats, times = {}, {}, {name: [] for name in names}
-    for name in names:
-        steps[name] = ROWS[name](*shape)
-        steps[name]()
-        start = process_time()
-        steps[name]()
-        repeats[name] = max(1, int(least / (process_time() - start + 1e-6)))
-    for _ in range(rounds):
-        for name, step in steps.items():
-            start = process_time()
-            for _ in range(repeats[name]): step()
-            times[name].append((process_time() - start) / repeats[name])
-    return {name: statistics.median(t) for name, t in times.items()}
+    return medians({name: ROWS[name](*shape) for name in names}, rounds)
 
 
 def profiled(name, shape):
@@ -149,28 +131,11 @@ def profiled(name, shape):
     return {'operations': sum(e.count for e in events), 'share of products': round(times[0] / times[1], 3)}
 
 
-def resident(key):
-    "A number of this process's status, in bytes."
-    for line in Path('/proc/self/status').read_text().splitlines():
-        if line.startswith(key): return int(line.split()[1]) * 1024
-
-
-def peak(name, shape):
-    "Bytes that one step adds to this process at most; a small step comes first and loads what is loaded lazily."
-    ROWS[name](8, 8, 8)()
-    step = ROWS[name](*shape)
-    Path('/proc/self/clear_refs').write_text('5')
-    before = resident('VmRSS')
-    step()
-    return resident('VmHWM') - before
-
-
 def memory(name, shape):
-    "`peak`, in a process of its own, less the gradients and in units of N × k floats."
-    done = subprocess.run([sys.executable, __file__, '--peak', name, '--shapes', 'x'.join(map(str, shape))],
-                          capture_output=True, text=True, check=True)
+    "The peak of a process of its own, less the gradients and in units of N × k floats."
     n, d, k = shape
-    return (int(done.stdout) - 4 * (n + k) * d) / (4 * n * k)
+    most = peak_in_fresh_process(__file__, name, '--shapes', 'x'.join(map(str, shape)))
+    return (most - 4 * (n + k) * d) / (4 * n * k)
 
 
 def error(name, shape):
@@ -186,24 +151,19 @@ def error(name, shape):
     return max(((g - t).norm() / t.norm()).item() for g, t in zip(got, true, strict=True))
 
 
-def machine():
-    "What the numbers were measured on."
-    model = next((line.split(':')[1].strip() for line in Path('/proc/cpuinfo').read_text().splitlines()
-                  if line.startswith('model name')), platform.processor())
-    return f'{model}, one thread, torch {torch.__version__}'
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--shapes', default=','.join(SHAPES), help='N x d x k, comma-separated')
     parser.add_argument('--rows', help='parts of row names, comma-separated; default: all')
     parser.add_argument('--rounds', type=int, default=5, help='steps are timed this many times')
-    parser.add_argument('--out', type=Path, default=RESULTS, help='where the JSON goes')
+    parser.add_argument('--out', type=Path, default=RESULTS/'losses.json', help='where the JSON goes')
     parser.add_argument('--peak', help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     shapes = [tuple(map(int, shape.split('x'))) for shape in options.shapes.split(',')]
-    if options.peak: return print(peak(options.peak, shapes[0]))
+    if options.peak:
+        ROWS[options.peak](8, 8, 8)()  # loads what is loaded lazily
+        return print(peak(ROWS[options.peak](*shapes[0])))
     wanted = options.rows.split(',') if options.rows else ['']
     names = [name for name in ROWS if name in ('three products', CE) or any(part in name for part in wanted)]
     table = []
@@ -218,10 +178,7 @@ def main():
             if ours in LINEAR and shape[2] <= 10_000: row['error'] = float(f'{error(ours, shape):.1e}')
             table.append(row)
             print(row, flush=True)
-    options.out.parent.mkdir(exist_ok=True)
-    aside = options.out.with_suffix('.part')
-    aside.write_text(json.dumps({'machine': machine(), 'rows': table}, indent=1) + '\n')
-    aside.replace(options.out)
+    store(table, options.out)
 
 
 if __name__ == '__main__': main()

@@ -11,7 +11,34 @@ __all__ = ['zero_centroid']
 import torch
 from torch import Tensor
 
-from .margins import at_least_float32, check_prototypes, unit_rows
+from .margins import (
+    at_least_float32, check_prototypes, plain, row_blocks, row_norms, unit_rows)
+
+# %% ../nbs/losses/13_regularizers.ipynb #2c7ea6f1
+class _Centroid(torch.autograd.Function):
+    "The mean of the unit rows, a block of rows at a time, forward and backward."
+
+    @staticmethod
+    def forward(ctx, prototypes):
+        ctx.save_for_backward(prototypes)
+        total = prototypes.new_zeros(prototypes.shape[1], dtype=torch.float64)
+        for rows in row_blocks(prototypes):
+            total += unit_rows(at_least_float32(prototypes[rows])).sum(0)
+        dtype = torch.promote_types(prototypes.dtype, torch.float32)
+        return (total / len(prototypes)).to(dtype)
+
+    @staticmethod
+    def backward(ctx, slope):
+        prototypes, = ctx.saved_tensors
+        slope, gradient = slope / len(prototypes), torch.empty_like(prototypes)
+        for rows in row_blocks(prototypes):
+            some = at_least_float32(prototypes[rows])
+            norms = row_norms(some)
+            norms = torch.where(norms > 0, norms, 1)
+            unit = some / norms
+            along = (unit * slope).sum(1, keepdim=True)
+            gradient[rows] = (slope - along * unit) / norms
+        return gradient
 
 # %% ../nbs/losses/13_regularizers.ipynb #8888a492
 def zero_centroid(
@@ -19,4 +46,4 @@ def zero_centroid(
 ) -> Tensor:  # in [0, 1], []
     "‖(1/k) Σ_j w_j/‖w_j‖‖², the squared norm of the centroid (Zhou et al. 2022, §3.4)."
     check_prototypes(prototypes)
-    return unit_rows(at_least_float32(prototypes)).mean(0).square().sum()
+    return _Centroid.apply(plain(prototypes)).square().sum()

@@ -1,7 +1,8 @@
 "Class and sample margins: against brute force, at tiny and extreme scales, in bounded memory."
 import math
-import multiprocessing
-import resource
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from largest_margins.losses import SampleMarginLoss
 from largest_margins.margins import class_margin, class_sample_margins, min_sample_margin, norm_ratio, sample_margins
 
 mp.dps = 50
+BENCHMARK = Path(__file__).parent.parent/'benchmarks'/'margins.py'
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 NORMS = [(torch.float32, 1e-30), (torch.float32, 1e-20), (torch.float32, 1e20), (torch.float32, 1e30),
          (torch.float64, 1e-200), (torch.float64, 1e200), (torch.bfloat16, 1e-30), (torch.bfloat16, 1e30),
@@ -105,21 +107,142 @@ def test_class_margin_is_differentiable():
     assert gradient[0, 1] < 0 < gradient[1, 1]
 
 
-def growth_of_memory(k, d):
-    "Bytes by which the peak of a fresh process grows over a class margin."
-    torch.set_num_threads(1)
-    prototypes = torch.randn(k, d)
-    class_margin(prototypes[:1500])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    class_margin(prototypes)
-    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+# --- class margin: two passes, float32 and float64 ---
+
+def brute_pairs(prototypes):
+    "All angles in float64 by chords, by no product; π on the diagonal."
+    unit = prototypes.double() / prototypes.double().abs().amax(1, keepdim=True)
+    unit /= unit.norm(dim=1, keepdim=True)
+    chords = torch.cdist(unit, unit, compute_mode='donot_use_mm_for_euclid_dist')
+    return (2 * (chords / 2).clamp(max=1).asin()).fill_diagonal_(math.pi)
 
 
-def test_class_margin_never_builds_the_matrix():
-    k = 20_000
-    with multiprocessing.get_context('spawn').Pool(1) as pool:
-        grown = pool.apply(growth_of_memory, (k, 64))
-    assert grown < 4 * k * k / 20  # 80 MB of 1.6 GB
+def frame(d): return torch.linalg.qr(torch.randn(d, d, dtype=torch.float64)).Q
+
+
+def bent_axes(d):
+    "Equal angles but for the last pair, so that the first row of tiles shows nothing of it."
+    rows = torch.eye(d)
+    rows[-1, -2] = .3
+    return rows
+
+
+def cluster(k, d, radius):
+    return torch.randn(d, dtype=torch.float64) + radius * torch.randn(k, d, dtype=torch.float64)
+
+
+ARRANGEMENTS = {
+    'random': lambda: torch.randn(1100, 24),
+    'orthonormal frame': lambda: frame(700),
+    'frame but for one pair': lambda: bent_axes(700),
+    'axes': lambda: torch.eye(700),
+    'cross-polytope': lambda: torch.cat([frame(400), -frame(400)]),
+    'simplex': lambda: (torch.eye(700, dtype=torch.float64) - 1 / 700) @ frame(700),
+    'all the same': lambda: torch.randn(1, 32).repeat(1100, 1),
+    'two the same': lambda: torch.randn(1100, 32).index_copy_(0, torch.tensor([1099]), torch.ones(1, 32)).index_copy_(
+        0, torch.tensor([3]), torch.full((1, 32), 2.)),
+    'one cluster': lambda: cluster(1100, 40, 1e-7),
+    'clusters': lambda: torch.cat([cluster(20, 40, r) for r in torch.logspace(-7, 0, 60).tolist()]),
+    'nearly an orthonormal frame': lambda: frame(700) + 1e-7 * torch.randn(700, 700),
+    'two opposite': lambda: torch.cat([cluster(1, 20, 0).repeat(600, 1), -cluster(1, 20, 0).repeat(600, 1)]),
+}
+
+
+@pytest.mark.parametrize('orders', [0, 30])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('name', ARRANGEMENTS)
+def test_class_margin_of_hard_arrangements(name, dtype, orders):
+    "With norms of one size, and from 1e-30 to 1e30 (1e-180 to 1e180 in float64)."
+    torch.manual_seed(0)
+    prototypes = ARRANGEMENTS[name]().double()
+    if dtype == torch.float64: orders *= 6
+    norms = 10 ** (orders * (2 * torch.rand(len(prototypes), 1, dtype=torch.float64) - 1))
+    prototypes = (prototypes * norms).to(dtype)
+    rounding = 0 if dtype == torch.float64 else 2**-23  # of the answer, at most π
+    assert abs(class_margin(prototypes).item() - brute_pairs(prototypes).min().item()) <= 1e-7 + rounding
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(k=st.integers(2, 1700), d=st.integers(1, 12), seed=st.integers(0, 2**20), levels=st.integers(1, 4),
+       dtype=st.sampled_from(DTYPES), repeated=st.integers(0, 3))
+def test_class_margin_of_any_number_of_prototypes(k, d, seed, levels, dtype, repeated):
+    "On a grid, so that many pairs are equally close, and with some rows used twice."
+    generator = torch.Generator().manual_seed(seed)
+    prototypes = torch.randint(-levels, levels + 1, (k, d), generator=generator).double()
+    prototypes[prototypes.eq(0).all(1), 0] = 1
+    rows = torch.randint(k, (2, repeated), generator=generator)
+    prototypes[rows[0]] = prototypes[rows[1]] * 2
+    expected = brute_pairs(prototypes).min().item()
+    assert abs(class_margin(prototypes.to(dtype)).item() - expected) <= 1e-7 + 2**-23
+
+
+@pytest.mark.parametrize('precision, bound', [('ieee', 64 * 2**-24), ('bf16', 2**-7)])
+@pytest.mark.parametrize('seed', range(3))
+def test_class_margin_survives_the_worst_rounding(monkeypatch, precision, bound, seed):
+    """Float32 products as wrong as they may be: the closest pair's too small, all others too large.
+
+    Nineteen pairs in other tiles are nearly as close. Bfloat16 is what torch may be told to round to.
+    """
+    torch.manual_seed(seed)
+    k, d = 2000, 64
+    prototypes = torch.randn(k, d, dtype=torch.float64)
+    for i, (first, second) in enumerate([(900, 1000), *((37 * j, k - 1 - 53 * j) for j in range(19))]):
+        axis, side = torch.linalg.qr(torch.randn(d, 2, dtype=torch.float64)).Q.T
+        angle = .3 + 1e-6 * i
+        prototypes[first], prototypes[second] = axis, math.cos(angle) * axis + math.sin(angle) * side
+    prototypes = (prototypes * (1 + torch.rand(k, 1))).float()
+    angles, product = brute_pairs(prototypes), torch.mm
+    closest = prototypes[[900, 1000]]
+    assert angles.argmin() == 900 * k + 1000
+
+    def wrong(left, right, out):
+        product(left, right, out=out)
+        if out.dtype == torch.float64: return out
+        ours = (left[:, None] == closest).all(2).any(1)
+        return out.add_(torch.where(ours, -bound, bound)[:, None] * left.norm(dim=1, keepdim=True))
+    monkeypatch.setattr(torch, 'mm', wrong)
+    kept, torch.backends.mkldnn.matmul.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision, precision
+    try: assert abs(class_margin(prototypes).item() - angles.min().item()) <= 1e-7
+    finally: torch.backends.mkldnn.matmul.fp32_precision = kept
+
+
+def test_autocast_changes_no_class_margin():
+    torch.manual_seed(0)
+    prototypes = torch.randn(1100, 8)
+    expected = class_margin(prototypes)
+    with torch.autocast('cpu', torch.bfloat16): assert class_margin(prototypes) == expected
+
+
+def test_class_margin_of_many_is_differentiable():
+    "Two of 1200 move, as if they were alone."
+    torch.manual_seed(0)
+    prototypes = torch.randn(1200, 16).requires_grad_()
+    class_margin(prototypes).backward()
+    rows = prototypes.grad.any(1).nonzero()[:, 0]
+    angles = brute_pairs(prototypes.detach())
+    assert sorted(rows.tolist()) == sorted(divmod(angles.argmin().item(), 1200))
+    pair = prototypes.detach()[rows].requires_grad_()
+    class_margin(pair).backward()
+    assert torch.allclose(pair.grad, prototypes.grad[rows], rtol=1e-6)
+
+
+def test_class_margin_of_any_layout():
+    "Rows that are columns of another tensor, or every other row of one."
+    torch.manual_seed(0)
+    wide = torch.randn(16, 2400)
+    assert class_margin(wide.T[::2]) == class_margin(wide.T[::2].contiguous())
+
+
+# --- memory ---
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='peak memory is read from /proc')
+@pytest.mark.parametrize('name, k, d, gradients', [
+    ('class margin', 20_000, 128, 0), ('norm ratio', 500_000, 64, 0), ('zero centroid', 500_000, 64, 32_000_000)])
+def test_peak_memory(name, k, d, gradients):
+    "At most 32 MiB in a fresh process; the prototypes take 10 and 122 MiB, a matrix of cosines would take 1.5 GiB."
+    done = subprocess.run([sys.executable, BENCHMARK, '--peak', name, '--shape', f'{k}x{d}'],
+                          capture_output=True, text=True, check=True)
+    assert int(done.stdout) - 4 * gradients < 32 * 2**20
 
 
 # --- sample margins ---
@@ -181,6 +304,19 @@ def test_norm_ratio_of_any_norm(dtype, norm):
     assert norm_ratio(prototypes).item() == pytest.approx(5, rel=1e-2 if dtype.itemsize == 2 else 1e-6)
     assert norm_ratio(prototypes).dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert norm_ratio(torch.eye(3, dtype=dtype) * norm) == pytest.approx(1, rel=1e-6)
+
+
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+def test_norm_ratio_of_many_in_blocks(dtype):
+    torch.manual_seed(0)
+    prototypes = torch.randn(9000, 100).to(dtype)
+    norms = prototypes.double().norm(dim=1)
+    assert norm_ratio(prototypes).item() == pytest.approx((norms.max() / norms.min()).item(), rel=2e-7)
+
+
+def test_norm_ratio_is_differentiable():
+    torch.manual_seed(0)
+    assert gradcheck(norm_ratio, torch.randn(6, 3, dtype=torch.float64).requires_grad_())
 
 
 # --- bad input ---

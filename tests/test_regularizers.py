@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mpmath import mp, mpf
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 
 from largest_margins.heads import CosineLinear
 from largest_margins.losses import NormFaceLoss, SampleMarginLoss
@@ -87,6 +87,53 @@ def test_gradient_of_zero_centroid_of_any_norm(norm):
     assert torch.allclose(gradients[1] * norm, gradients[0], rtol=1e-4, atol=1e-6)
 
 
+def of_autograd(prototypes):
+    "Value and gradient as autograd finds them in float64."
+    rows = prototypes.detach().double().requires_grad_()
+    value = (rows / rows.norm(dim=1, keepdim=True)).mean(0).square().sum()
+    value.backward()
+    return value.item(), rows.grad
+
+
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+@pytest.mark.parametrize('moved', [0, 1])
+def test_zero_centroid_of_many_in_blocks(dtype, moved):
+    "More than one block; with `moved` 0, what remains of the sum is small."
+    torch.manual_seed(0)
+    prototypes = ((torch.randn(9000, 100) + moved) * (1 + torch.rand(9000, 1))).to(dtype).requires_grad_()
+    true, slope = of_autograd(prototypes)
+    value = zero_centroid(prototypes)
+    (9000 * value).backward()  # of a size that float16 has
+    assert value.item() == pytest.approx(true, rel=1e-13 if dtype == torch.float64 else 1e-6)
+    bound = {torch.float64: 1e-13, torch.float32: 2e-6}.get(dtype, torch.finfo(dtype).eps)
+    assert (prototypes.grad - 9000 * slope).norm() <= bound * 9000 * slope.norm()
+    assert prototypes.grad.dtype == dtype
+
+
+def test_the_gradient_of_zero_centroid_has_a_gradient():
+    torch.manual_seed(0)
+    assert gradgradcheck(zero_centroid, torch.randn(5, 3).double().requires_grad_())
+
+
+def test_autocast_changes_no_zero_centroid():
+    torch.manual_seed(0)
+    prototypes = torch.randn(50, 20).requires_grad_()
+    expected, = torch.autograd.grad(zero_centroid(prototypes), prototypes)
+    with torch.autocast('cpu', torch.bfloat16):
+        slope, = torch.autograd.grad(zero_centroid(prototypes), prototypes)
+    assert torch.equal(slope, expected)
+
+
+def test_zero_centroid_compiles_with_its_gradient():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    prototypes = torch.randn(9, 5).requires_grad_()
+    compiled = torch.compile(zero_centroid, fullgraph=True, backend='aot_eager')
+    expected, = torch.autograd.grad(zero_centroid(prototypes), prototypes)
+    slope, = torch.autograd.grad(compiled(prototypes), prototypes)
+    torch.testing.assert_close(slope, expected)
+
+
 def test_zero_centroid_centres_prototypes():
     torch.manual_seed(0)
     head = CosineLinear(8, 6)
@@ -112,7 +159,13 @@ def test_zero_centroid_refuses_what_are_no_prototypes():
 
 def test_no_value_is_read_on_a_gpu():
     with FakeTensorMode():
-        assert zero_centroid(torch.rand(5, 3, device='cuda')).device.type == 'cuda'
+        prototypes = torch.rand(5, 3, device='cuda', requires_grad=True)
+        value = zero_centroid(prototypes)
+        assert value.device.type == 'cuda'
+        node = next(f for f, _ in value.grad_fn.next_functions[0][0].next_functions)  # its sum, square, centroid
+        assert node.name() == '_CentroidBackward'
+        slope = node.apply(torch.rand(3, device='cuda'))  # autograd's own engine wants a real GPU
+        assert slope.shape == (5, 3) and slope.device.type == 'cuda'
 
 
 # --- R_sm as a term ---

@@ -1,0 +1,64 @@
+"What the benchmarks share: interleaved times, the peak memory of a fresh process, and how results are stored."
+import json
+import platform
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from time import process_time
+
+import torch
+
+RESULTS = Path(__file__).parent/'results'
+
+
+def medians(steps, rounds, least=.05):
+    "Median CPU times in seconds of steps that take turns; short ones are repeated for `least` seconds a turn."
+    repeats, times = {}, {name: [] for name in steps}
+    for name, step in steps.items():
+        step()
+        start = process_time()
+        step()
+        repeats[name] = max(1, int(least / (process_time() - start + 1e-6)))
+    for _ in range(rounds):
+        for name, step in steps.items():
+            start = process_time()
+            for _ in range(repeats[name]): step()
+            times[name].append((process_time() - start) / repeats[name])
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def resident(key):
+    "A number of this process's status, in bytes."
+    for line in Path('/proc/self/status').read_text().splitlines():
+        if line.startswith(key): return int(line.split()[1]) * 1024
+
+
+def peak(step):
+    "Bytes that one step adds to this process at most."
+    Path('/proc/self/clear_refs').write_text('5')
+    before = resident('VmRSS')
+    step()
+    return resident('VmHWM') - before
+
+
+def peak_in_fresh_process(script, name, *arguments):
+    "What `script --peak name …` prints: the `peak` of a row that has a process of its own."
+    done = subprocess.run([sys.executable, script, '--peak', name, *arguments], capture_output=True, text=True,
+                          check=True)
+    return int(done.stdout)
+
+
+def machine():
+    "What the numbers were measured on."
+    model = next((line.split(':')[1].strip() for line in Path('/proc/cpuinfo').read_text().splitlines()
+                  if line.startswith('model name')), platform.processor())
+    return f'{model}, one thread, torch {torch.__version__}'
+
+
+def store(rows, path):
+    "Write the machine and the rows as JSON, aside first, so that a broken run leaves the old file."
+    path.parent.mkdir(exist_ok=True)
+    aside = path.with_suffix('.part')
+    aside.write_text(json.dumps({'machine': machine(), 'rows': rows}, indent=1) + '\n')
+    aside.replace(path)
