@@ -209,18 +209,24 @@ def test_cosines_that_nobody_computes(ranks):
     assert max(returned(run_on_ranks(lazy, ranks, ranks))) < 1e-14
 
 
+RECEIVE_FIRST = {'all_gather_single', 'reduce_scatter_single'}
+COLLECTIVES = {*RECEIVE_FIRST, 'all_gather', 'all_gather_object', 'all_reduce', 'all_to_all', 'all_to_all_single',
+               'barrier', 'broadcast', 'gather', 'reduce', 'reduce_scatter', 'scatter', 'send', 'isend'}
+
+
 def collectives(rank, chunk_size, loss):
     "(name, bytes that this rank sends) of every collective of a step."
     features, prototypes, targets = inputs(2)
     (mine, shard), found = own_parts(rank, 2), []
-    receives_first = {'all_gather_single', 'reduce_scatter_single'}
-    for name in (*receives_first, 'all_gather', 'all_gather_object', 'all_reduce', 'all_to_all', 'barrier', 'broadcast',
-                 'gather', 'reduce', 'reduce_scatter', 'scatter', 'send', 'isend', 'all_to_all_single'):
-        def counted(*args, original=getattr(dist, name), name=name, **kwargs):
-            sent = args[1 if name in receives_first else 0]
+
+    def counting(name, original):
+        def counted(*args, **kwargs):
+            sent = args[name in RECEIVE_FIRST]
             found.append((name, sent.numel() * sent.element_size()))
             return original(*args, **kwargs)
-        setattr(dist, name, counted)
+        return counted
+
+    for name in COLLECTIVES: setattr(dist, name, counting(name, getattr(dist, name)))
     value_and_gradients(shared(loss, chunk_size), features[mine], prototypes[shard], targets[mine])
     return found
 
