@@ -22,6 +22,7 @@ def _enter(rank, function, ranks, directory, seconds, args):
     os.environ['GLOO_SOCKET_IFNAME'] = 'lo'
     dist.init_process_group('gloo', init_method=f'file://{directory}/store', rank=rank, world_size=ranks,
                             timeout=timedelta(seconds=seconds))
+    dist.barrier()  # nobody leaves while another is still joining
     try: result = 'returned', function(rank, *args)
     except Exception as e: result = 'raised', f'{type(e).__name__}: {e}\n{traceback.format_exc()}'
     torch.save(result, Path(directory)/f'{rank}.pt')
