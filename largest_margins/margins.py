@@ -64,13 +64,14 @@ def plain(
 def check_prototypes(
     prototypes: Tensor,  # candidate rows [k, d]
     name: str = 'prototypes',  # what to call them in an error
+    least: int = 2,  # rows, at least
 ):
     "Refuse what cannot be prototypes: shape, dtype and, on CPU, values."
     if not isinstance(prototypes, Tensor) or not prototypes.is_floating_point():
         raise TypeError(f'{name} must be a floating-point tensor [k, d], got '
                         f'{getattr(prototypes, "dtype", type(prototypes).__name__)}')
-    if prototypes.ndim != 2 or len(prototypes) < 2 or prototypes.shape[1] < 1:
-        raise ValueError(f'{name} must be [k, d] with k ≥ 2 rows and d ≥ 1, '
+    if prototypes.ndim != 2 or len(prototypes) < least or prototypes.shape[1] < 1:
+        raise ValueError(f'{name} must be [k, d] with k ≥ {least} rows and d ≥ 1, '
                          f'got shape {tuple(prototypes.shape)}')
     if not values_are_cheap(prototypes): return
     values = prototypes.detach()

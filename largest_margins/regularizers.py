@@ -10,6 +10,8 @@ __all__ = ['zero_centroid']
 # %% ../nbs/losses/13_regularizers.ipynb #1825de9c
 import torch
 from torch import Tensor
+from torch import distributed as dist
+from torch.autograd.function import once_differentiable
 
 from .margins import (
     at_least_float32, check_prototypes, plain, row_blocks, row_norms, unit_rows)
@@ -40,10 +42,29 @@ class _Centroid(torch.autograd.Function):
             gradient[rows] = (slope - along * unit) / norms
         return gradient
 
+# %% ../nbs/losses/13_regularizers.ipynb #8888a491
+class _CentroidOfRanks(torch.autograd.Function):
+    "The centroid of all ranks' classes, from each rank's own."
+
+    @staticmethod
+    def forward(ctx, centroid, num_local, group):
+        total = torch.cat([centroid.double(), centroid.new_ones(1)]) * num_local
+        dist.all_reduce(total, group=group)
+        ctx.share = num_local / total[-1]
+        return (total[:-1] / total[-1]).to(centroid.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, slope): return slope * ctx.share, None, None
+
 # %% ../nbs/losses/13_regularizers.ipynb #8888a492
 def zero_centroid(
     prototypes: Tensor,  # one row for each class, of any norm, [k, d], k ≥ 2
+    group=None,  # process group whose ranks hold different classes, [k_r, d] each
 ) -> Tensor:  # in [0, 1], []
     "‖(1/k) Σ_j w_j/‖w_j‖‖², the squared norm of the centroid (Zhou et al. 2022, §3.4)."
-    check_prototypes(prototypes)
-    return _Centroid.apply(plain(prototypes)).square().sum()
+    check_prototypes(prototypes, least=2 if group is None else 1)
+    centroid = _Centroid.apply(plain(prototypes))
+    if group is not None:
+        centroid = _CentroidOfRanks.apply(centroid, len(prototypes), group)
+    return centroid.square().sum()

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.autograd.function import once_differentiable
 
 from .margins import values_are_cheap
 from .reduction import cosine_matrix
@@ -139,9 +140,9 @@ def gather_batch(
     numbers: dict[str, Tensor],  # further numbers for each sample, [n] each
     num_local: int,  # prototypes of this rank
     group,  # a process group
-    wanted: bool,  # whether this rank's features want a gradient
+    wanted: int,  # 2: this rank's features want a gradient, 1: something else does
     error: str = '',  # what is wrong with this rank's arguments, if anything
-) -> tuple:  # the three of all ranks, the shards' sizes, whether any rank is `wanted`
+) -> tuple:  # the three of all ranks, the shards' sizes, the largest `wanted`
     "Everybody's batch, one rank after the other, in one collective."
     columns = [features, targets[:, None], *(v[:, None] for v in numbers.values())]
     rows = torch.cat([c.contiguous().view(torch.uint8) for c in columns], 1)
@@ -159,25 +160,27 @@ def gather_batch(
         part.contiguous().view(c.dtype)
         for part, c in zip(rows.split(widths, 1), columns))
     numbers = {name: v[:, 0] for name, v in zip(numbers, others)}
-    return features, targets[:, 0], numbers, sizes, any(wanted)
+    return features, targets[:, 0], numbers, sizes, max(wanted)
 
 # %% ../nbs/losses/15_sharded.ipynb #51a0000f
 class AllRows(torch.autograd.Function):
     "All ranks' features; backward sums what all shards want of this rank's rows."
 
     @staticmethod
-    def forward(ctx, features, every, group):
-        ctx.group, ctx.dtype = group, features.dtype
+    def forward(ctx, features, every, group, wanted):
+        ctx.group, ctx.dtype, ctx.wanted = group, features.dtype, wanted
         return every.to(torch.promote_types(every.dtype, torch.float32), copy=True)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, slope):
+        if not ctx.wanted: return None, None, None, None
         mine = slope.new_empty(len(slope) // dist.get_world_size(ctx.group),
                                slope.shape[1])
         scatter = getattr(dist, 'reduce_scatter_single', None)
         scatter = scatter or dist.reduce_scatter_tensor
         scatter(mine, slope.contiguous(), group=ctx.group)
-        return mine.to(ctx.dtype), None, None
+        return mine.to(ctx.dtype), None, None, None
 
 
 class OwnRows(torch.autograd.Function):
@@ -189,6 +192,7 @@ class OwnRows(torch.autograd.Function):
         return _own_chunk(every, group).clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, slope): return _all_gather(slope, ctx.group).flatten(), None
 
 
@@ -221,12 +225,14 @@ def all_ranks(
     error = ''
     if values_are_cheap(prototypes) and not prototypes.detach().isfinite().all():
         error = 'prototypes must be finite'
+    wants = 2 if features.requires_grad else int(any(
+        x.requires_grad for x in (prototypes, *numbers.values())))
     every, targets, all_numbers, sizes, wanted = gather_batch(
         features.detach(), targets, {n: v.detach() for n, v in numbers.items()},
-        len(prototypes), group, features.requires_grad, error)
-    if wanted and not features.requires_grad:  # all take part in the sum of gradients
+        len(prototypes), group, wants, error)
+    if wants < wanted:  # every rank goes the way back if one does
         features = features.detach().requires_grad_()
-    features = AllRows.apply(features, every, group)
+    features = AllRows.apply(features, every, group, wanted == 2)
     numbers = {name: EveryNumber.apply(v, all_numbers[name], group)
                for name, v in numbers.items()}
     return features, targets, numbers, ClassShards(sizes, group)
