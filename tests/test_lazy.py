@@ -101,8 +101,9 @@ def trained(cbs, loss):
     torch.manual_seed(0)
     learn = margin_learner(load('digits').dataloaders(256, seed=0), ConvBody(1, (8, 8)), loss(), embedding=8, cbs=cbs())
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, 1e-2)
+    values = list(learn.recorder.values)
     predictions, targets = learn.get_preds()
-    return learn.recorder.values, predictions, targets, learn.model[-1].weight.detach()
+    return values, predictions, targets, learn.model[-1].weight.detach()
 
 
 @pytest.mark.parametrize('cbs', [list, lambda: [SampleMarginRegularizer(.5)],
