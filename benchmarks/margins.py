@@ -1,12 +1,12 @@
-"""Time and memory of what is measured on prototypes, against what any code must do.
+"""Time and memory of what is measured on prototypes and features, against what any code must do.
 
     python benchmarks/margins.py                                 # the stored table: benchmarks/results/margins.json
     python benchmarks/margins.py --rows 'class margin' --rounds 3 --out mine.json
 
 Every row is one function at one size, beside a unit of the same size: half the product of the prototypes with
-themselves (each pair once), or one pass over them (their sum). Rows of a size take turns with their unit in one
-process, on one thread, and the ratio of median CPU times is stored. Memory is the peak resident size of a fresh process
-during one call, less the size before it and less the gradient.
+themselves (each pair once), one pass over them (their sum), or the product of features and prototypes. Rows of a size
+take turns with their unit in one process, on one thread, and the ratio of median CPU times is stored. Memory is the
+peak resident size of a fresh process during one call, less the size before it and less the gradient.
 """
 import argparse
 from collections.abc import Callable
@@ -17,7 +17,8 @@ import torch
 from measure import RESULTS, medians, peak, peak_in_fresh_process, store
 from torch.nn import functional as F
 
-from largest_margins.margins import class_margin, norm_ratio
+from largest_margins.chunked import LazyCosines
+from largest_margins.margins import class_margin, norm_ratio, sample_margins
 from largest_margins.regularizers import zero_centroid
 
 
@@ -67,6 +68,40 @@ def half_product(k, d, size=1024):
     return step
 
 
+def random_features(n, d, k):
+    "Features, prototypes and targets."
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(n, d, generator=generator), random_prototypes(k, d), torch.randint(k, (n,), generator=generator)
+
+
+def of_features(function):
+    "A step from a function of features, prototypes and targets."
+    def make(n, d, k):
+        batch = random_features(n, d, k)
+        return lambda: function(*batch)
+    return make
+
+
+def whole_product(n, d, k, size=1024):
+    "The inner products of features and prototypes, some rows at a time, into memory that is there already."
+    features, prototypes, _ = random_features(n, d, k)
+    buffer = torch.zeros(size, k)
+
+    def step():
+        for part in features.split(size): torch.mm(part, prototypes.T, out=buffer[:len(part)])
+    return step
+
+
+def our_sample_margins(features, prototypes, targets): return sample_margins(LazyCosines(features, prototypes), targets)
+
+
+def usual_sample_margins(features, prototypes, targets):
+    "The whole matrix of cosines, and the two largest of each row."
+    cosines = F.normalize(features) @ F.normalize(prototypes).T
+    own, (values, where) = cosines.gather(1, targets[:, None])[:, 0], cosines.topk(2)
+    return own - torch.where(where[:, 0] == targets, values[:, 1], values[:, 0])
+
+
 def usual_class_margin(prototypes):
     "The whole matrix of cosines."
     unit = F.normalize(prototypes)
@@ -81,13 +116,15 @@ def usual_norm_ratio(prototypes):
 def usual_zero_centroid(prototypes): return F.normalize(prototypes).mean(0).square().sum()
 
 
-PRODUCT, PASS = 'half a product', 'one pass'
-UNITS = {PRODUCT: half_product, PASS: of_function(torch.sum)}
-LARGE, MIDDLE, LONG = (50_000, 512), (10_000, 128), (1_000_000, 64)
+PRODUCT, PASS, WHOLE = 'half a product', 'one pass', 'the product'
+UNITS = {PRODUCT: half_product, PASS: of_function(torch.sum), WHOLE: whole_product}
+LARGE, MIDDLE, LONG, MANY = (50_000, 512), (10_000, 128), (1_000_000, 64), (20_000, 512, 10_000)
 ROWS = [
     Row('class margin', of_function(class_margin), LARGE, PRODUCT),
     Row('class margin', of_function(class_margin), MIDDLE, PRODUCT),
     Row('class margin, usual code', of_function(usual_class_margin), MIDDLE, PRODUCT),
+    Row('sample margins', of_features(our_sample_margins), MANY, WHOLE),
+    Row('sample margins, usual code', of_features(usual_sample_margins), MANY, WHOLE),
     Row('norm ratio', of_function(norm_ratio), LONG, PASS),
     Row('norm ratio, usual code', of_function(usual_norm_ratio), LONG, PASS),
     Row('zero centroid', of_gradient(zero_centroid), LONG, PASS, 64_000_000),
