@@ -141,19 +141,24 @@ def gather_batch(
     group,  # a process group
     wanted: bool,  # whether this rank's features want a gradient
     error: str = '',  # what is wrong with this rank's arguments, if anything
+    sizes: list[int] | None = None,  # of the shards, to be trusted; None: asks all
 ) -> tuple:  # the three of all ranks, the shards' sizes, whether any rank is `wanted`
     "Everybody's batch, one rank after the other, in one collective."
     columns = [features, targets[:, None], *(v[:, None] for v in numbers.values())]
     rows = torch.cat([c.contiguous().view(torch.uint8) for c in columns], 1)
-    head = torch.tensor([num_local, wanted, bool(error)], device=features.device)
+    head = rows.new_empty(0)
+    if sizes is None:
+        head = torch.tensor([num_local, wanted, bool(error)], device=features.device)
     every = _all_gather(torch.cat([head.view(torch.uint8), rows.flatten()]), group)
-    heads = every[:, :24].contiguous().view(torch.int64)
-    sizes, wanted, refused = heads.t().tolist()
+    refused, wanted = [], [wanted]
+    if sizes is None:
+        heads = every[:, :24].contiguous().view(torch.int64)
+        sizes, wanted, refused = heads.t().tolist()
     if error: raise ValueError(error)
     if any(refused):
         raise ValueError(f'rank {refused.index(1)} refused its arguments; '
                          'its own error says why')
-    rows = every[:, 24:].reshape(-1, rows.shape[1])
+    rows = every[:, head.nbytes:].reshape(-1, rows.shape[1])
     widths = [c.shape[1] * c.element_size() for c in columns]
     features, targets, *others = (
         part.contiguous().view(c.dtype)
@@ -215,15 +220,20 @@ def all_ranks(
     prototypes: Tensor,  # this rank's, [k_r, d]
     targets: Tensor,  # this rank's, among all classes, int64, [n]
     numbers: dict[str, Tensor],  # further numbers for each sample, [n] each
-    group,  # a process group; every rank brings the same n
+    group,  # a process group, or its `ClassShards`; every rank brings the same n
 ) -> tuple[Tensor, Tensor, dict[str, Tensor], ClassShards]:
     "The batch of all ranks, with the way back for its gradients."
-    error = ''
-    if values_are_cheap(prototypes) and not prototypes.detach().isfinite().all():
+    error, sizes, cheap = '', None, values_are_cheap(prototypes)
+    if cheap and not prototypes.detach().isfinite().all():
         error = 'prototypes must be finite'
+    if isinstance(group, ClassShards):
+        if len(prototypes) != group.size:
+            error = (f'prototypes must be [{group.size}, d] on this rank, '
+                     f'got shape {tuple(prototypes.shape)}')
+        group, sizes = group.group, None if cheap else group.sizes
     every, targets, all_numbers, sizes, wanted = gather_batch(
         features.detach(), targets, {n: v.detach() for n, v in numbers.items()},
-        len(prototypes), group, features.requires_grad, error)
+        len(prototypes), group, features.requires_grad, error, sizes)
     if wanted and not features.requires_grad:  # all take part in the sum of gradients
         features = features.detach().requires_grad_()
     features = AllRows.apply(features, every, group)
