@@ -267,6 +267,14 @@ def test_autocast_changes_nothing(row):
     assert distance(value_and_gradients(under_autocast, *batch), expected) == 0
 
 
+@pytest.mark.parametrize('row', SMOOTHABLE, ids=repr)
+def test_label_smoothing_of_a_matrix_under_autocast(row):
+    cosines, targets = cosine_matrix(*inputs(dtype=torch.float32)[:2]), inputs()[2]
+    loss = row.make(16., range(K), label_smoothing=.2)
+    expected = loss(cosines, targets)
+    with torch.autocast('cpu', torch.bfloat16): assert torch.equal(loss(cosines, targets), expected)
+
+
 # --- memory ---
 
 @given(samples=st.integers(1, 5000), num_classes=st.integers(2, 10**8))
