@@ -7,10 +7,10 @@ CHECK := build/check
 METADATA := settings.ini setup.py pyproject.toml
 DIFF := diff -rq -x __pycache__ -x .ipynb_checkpoints
 
-.PHONY: help demo test notebooks docs hooks
+.PHONY: help demo test gpu-check notebooks docs hooks
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
 .venv/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -50,6 +50,9 @@ test: .venv/.test  ## every check: notebooks, export, style, site, pytest
 	cd $(CHECK) && $(BIN)/nbdev-test --n-workers 2
 	$(BIN)/python docs/build.py --check
 	$(BIN)/python -m pytest -n 2
+
+gpu-check: .venv/.test  ## everything that needs a GPU, measured and stored, in at most 8 minutes; says so without one
+	$(BIN)/python benchmarks/gpu.py
 
 notebooks: .venv/.test  ## clean every notebook and export the package from them
 	$(BIN)/nbdev-clean

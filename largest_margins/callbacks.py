@@ -259,9 +259,10 @@ class DeferredReweighting(Callback):
     def after_loss(self):
         "Take the loss with class-balanced weights instead."
         if self.learn.epoch < self.start_epoch or not self.learn.yb: return
-        loss, weights = self._weighted(), self.weights.to(self.learn.loss_grad.device)
+        loss, device = self._weighted(), self.learn.loss_grad.device
+        self.weights = self.weights.to(device)  # a GPU waits for this once
         usual = loss.weight
-        loss.weight = weights
+        loss.weight = self.weights
         try: weighted = self.learn.loss_func(self.learn.pred, *self.learn.yb)
         finally: loss.weight = usual
         self.learn.loss_grad, self.learn.loss = weighted, weighted.clone()

@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_map_only
 
-from largest_margins.margins import (
-    check_integers, check_targets, plain, row_blocks, row_norms, unit_rows,
-    values_are_cheap)
+from .margins import (
+    check_device, check_integers, check_targets, plain, row_blocks, row_norms,
+    unit_rows, values_are_cheap)
 from .reduction import check_features, cosine_matrix, full_precision
 from .sharded import ClassShards, OwnRows, all_ranks
 
@@ -107,7 +107,8 @@ def _terms(loss, reads, spreads, targets, given, wanted, weigh):
     outputs = [losses] if smooth is None else [losses, smooth]
     values, slopes = [v.detach() for v in outputs], {}
     if wanted:
-        shares = [torch.as_tensor(share, dtype=v.dtype, device=v.device).expand_as(v)
+        shares = [share.to(v.dtype) if isinstance(share, Tensor)
+                  else torch.full_like(v, share)
                   for share, v in zip(weigh(values[0]), values)]
         slopes = dict(zip(leaves, torch.autograd.grad(
             outputs, list(leaves.values()), shares, materialize_grads=True)))
@@ -144,7 +145,7 @@ class _Walk:
             torch.empty_like(w) if name == 'prototypes' else w.new_empty(n)
             for name in wanted}
         if logs is not None:
-            self.top, self.tops = w.new_tensor(torch.finfo(dtype).min), w.new_empty(n)
+            self.top, self.tops = w.new_full((), torch.finfo(dtype).min), w.new_empty(n)
 
     def run(self):
         for a in range(0, self.targets.shape[0], self.size):
@@ -372,7 +373,7 @@ def chunked_loss(
     prototypes: Tensor,  # prototypes of any norm, [k, d]
     targets: Tensor,  # class of each sample, int64, [N]
     chunk_size: int | str = 'auto',  # rows at a time, or 'auto': up to 72 MiB of them
-    group=None,  # process group whose ranks share the classes and the batch
+    group=None,  # process group, or `ClassShards`, that shares classes and batch
     **given,  # numbers for each sample, if the loss takes any
 ) -> Tensor:  # the loss, [] (or [N] for reduction='none')
     "What `loss.linear` returns; shapes and dtypes have been checked."
@@ -385,6 +386,7 @@ def chunked_loss(
     for name, value in given.items():
         if not isinstance(value, Tensor): fixed[name] = value
         elif value.shape in ((), features.shape[:1]):
+            check_device(name, value, features.device)
             numbers[name] = value.expand(len(features))
         else: raise ValueError(f'{name} must be [N] with N = {len(features)}, '
                                f'got shape {tuple(value.shape)}')
@@ -394,8 +396,9 @@ def chunked_loss(
     if group is not None:
         features, targets, numbers, shards = all_ranks(
             features, prototypes, targets, numbers, group)
+        group = shards.group
     targets = check_targets(targets, len(features), shards.num_classes)
-    loss.check_classes(shards.num_classes)
+    loss.check_classes(shards.num_classes, features.device)
     size = chunk_size
     if size == 'auto': size = rows_at_once(len(features), shards.largest_size)
     with full_precision(features.device.type):
@@ -421,7 +424,6 @@ class LazyCosines:
         self.dtype = torch.promote_types(dtype, torch.float32)
         classes = len(prototypes) if shards is None else shards.num_classes
         self.shape = torch.Size([len(features), classes])
-        self.group = None if shards is None else shards.group
 
     def matrix(self) -> Tensor:  # [N, k]
         "The cosines themselves."
@@ -435,7 +437,7 @@ class LazyCosines:
         **given,  # numbers for each sample, if the loss takes any
     ) -> Tensor:  # what the loss makes of the matrix
         "A loss of these cosines, without them."
-        return loss.linear(self.features, self.prototypes, targets, group=self.group,
+        return loss.linear(self.features, self.prototypes, targets, group=self.shards,
                            **given)
 
     def sample_margins(
@@ -443,9 +445,9 @@ class LazyCosines:
         targets: Tensor,  # class of each sample, integers in 0..k−1, [N]
     ) -> Tensor:  # margins in [−2, 2], [N]
         "The sample margins, some rows at a time."
-        targets = check_integers(targets, len(self))
+        targets = check_integers(targets, len(self), self.device)
         return chunked_loss(_MARGINS, self.features, self.prototypes, targets,
-                            group=self.group)
+                            group=self.shards)
 
     @torch.no_grad()
     def argmax(
@@ -495,7 +497,7 @@ class _Margins:
     scale, sample_margin, angular, pools, reduction = None, 0., False, False, 'none'
 
     def spread_weights(self, *_): return None
-    def check_classes(self, _): pass
+    def check_classes(self, *_): pass
     def shares(self, *_): return -1., -1.
     def aggregate(self, losses, *_): return -losses
 

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .margins import (
-    at_least_float32, check_cosines, check_integers, check_logits, plain,
-    sample_margins, values_are_cheap)
+    at_least_float32, check_cosines, check_device, check_integers, check_logits,
+    plain, sample_margins, values_are_cheap)
 from .chunked import chunked_loss
-from largest_margins.reduction import (
-    angle_from_cosine, check_features, cosine_matrix, log_sum_exp_of_others,
-    target_angle)
+from .reduction import (
+    angle_from_cosine, check_features, cosine_matrix, full_precision,
+    log_sum_exp_of_others, target_angle)
 
 # %% ../nbs/losses/12_losses.ipynb #c7ca48f9
 class ClassificationLoss(nn.Module):
@@ -99,12 +99,15 @@ class ClassificationLoss(nn.Module):
     def check_classes(
         self,
         num_classes: int,  # k of the scores at hand
+        device: torch.device,  # where they are
     ):
-        "Every buffer of a loss holds a number per class; refuse any other number."
+        "Each buffer of a loss holds a number per class; refuse another number or device."
         for name, value in self._buffers.items():
-            if value is not None and value.shape != (num_classes,):
+            if value is None: continue
+            if value.shape != (num_classes,):
                 raise ValueError(f'{name} must be [k] with k = {num_classes}, '
                                  f'got shape {tuple(value.shape)}')
+            check_device(name, value, device)
 
     def activation(
         self,
@@ -168,7 +171,7 @@ class CosineLoss(ClassificationLoss):
         targets: Tensor,  # class of each sample, integers in 0..k−1, [N]
         *,
         chunk_size: int | str = 'auto',  # rows at a time, or 'auto': up to 72 MiB
-        group=None,  # process group that shares the classes; see the page on shards
+        group=None,  # process group or `ClassShards`; see the page on shards
         **given,  # numbers for each sample, if the loss takes any
     ) -> Tensor:  # the loss, [] (or [N] for reduction='none')
         "The loss of features and prototypes, both normalised here; no matrix is kept."
@@ -180,7 +183,7 @@ class CosineLoss(ClassificationLoss):
                              f'and {tuple(prototypes.shape)}')
         if torch.compiler.is_compiling() and group is None:
             return self(cosine_matrix(features, prototypes), targets, **given)
-        targets = check_integers(targets, len(features))
+        targets = check_integers(targets, len(features), features.device)
         return chunked_loss(self, features, prototypes, targets, chunk_size, group,
                             **given)
 
@@ -259,12 +262,13 @@ class MarginSoftmaxLoss(CosineLoss):
         "Equation (eq-stable), reduced over the batch."
         if hasattr(cosines, 'loss'): return cosines.loss(self, targets, **given)
         source, (cosines, targets) = cosines, check_cosines(cosines, targets)
-        self.check_classes(cosines.shape[1])
+        self.check_classes(cosines.shape[1], cosines.device)
         own = cosines.gather(1, targets[:, None])[:, 0]
         num, den = self.own_curves(source, own, targets, **given)
         rest = log_sum_exp_of_others(cosines, targets, self.scale)
         spreads = self.spread_weights(cosines.shape[1], cosines.dtype, cosines.device)
-        spread = None if spreads is None else (cosines @ spreads, spreads)
+        with full_precision(cosines.device.type):
+            spread = None if spreads is None else (cosines @ spreads, spreads)
         losses, smooth = self.terms(num, den, own, rest, spread, targets)
         leads = -sample_margins(cosines, targets) if self.sample_margin else None
         return self.aggregate(losses, targets, cosines.shape[1], smooth, leads)
@@ -615,6 +619,7 @@ class GMSoftmaxLoss(MarginSoftmaxLoss):
             value = getattr(self, name)
             if isinstance(value, Tensor): value = value.to(cosine.dtype)[targets]
             return value
+        if isinstance(given, Tensor): check_device(name, given, cosine.device)
         given = _check_coefficient(name, given)
         if not isinstance(given, Tensor): return given
         if given.shape not in ((), cosine.shape):
@@ -710,7 +715,7 @@ class SampleMarginLoss(CosineLoss):
         "The negative sample margins, reduced over the batch."
         if hasattr(cosines, 'loss'): return cosines.loss(self, targets)
         losses = -sample_margins(cosines, targets)
-        self.check_classes(cosines.shape[1])
+        self.check_classes(cosines.shape[1], cosines.device)
         return self.aggregate(losses, plain(targets).long(), cosines.shape[1])
 
     def extra_repr(self): return f'reduction={self.reduction!r}'
@@ -734,7 +739,7 @@ class FocalLoss(ClassificationLoss):
     ) -> Tensor:  # the loss in nats, [] (or [N] for reduction='none')
         "The focal losses, reduced over the batch."
         logits, targets = check_logits(logits, targets)
-        self.check_classes(logits.shape[1])
+        self.check_classes(logits.shape[1], logits.device)
         rest = log_sum_exp_of_others(logits, targets, 1)
         delta = rest - logits.gather(1, targets[:, None])[:, 0]
         cross_entropy = torch.logaddexp(delta, torch.zeros_like(delta))

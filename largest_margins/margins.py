@@ -6,8 +6,8 @@ Docs: https://largest-margins.github.io/largest-margins/theory/margins.html.md""
 
 # %% auto #0
 __all__ = ['unit_rows', 'row_norms', 'angle', 'values_are_cheap', 'plain', 'check_prototypes', 'row_blocks', 'class_margin',
-           'check_cosines', 'check_logits', 'check_targets', 'check_integers', 'at_least_float32', 'sample_margins',
-           'class_sample_margins', 'smallest_by_class', 'min_sample_margin', 'norm_ratio']
+           'check_cosines', 'check_logits', 'check_targets', 'check_integers', 'check_device', 'at_least_float32',
+           'sample_margins', 'class_sample_margins', 'smallest_by_class', 'min_sample_margin', 'norm_ratio']
 
 # %% ../nbs/theory/01_margins.ipynb #33f7b327
 import torch
@@ -186,7 +186,7 @@ def _check(scores, targets, name):
     if scores.ndim != 2 or scores.shape[0] < 1 or scores.shape[1] < 2:
         raise ValueError(f'{name} must be [N, k] with N ≥ 1 and k ≥ 2, '
                          f'got shape {tuple(scores.shape)}')
-    targets = check_targets(targets, *scores.shape)
+    targets = check_targets(targets, *scores.shape, scores.device)
     if values_are_cheap(scores):
         low, high = plain(scores).detach().aminmax()
         if not (low.isfinite() and high.isfinite()):
@@ -204,9 +204,10 @@ def check_targets(
     targets: Tensor,  # candidate classes [N]
     samples: int,  # N
     num_classes: int,  # k
+    device: torch.device | None = None,  # where they must be; None: anywhere
 ) -> Tensor:  # int64, [N]
-    "Refuse what cannot be classes: shape, dtype and, on CPU, values."
-    targets = check_integers(targets, samples)
+    "Refuse what cannot be classes: shape, dtype, device and, on CPU, values."
+    targets = check_integers(targets, samples, device)
     if values_are_cheap(targets):
         low, high = (v.item() for v in targets.aminmax())
         if low < 0 or high >= num_classes:
@@ -218,15 +219,27 @@ def check_targets(
 def check_integers(
     targets: Tensor,  # candidate classes [N]
     samples: int,  # N
+    device: torch.device | None = None,  # where they must be; None: anywhere
 ) -> Tensor:  # int64, [N]
-    "Refuse what cannot be classes whatever their number: shape and dtype."
+    "Refuse what cannot be classes whatever their number: shape, dtype and device."
     if not isinstance(targets, Tensor) or targets.dtype not in _INTEGERS:
         raise TypeError('targets must be an integer tensor [N] of class indices, got '
                         f'{getattr(targets, "dtype", type(targets).__name__)}')
     if targets.shape != (samples,):
         raise ValueError(f'targets must be [N] with N = {samples}, '
                          f'got shape {tuple(targets.shape)}')
+    if device is not None: check_device('targets', targets, device)
     return plain(targets).long()
+
+
+def check_device(
+    name: str,  # what it is called
+    value: Tensor,  # what was given
+    device: torch.device,  # where features or scores are
+):
+    "Refuse what is elsewhere; to move it in every step would make a GPU wait."
+    if value.device != device:
+        raise ValueError(f'{name} must be on {device}, got {value.device}')
 
 
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)

@@ -142,19 +142,24 @@ def gather_batch(
     group,  # a process group
     wanted: int,  # 2: this rank's features want a gradient, 1: something else does
     error: str = '',  # what is wrong with this rank's arguments, if anything
+    sizes: list[int] | None = None,  # of the shards, to be trusted; None: asks all
 ) -> tuple:  # the three of all ranks, the shards' sizes, the largest `wanted`
     "Everybody's batch, one rank after the other, in one collective."
     columns = [features, targets[:, None], *(v[:, None] for v in numbers.values())]
     rows = torch.cat([c.contiguous().view(torch.uint8) for c in columns], 1)
-    head = torch.tensor([num_local, wanted, bool(error)], device=features.device)
+    head = rows.new_empty(0)
+    if sizes is None:
+        head = torch.tensor([num_local, wanted, bool(error)], device=features.device)
     every = _all_gather(torch.cat([head.view(torch.uint8), rows.flatten()]), group)
-    heads = every[:, :24].contiguous().view(torch.int64)
-    sizes, wanted, refused = heads.t().tolist()
+    refused, wanted = [], [wanted]
+    if sizes is None:
+        heads = every[:, :24].contiguous().view(torch.int64)
+        sizes, wanted, refused = heads.t().tolist()
     if error: raise ValueError(error)
     if any(refused):
         raise ValueError(f'rank {refused.index(1)} refused its arguments; '
                          'its own error says why')
-    rows = every[:, 24:].reshape(-1, rows.shape[1])
+    rows = every[:, head.nbytes:].reshape(-1, rows.shape[1])
     widths = [c.shape[1] * c.element_size() for c in columns]
     features, targets, *others = (
         part.contiguous().view(c.dtype)
@@ -219,17 +224,22 @@ def all_ranks(
     prototypes: Tensor,  # this rank's, [k_r, d]
     targets: Tensor,  # this rank's, among all classes, int64, [n]
     numbers: dict[str, Tensor],  # further numbers for each sample, [n] each
-    group,  # a process group; every rank brings the same n
+    group,  # a process group, or its `ClassShards`; every rank brings the same n
 ) -> tuple[Tensor, Tensor, dict[str, Tensor], ClassShards]:
     "The batch of all ranks, with the way back for its gradients."
-    error = ''
-    if values_are_cheap(prototypes) and not prototypes.detach().isfinite().all():
+    error, sizes, cheap = '', None, values_are_cheap(prototypes)
+    if cheap and not prototypes.detach().isfinite().all():
         error = 'prototypes must be finite'
     wants = 2 if features.requires_grad else int(any(
         x.requires_grad for x in (prototypes, *numbers.values())))
+    if isinstance(group, ClassShards):
+        if len(prototypes) != group.size:
+            error = (f'prototypes must be [{group.size}, d] on this rank, '
+                     f'got shape {tuple(prototypes.shape)}')
+        group, sizes = group.group, None if cheap else group.sizes
     every, targets, all_numbers, sizes, wanted = gather_batch(
         features.detach(), targets, {n: v.detach() for n, v in numbers.items()},
-        len(prototypes), group, wants, error)
+        len(prototypes), group, wants, error, sizes)
     if wants < wanted:  # every rank goes the way back if one does
         features = features.detach().requires_grad_()
     features = AllRows.apply(features, every, group, wanted == 2)

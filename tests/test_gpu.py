@@ -1,0 +1,331 @@
+"""What a GPU would do, tested without one.
+
+Fake CUDA tensors know shapes, dtypes and devices, and run forward, where our gradients are made. FakeTensorMode raises
+where a value would have to be known or where devices do not match; `NoCopies` raises where something would be copied
+between host and GPU, for which the host waits.
+"""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from loss_family import ON_COSINES, SMOOTHABLE
+from processes import returned, run_on_ranks
+from torch import distributed as dist
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from largest_margins import chunked, losses, margins, sharded
+from largest_margins.chunked import LazyCosines
+from largest_margins.heads import CosineLinear, ShardedCosineLinear
+from largest_margins.losses import CosFaceLoss, GMSoftmaxLoss
+from largest_margins.margins import class_margin, class_sample_margins, min_sample_margin, norm_ratio, sample_margins
+from largest_margins.reduction import cosine_matrix
+from largest_margins.regularizers import zero_centroid
+
+GPU_CHECK = Path(__file__).parent.parent/'benchmarks'/'gpu.py'
+N, D, K = 7, 3, 4
+ENGINES = {'linear': lambda loss: lambda z, w, y: loss.linear(z, w, y, chunk_size=3),
+           'lazy': lambda loss: lambda z, w, y: loss(LazyCosines(z, w), y),
+           'dense': lambda loss: lambda z, w, y: loss(cosine_matrix(z, w), y),
+           'matrix': lambda loss: lambda z, w, y: loss(z @ w.T, y)}
+WEIGHT = torch.linspace(.2, 2, K)
+OPTIONS = {'plain': {}, 'label smoothing': {'label_smoothing': .1}, 'class weights': {'weight': WEIGHT},
+           'class-mean': {'reduction': 'class-mean'}, 'none': {'reduction': 'none'},
+           'sample margin': {'sample_margin': .5},
+           'all': {'label_smoothing': .1, 'weight': WEIGHT, 'reduction': 'class-mean', 'sample_margin': .5}}
+
+
+def possible(row, given):
+    "Whether a loss has these options."
+    if 'label_smoothing' in given and row not in SMOOTHABLE: return False
+    return 'sample_margin' not in given or row.name != 'R_sm'
+
+
+CASES = [pytest.param(row, given, id=f'{row.name}, {name}') for row in ON_COSINES for name, given in OPTIONS.items()
+         if possible(row, given)]
+
+
+class NoCopies(TorchDispatchMode):
+    "Refuses what copies between host and GPU: `.cpu()`, `.to('cuda')`, `torch.tensor(…, device='cuda')`."
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = [x for x in (*args, result) if isinstance(x, torch.Tensor)]
+        if 'copy' in func.__name__ and len({x.device.type for x in tensors}) > 1:
+            raise AssertionError(f'{func} copies between host and GPU')
+        return result
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """Fake CUDA, to be entered when the losses are made, for these look at the values of their arguments.
+
+    The engine of autograd wants a real GPU, so here it answers with slopes of the right shape and device.
+    """
+    monkeypatch.setattr(torch.autograd, 'grad', lambda outputs, inputs, *_, **__: [torch.ones_like(x) for x in inputs])
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def batch(dtype=torch.float32):
+    "Fake features, prototypes and targets on the GPU."
+    leaves = [torch.rand(rows, D, device='cuda', dtype=dtype, requires_grad=True) for rows in (N, K)]
+    return *leaves, torch.zeros(N, dtype=torch.long, device='cuda')
+
+
+def on_gpu(x): return x.device.type == 'cuda'
+
+
+# --- device placement ---
+
+def test_the_guard_sees_what_it_must(fake):
+    with fake:
+        x = torch.rand(3, device='cuda')
+        for copies in (lambda: torch.tensor([1.], device='cuda'), lambda: x.new_tensor(2.), lambda: x.cpu(),
+                       lambda: torch.ones(3).to(x), lambda: torch.as_tensor(1., device='cuda'),
+                       lambda: x.copy_(torch.ones(3))):
+            with NoCopies(), pytest.raises(AssertionError, match='copies between host and GPU'): copies()
+        with NoCopies(), pytest.raises(DataDependentOutputException): bool(x[0] > 0)
+        with NoCopies(): assert on_gpu(torch.where(x > 0, x, 1).double() + x.new_full((), 2.))
+
+
+@pytest.mark.parametrize(('row', 'given'), CASES)
+def test_losses_and_gradients(fake, row, given):
+    "The value on each engine; gradients made in forward, handed over by backward, and made again by a second one."
+    loss = row.make(20., range(K), **given)
+    with fake:
+        loss.to('cuda')
+        features, prototypes, targets = batch()
+        with NoCopies():
+            for engine in ENGINES.values():
+                value = engine(loss)(features, prototypes, targets)
+                assert on_gpu(value) and value.requires_grad and value.dtype == torch.float32
+                assert value.shape == ((N,) if loss.reduction == 'none' else ())
+            value = loss.linear(features, prototypes, targets, chunk_size=3)
+            made, slope = value.grad_fn.to, torch.ones_like(value)
+            assert (made is None) == (loss.reduction == 'none')
+            assert made is None or all(on_gpu(x) for x in made.values())
+            for _ in range(2):
+                found = [x for x in chunked._Chunked.backward(value.grad_fn, slope) if x is not None]
+                assert [x.shape for x in found] == [(N, D), (K, D)] and all(map(on_gpu, found))
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_half_precision(fake, dtype):
+    with fake:
+        features, prototypes, targets = batch(dtype)
+        with NoCopies():
+            value = CosFaceLoss().linear(features, prototypes, targets, chunk_size=3)
+            found = [x for x in chunked._Chunked.backward(value.grad_fn, torch.ones_like(value)) if x is not None]
+    assert value.dtype == torch.float32 and all(on_gpu(x) and x.dtype == dtype for x in found)
+
+
+def test_numbers_for_each_sample(fake):
+    with fake:
+        features, prototypes, targets = batch()
+        alpha = torch.rand(N, device='cuda', requires_grad=True)
+        with NoCopies():
+            value = GMSoftmaxLoss().linear(features, prototypes, targets, alpha1=alpha, chunk_size=3)
+            assert on_gpu(value.grad_fn.to['alpha1'])
+            assert on_gpu(GMSoftmaxLoss()(features @ prototypes.T, targets, alpha1=alpha))
+
+
+@pytest.mark.parametrize('given', [{}, {'weight': WEIGHT}, {'reduction': 'class-mean'}])
+def test_focal_loss(fake, given):
+    loss = losses.FocalLoss(**given)
+    with fake:
+        loss.to('cuda')
+        features, prototypes, targets = batch()
+        with NoCopies(): assert on_gpu(loss(features @ prototypes.T, targets))
+
+
+def test_margins_and_heads(fake):
+    with fake:
+        features, prototypes, targets = batch()
+        head, many = CosineLinear(D, K, device='cuda'), CosineLinear(D, 2**20, device='cuda')
+        with NoCopies():
+            cosines, lazy = head(features), many(features)
+            assert isinstance(lazy, LazyCosines) and lazy.device == features.device
+            found = [cosines, class_margin(prototypes), norm_ratio(prototypes), zero_centroid(prototypes),
+                     lazy.argmax(), class_margin(torch.rand(2100, D, device='cuda'))]  # the last in several tiles
+            found += [f(c, targets) for c in (cosines, lazy, LazyCosines(features, prototypes))
+                      for f in (sample_margins, class_sample_margins, min_sample_margin)]
+    assert all(map(on_gpu, found))
+
+
+# --- a mismatch is said clearly ---
+
+@pytest.mark.parametrize('row', ON_COSINES, ids=repr)
+def test_targets_elsewhere(fake, row):
+    loss, on_cpu = row.make(20., range(K)), row.make(20., range(K))
+    with fake:
+        loss.to('cuda')
+        features, prototypes, targets = batch()
+        for engine in ENGINES.values():
+            with pytest.raises(ValueError, match='^targets must be on cuda:0, got cpu'):
+                engine(loss)(features, prototypes, torch.zeros(N, dtype=torch.long))
+            with pytest.raises(ValueError, match='^targets must be on cpu, got cuda:0'):
+                engine(on_cpu)(torch.rand(N, D), torch.rand(K, D), targets)
+
+
+def test_prototypes_elsewhere(fake):
+    with fake:
+        features, prototypes, targets = batch()
+        for engine in ('linear', 'lazy', 'dense'):
+            for pair, where in (((features, prototypes.cpu()), 'cuda:0 and cpu'),
+                                ((features.cpu(), prototypes), 'cpu and cuda:0')):
+                with pytest.raises(ValueError, match=f'one device, got {where}'):
+                    ENGINES[engine](CosFaceLoss())(*pair, targets)
+        with pytest.raises(ValueError, match='one device, got cuda:0 and cpu'): CosineLinear(D, K)(features)
+
+
+def test_buffers_elsewhere(fake):
+    made = [(CosFaceLoss(weight=WEIGHT), 'weight'), (losses.LDAMLoss([5, 6, 7, 8]), 'class_counts'),
+            (GMSoftmaxLoss(alpha1=WEIGHT), 'alpha1'), (losses.SampleMarginLoss(weight=WEIGHT), 'weight')]
+    focal = losses.FocalLoss(weight=WEIGHT)
+    with fake:
+        features, prototypes, targets = batch()
+        for loss, name in made:
+            for engine in ENGINES.values():
+                with pytest.raises(ValueError, match=f'^{name} must be on cuda:0, got cpu'):
+                    engine(loss)(features, prototypes, targets)
+        with pytest.raises(ValueError, match='^weight must be on cuda:0, got cpu'):
+            focal(features @ prototypes.T, targets)
+
+
+class WithSlope:
+    "GM-Softmax, with slopes for each sample that are on the CPU."
+
+    def linear(self, *args, **given): return GMSoftmaxLoss().linear(*args, alpha1=torch.ones(N), **given)
+
+    def __call__(self, *args): return GMSoftmaxLoss()(*args, alpha1=torch.ones(N))
+
+
+def test_numbers_and_margins_elsewhere(fake):
+    with fake:
+        features, prototypes, targets = batch()
+        for engine in ENGINES:
+            with pytest.raises(ValueError, match='^alpha1 must be on cuda:0, got cpu'):
+                ENGINES[engine](WithSlope())(features, prototypes, targets)
+        for cosines in (features @ prototypes.T, LazyCosines(features, prototypes)):
+            with pytest.raises(ValueError, match='^targets must be on cuda:0, got cpu'):
+                sample_margins(cosines, torch.zeros(N, dtype=torch.long))
+
+
+# --- classes shared out ---
+
+@pytest.fixture
+def three_ranks():
+    "A process group that carries nothing; this is its second process."
+    dist.init_process_group('fake', store=FakeStore(), rank=1, world_size=3)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize('row', ON_COSINES, ids=repr)
+def test_a_sharded_head_reads_no_sizes(three_ranks, fake, row):
+    "The head knows its shards, so no value has to come back from the GPU."
+    classes, head = [*range(K), *range(K)], ShardedCosineLinear(D, 2 * K)
+    made = [row.make(20., classes, **given) for given in (
+        {}, {'reduction': 'class-mean'}, {'weight': WEIGHT.repeat(2)})]
+    with fake:
+        for module in (head, *made): module.to('cuda')
+        features, _, targets = batch()
+        with NoCopies():
+            for loss in made:
+                value = loss(head(features), targets)
+                assert on_gpu(value) and {x.shape for x in value.grad_fn.to.values()} == {(3 * N, D), (3, D)}
+            assert head(features).argmax().shape == sample_margins(head(features), targets).shape == (N,)
+        with pytest.raises(ValueError, match=r'prototypes must be \[3, d\] on this rank, got shape \(4, 3\)'):
+            made[0].linear(features, torch.rand(4, D, device='cuda'), targets, group=head.shards)
+
+
+@pytest.fixture
+def unread(monkeypatch):
+    "No value is looked at, as on a GPU."
+    for module in (chunked, losses, margins, sharded):
+        monkeypatch.setattr(module, 'values_are_cheap', lambda x: False)
+
+
+def value_and_gradients(function, features, prototypes, targets):
+    leaves = [x.clone().requires_grad_() for x in (features, prototypes)]
+    value = function(*leaves, targets)
+    value.sum().backward()
+    return [value.detach(), *(x.grad for x in leaves)]
+
+
+def distance(got, true): return max(((g - t).norm() / t.norm()).item() for g, t in zip(got, true, strict=True))
+
+
+@pytest.mark.parametrize(('row', 'given'), CASES)
+def test_the_numbers_of_the_way_that_a_gpu_takes(unread, row, given):
+    "What is skipped or done otherwise where values are not looked at changes no result."
+    generator = torch.Generator().manual_seed(0)
+    features, prototypes = (10 * torch.randn(rows, D, generator=generator, dtype=torch.float64) for rows in (N, K))
+    targets = torch.randint(K - 1, (N,), generator=generator)
+    loss = row.make(20., range(K), **given)
+    got, true = (value_and_gradients(ENGINES[engine](loss), features, prototypes, targets)
+                 for engine in ('linear', 'dense'))
+    assert distance(got, true) < 1e-13
+
+
+def without_a_header(rank, ranks):
+    "The largest difference to one process, and how many times a value was looked at."
+    sharded.values_are_cheap = chunked.values_are_cheap = margins.values_are_cheap = lambda x: False
+    generator = torch.Generator().manual_seed(0)
+    features, prototypes = (torch.randn(rows, D, generator=generator, dtype=torch.float64) for rows in (ranks * N, 5))
+    targets = torch.randint(5, (ranks * N,), generator=generator)
+    head, mine = ShardedCosineLinear(D, 5, averaged=False, dtype=torch.float64), slice(rank * N, (rank + 1) * N)
+    shard = slice(head.shards.first, head.shards.first + head.shards.size)
+    with torch.no_grad(): head.weight.copy_(prototypes[shard])
+    read, to_list = [], torch.Tensor.tolist
+    torch.Tensor.tolist = lambda x: read.append(x) or to_list(x)
+    leaf, loss = features[mine].clone().requires_grad_(), CosFaceLoss(16., sample_margin=.5)
+    value = loss(head(leaf), targets[mine])
+    value.backward()
+    true = value_and_gradients(loss.linear, features, prototypes, targets)
+    got = [value.detach(), leaf.grad, head.weight.grad]
+    return distance(got, [true[0], true[1][mine], true[2][shard]]), len(read)
+
+
+def test_ranks_that_read_no_header():
+    for error, read in returned(run_on_ranks(without_a_header, 2, 2)): assert error < 1e-13 and read == 0
+
+
+# --- the command ---
+
+def run(*arguments):
+    return subprocess.run([sys.executable, GPU_CHECK, *arguments], capture_output=True, text=True,
+                          env=os.environ | {'CUDA_VISIBLE_DEVICES': ''})
+
+
+def test_without_a_gpu_it_claims_nothing(tmp_path):
+    before = sorted(GPU_CHECK.parent.rglob('*.json'))
+    done = run('--out', tmp_path/'gpu.json')
+    assert (done.returncode, done.stdout) == (0, 'No GPU is present: nothing was run, and nothing is claimed.\n')
+    assert run().stdout == done.stdout
+    assert not list(tmp_path.iterdir()) and sorted(GPU_CHECK.parent.rglob('*.json')) == before
+
+
+def test_the_same_checks_on_a_cpu(tmp_path):
+    done = run('--device', 'cpu', '--quick', '--out', tmp_path/'cpu.json')
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path/'cpu.json').read_text())
+    assert found['right'] and found['left out'] == [] and found['device'] and found['torch'] == torch.__version__
+    assert len(found['correctness']) >= 20 and all(row['right'] for row in found['correctness'])
+    assert {row['row'] for row in found['training']} == {'ArcFace', 'LM-Softmax', 'LDAM'}
+    assert all(row['milliseconds'] > 0 for row in found['time'])
+    assert {'cross-entropy', 'ours, ArcFace', 'metric-learning ArcFace'} <= {row['row'] for row in found['time']}
+    assert 'no sync' not in found  # a CPU says nothing about that
+    assert [p.name for p in tmp_path.iterdir()] == ['cpu.json']
+
+
+def test_it_stops_in_time(tmp_path):
+    done = run('--device', 'cpu', '--quick', '--minutes', str(16 / 60), '--out', tmp_path/'cpu.json')
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path/'cpu.json').read_text())
+    assert found['seconds'] < 16 and any('time' in row for row in found['left out'])
