@@ -6,7 +6,7 @@ Docs: https://largest-margins.github.io/largest-margins/training/callbacks.html.
 
 # %% auto #0
 __all__ = ['find_head', 'HeadCallback', 'SampleMarginRegularizer', 'ZeroCentroidRegularizer', 'MarginRecorder',
-           'DeferredReweighting']
+           'DeferredReweighting', 'has_bfloat16', 'MixedPrecisionCPU']
 
 # %% ../nbs/training/23_callbacks.ipynb #ea3236a6
 from functools import cache, partial
@@ -18,6 +18,7 @@ from fastai.callback.core import Callback
 from fastai.callback.mixup import MixHandler
 from fastai.learner import ValueMetric
 from fastai.losses import BaseLoss
+from fastai.torch_core import noop
 from torch import Tensor, nn
 
 from .bounds import class_margin_bound
@@ -44,6 +45,7 @@ def find_head(
 # %% ../nbs/training/23_callbacks.ipynb #bdb72cb4
 class HeadCallback(Callback):
     "A callback that sees the classifier of the model and the cosines of the batch."
+    _xtra = ('training',)  # all that fastai has to look up in the Learner for us
 
     def __init__(
         self,
@@ -169,6 +171,7 @@ class MarginRecorder(HeadCallback):
         super().__init__(head)
         self.history, self.latest, self._trained = [], {}, False
         self.most_classes = most_classes
+        self._margins, self._targets = [], []
         self._metrics = [ValueMetric(partial(self._value, key), name)
                          for key, name in self.columns.items()]
 
@@ -201,9 +204,11 @@ class MarginRecorder(HeadCallback):
     def after_pred(self):
         "Keep the sample margins of the batch."
         if self._predicting or not self.learn.yb: return
-        cosines, targets = self.batch_cosines(), plain(self.learn.yb[0])
-        self._margins.append(sample_margins(cosines, targets).detach().cpu())
-        self._targets.append(targets.cpu())
+        targets = plain(self.learn.yb[0])
+        margins = sample_margins(self.batch_cosines(), targets)
+        seen = self.learn.to_detach((margins, targets))  # of all processes, if several
+        self._margins.append(seen[0])
+        self._targets.append(seen[1])
 
     def after_validate(self):
         "Measure, and add to the history if this epoch was trained."
@@ -266,3 +271,43 @@ class DeferredReweighting(Callback):
         try: weighted = self.learn.loss_func(self.learn.pred, *self.learn.yb)
         finally: loss.weight = usual
         self.learn.loss_grad, self.learn.loss = weighted, weighted.clone()
+
+# %% ../nbs/training/23_callbacks.ipynb #c1d0f00c
+def has_bfloat16() -> bool:
+    "Whether this CPU multiplies in bfloat16 by itself, and PyTorch knows how."
+    found = getattr(torch.cpu, 'get_capabilities', dict)()
+    native = any(found.get(name) for name in ('avx512_bf16', 'amx_bf16'))
+    return native and torch.backends.mkldnn.is_available()
+
+# %% ../nbs/training/23_callbacks.ipynb #c1d0f00e
+class MixedPrecisionCPU(HeadCallback):
+    "Trains on a CPU with a body in bfloat16; classifier and loss stay in float32."
+    order, run_valid = 1000, False  # last, right before the forward pass
+    _told = False
+
+    def before_batch(self):
+        "Lend the model a `forward` for its next call, and that one only."
+        model, head, own = self.learn.model, self.head, vars(self.learn.model)
+        before = {name: own[name] for name in own.keys() & {'forward'}}
+
+        def mixed(*inputs):
+            del own['forward']
+            own.update(before)
+            hook = head.register_forward_pre_hook(_leave_autocast)
+            try:
+                with torch.autocast('cpu', torch.bfloat16):
+                    return model.forward(*inputs)
+            finally: hook.remove()
+        own['forward'] = mixed
+
+    def after_fit(self):
+        "Say so, once, where fastai's table is shown."
+        if self._told or self.learn.logger is noop: return
+        self._told = True
+        self.learn.logger('Trained in bfloat16, classifier and loss in float32.')
+
+
+def _leave_autocast(head, inputs):
+    "From here to the end of the pass all is as precise as the weights."
+    torch.set_autocast_enabled('cpu', False)
+    return tuple(x.to(head.weight.dtype) for x in inputs)

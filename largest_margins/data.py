@@ -170,10 +170,13 @@ class ImageLoader(DataLoader):
     def shuffle_fn(self, idxs):
         return torch.randperm(len(idxs), generator=self.generator)
 
-    def __iter__(self):
-        rows = torch.as_tensor(self.get_idxs(), dtype=torch.long)
-        if self.drop_last: rows = rows[:len(self) * self.bs]
-        for batch in rows.split(self.bs): yield self.batch(batch)
+    def __iter__(self): return self.create_batches(torch.as_tensor(self.get_idxs()))
+
+    def create_batches(self, samps):
+        "Batches of the given indices; fastai's loader for several processes asks here."
+        rows = samps if isinstance(samps, Tensor) else torch.tensor(list(samps))
+        if self.drop_last: rows = rows[:len(rows) // self.bs * self.bs]
+        for batch in rows.long().split(self.bs): yield self.batch(batch)
 
     def batch(
         self,

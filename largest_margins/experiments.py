@@ -24,7 +24,8 @@ from fastai.losses import CrossEntropyLossFlat
 from torch import Tensor, nn
 
 from .bounds import class_margin_bound
-from .callbacks import SampleMarginRegularizer, ZeroCentroidRegularizer
+from .callbacks import (
+    SampleMarginRegularizer, ZeroCentroidRegularizer, has_bfloat16)
 from .data import ImageData, imbalanced_indices, load
 from .learner import ConvBody, margin_learner
 from .losses import (
@@ -182,7 +183,8 @@ def machine() -> dict:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'
     return dict(python=platform.python_version(), torch=str(torch.__version__),
                 fastai=str(fastai.__version__), system=platform.system(),
-                cores=os.cpu_count(), threads=torch.get_num_threads(), device=device)
+                cores=os.cpu_count(), threads=torch.get_num_threads(), device=device,
+                bfloat16=device == 'CPU' and has_bfloat16())
 
 # %% ../nbs/experiments/31_experiments.ipynb #cf2b1041
 class _Progress(Callback):

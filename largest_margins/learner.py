@@ -20,13 +20,13 @@ from fastai.metrics import accuracy
 from fastai.vision.learner import default_split, vision_learner
 from torch import nn
 
-from .callbacks import MarginRecorder
+from .callbacks import MarginRecorder, MixedPrecisionCPU, has_bfloat16
 from .heads import CosineLinear
 from .losses import MarginSoftmaxLoss, SampleMarginLoss
 
 # %% ../nbs/training/24_learner.ipynb #3899bb42
 class ConvBody(nn.Sequential):
-    "Blocks of 3 × 3 convolution, batch norm, ReLU and 2 × 2 max pooling."
+    "Blocks of 3 × 3 convolution, 2 × 2 max pooling, batch norm and ReLU."
 
     def __init__(
         self,
@@ -36,8 +36,8 @@ class ConvBody(nn.Sequential):
         layers = []
         for before, after in zip((n_in, *widths), widths, strict=False):
             convolution = nn.Conv2d(before, after, 3, padding=1, bias=False)
-            layers += [convolution, nn.BatchNorm2d(after), nn.ReLU(inplace=True),
-                       nn.MaxPool2d(2)]
+            layers += [convolution, nn.MaxPool2d(2), nn.BatchNorm2d(after),
+                       nn.ReLU(inplace=True)]
         super().__init__(*layers)
 
 # %% ../nbs/training/24_learner.ipynb #fa01a69f
@@ -64,6 +64,7 @@ def margin_learner(
     pretrained: bool = False,  # load the body's published weights, and freeze it first
     weights=None,  # which of torchvision's weights; None takes the default ones
     normalize: bool = True,  # with pretrained: normalise images as the body was trained
+    mixed_precision: bool | None = None,  # on a CPU; None: where it is safe and faster
     metrics=accuracy,  # fastai metrics; margins come in addition
     cbs: Callback | list[Callback] | None = None,  # further callbacks
     **kwargs,  # passed to `Learner`: lr, wd, opt_func, path, …
@@ -80,14 +81,28 @@ def margin_learner(
                                custom_head=nn.Identity())
         body, splitter = built.model[0], built.splitter
         if isinstance(arch, str): body = body.model  # timm pools, each model in its way
+    on_cpu = images.device.type == 'cpu'
+    if mixed_precision and not on_cpu:
+        raise ValueError('mixed_precision is for the CPU, the batches are on '
+                         f'{images.device}: use learn.to_bf16()')
     neck, d = margin_neck(_output_shape(body, images[:2]), embedding)
     on_cosines = isinstance(loss_func, (MarginSoftmaxLoss, SampleMarginLoss))
     head = CosineLinear(d, classes) if on_cosines else nn.Linear(d, classes, bias=False)
-    learn = Learner(dls, nn.Sequential(body, neck, head), loss_func, splitter=splitter,
-                    metrics=metrics, cbs=cbs, **kwargs)
+    model = nn.Sequential(body, neck, head)
+    convolves = on_cpu and _convolves(body)
+    if convolves: model.to(memory_format=torch.channels_last)
+    learn = Learner(dls, model, loss_func, splitter=splitter, metrics=metrics, cbs=cbs,
+                    **kwargs)
+    if mixed_precision is None: mixed_precision = convolves and has_bfloat16()
+    if mixed_precision: learn.add_cb(MixedPrecisionCPU())
     learn.add_cb(MarginRecorder())
     if pretrained: learn.freeze()
     return learn
+
+
+def _convolves(body):
+    "Whether the body has convolutions over images; their weights are [n, m, h, w]."
+    return max((p.ndim for p in body.parameters()), default=0) == 4
 
 
 @torch.no_grad()

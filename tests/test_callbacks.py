@@ -6,7 +6,13 @@ from math import degrees
 import fastai.callback.schedule
 import pytest
 import torch
-from fastai.callback.core import Callback, CancelBatchException, CancelFitException, CancelTrainException
+from fastai.callback.core import (
+    Callback,
+    CancelBatchException,
+    CancelFitException,
+    CancelTrainException,
+    CancelValidException,
+)
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.tracker import SaveModelCallback
@@ -25,9 +31,11 @@ from largest_margins.callbacks import (
     DeferredReweighting,
     HeadCallback,
     MarginRecorder,
+    MixedPrecisionCPU,
     SampleMarginRegularizer,
     ZeroCentroidRegularizer,
     find_head,
+    has_bfloat16,
 )
 from largest_margins.heads import CosineLinear
 from largest_margins.losses import (
@@ -84,7 +92,7 @@ def quiet(learn, f, *args, **kwargs):
 
 def everything(start=0):
     regularisers = [SampleMarginRegularizer(), ZeroCentroidRegularizer(10.)]
-    return [*regularisers, MarginRecorder(), DeferredReweighting(COUNTS, start)]
+    return [*regularisers, MarginRecorder(), DeferredReweighting(COUNTS, start), MixedPrecisionCPU()]
 
 
 class FirstGradients(Callback):
@@ -266,7 +274,117 @@ def test_reweighting_refuses_what_cannot_be_weighted():
     with pytest.raises(ValueError, match='class_counts'): DeferredReweighting([3, 0], 1)
 
 
+# Mixed precision
+
+class Types(Callback):
+    "Looks at what the layers give, in training and in validation."
+    def __init__(self): self.seen = []
+
+    def before_fit(self):
+        self.hooks = [m.register_forward_hook(self.look) for m in self.learn.model.children()]
+
+    def look(self, module, inputs, output):
+        self.seen.append((self.learn.training, type(module).__name__, output.dtype, torch.is_autocast_enabled('cpu')))
+
+    def after_pred(self): assert not torch.is_autocast_enabled('cpu') and self.learn.pred.dtype == torch.float32
+
+    def after_fit(self): [h.remove() for h in self.hooks]
+
+
+@pytest.mark.parametrize('head', ['cosine', 'linear'])
+def test_body_in_bfloat16_head_in_float32_and_only_while_training(head):
+    learn, types = learner(head, cbs=MixedPrecisionCPU()), Types()
+    quiet(learn, learn.fit, 1, cbs=types)
+    last = 'CosineLinear' if head == 'cosine' else 'Linear'
+    assert types.seen[:3] == [(True, 'Linear', torch.bfloat16, True), (True, 'BatchNorm1d', torch.bfloat16, True),
+                              (True, last, torch.float32, False)]
+    assert {dtype for training, _, dtype, _ in types.seen if not training} == {torch.float32}
+    assert len(types.seen) == 3 * (4 + 2)
+    assert all(p.dtype == torch.float32 for p in learn.model.parameters())
+
+
+@pytest.mark.parametrize('head', ['cosine', 'linear'])
+def test_mixed_precision_rounds_the_body_and_nothing_else(head):
+    "The gradients are those by hand, of a body under autocast and all else outside."
+    base = CosFaceLoss(20., .1) if head == 'cosine' else F.cross_entropy
+    model = network(head).train()
+    x, y = data().train.one_batch()
+    with torch.autocast('cpu', torch.bfloat16): features = model[:-1](x)
+    scores = model[-1](features.float())
+    cosines = scores if head == 'cosine' else cosine_matrix(features.float(), model[-1].weight)
+    (base(scores, y) + .5 * SampleMarginLoss()(cosines, y)).backward()
+    got = first_gradients(learner(head), [SampleMarginRegularizer(.5), MixedPrecisionCPU()])
+    assert all(torch.equal(a, p.grad) for a, p in zip(got, model.parameters(), strict=True))
+    exact = first_gradients(learner(head), [SampleMarginRegularizer(.5)])
+    got, exact = (torch.cat([g.flatten() for g in grads]) for grads in (got, exact))
+    assert 1e-3 < (got - exact).norm() / exact.norm() < .02
+
+
+@pytest.mark.parametrize('mix', [MixUp, CutMix])
+def test_mixed_precision_with_mixed_images(mix):
+    learn = learner('linear', image=True, cbs=[MixedPrecisionCPU(), SampleMarginRegularizer()], metrics=accuracy)
+    types = Types()
+    quiet(learn, learn.fit_one_cycle, 3, cbs=[mix(), types])
+    assert (True, 'Linear', torch.bfloat16, True) in types.seen
+    assert learn.recorder.losses[-1].isfinite() and learn.recorder.values[-1][2] > .5
+
+
+def test_mixed_precision_leaves_nothing_when_a_batch_does_not_come_to_the_model():
+    learn = learner(cbs=MixedPrecisionCPU())
+    before = state(learn)
+    fails = Raises('before_batch', RuntimeError('no'))
+    with pytest.raises(RuntimeError, match='no'): quiet(learn, learn.fit, 1, cbs=fails)
+    assert state(learn) == before
+
+
+def test_a_forward_that_the_model_was_given_comes_back():
+    "torch.compile and Accelerate lend models a `forward` of their own."
+    learn = learner(cbs=MixedPrecisionCPU())
+    calls, usual = [], learn.model.forward
+    def given(x):
+        calls.append(torch.is_autocast_enabled('cpu'))
+        return usual(x)
+    learn.model.forward = given
+    quiet(learn, learn.fit, 1)
+    assert learn.model.forward is given and calls == [True] * 4 + [False] * 2
+
+
+def test_mixed_precision_says_so_once(capsys):
+    learn = learner(cbs=MixedPrecisionCPU())
+    def said(f, *args):
+        with learn.no_bar(): f(*args)
+        return capsys.readouterr().out.count('bfloat16')
+    assert said(lambda: quiet(learn, learn.fit, 1)) == 0
+    assert [said(learn.validate), said(learn.get_preds)] == [0, 0]
+    assert [said(learn.fit, 1), said(learn.fit, 1)] == [1, 0]
+
+
+@pytest.mark.parametrize('capabilities,answer', [
+    (dict(avx512_bf16=True), True), (dict(amx_bf16=True, avx512_bf16=False), True), (dict(avx512_f=True), False),
+    (dict(bf16=True, architecture='aarch64'), False), ({}, False)])
+def test_has_bfloat16(capabilities, answer, monkeypatch):
+    monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: capabilities, raising=False)
+    assert has_bfloat16() is answer
+    monkeypatch.setattr(torch.backends.mkldnn, 'is_available', lambda: False)
+    assert has_bfloat16() is False
+
+
+def test_has_bfloat16_where_torch_cannot_tell(monkeypatch):
+    monkeypatch.delattr(torch.cpu, 'get_capabilities', raising=False)
+    assert has_bfloat16() is False
+
+
 # No trace
+
+class NoValidation(Callback):
+    def before_validate(self): raise CancelValidException
+
+
+def test_a_cancelled_validation_records_nothing():
+    learn = learner(cbs=[NoValidation(), MarginRecorder()])
+    quiet(learn, learn.fit, 1)
+    assert learn.margin_recorder.history == []
+
 
 class Raises(Callback):
     order, run_valid = 200, False
@@ -279,8 +397,10 @@ class Raises(Callback):
 def state(learn):
     loss = getattr(learn.loss_func, 'func', learn.loss_func)
     hooks = [h for m in learn.model.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    lent = [m for m in learn.model.modules() if 'forward' in vars(m)]
     return (list(learn.metrics), sorted(cb.name for cb in learn.cbs), learn.loss_func, loss.weight, loss.reduction,
-            hooks, {k for k in vars(learn) if 'margin' in k or 'centroid' in k or 'reweight' in k})
+            hooks, lent, torch.is_autocast_enabled('cpu'),
+            {k for k in vars(learn) if 'margin' in k or 'centroid' in k or 'reweight' in k or 'precision' in k})
 
 
 ENDS = dict(
@@ -307,16 +427,24 @@ def test_no_trace(end, head, where):
     assert state(learn) == before
 
 
-def test_no_trace_when_the_body_fails():
-    learn = learner('linear', metrics=accuracy, cbs=everything())
+@pytest.mark.parametrize('error', [RuntimeError, CancelBatchException, KeyboardInterrupt])
+@pytest.mark.parametrize('place', [0, 2])
+def test_no_trace_when_the_forward_pass_fails(error, place):
+    "Before the head, and in it; Ctrl-C is caught by nobody on the way."
+    learn = learner('linear', metrics=accuracy, cbs=MixedPrecisionCPU() if error is KeyboardInterrupt else everything())
     before = state(learn)
-    class Broken(nn.Module):
-        def forward(self, x): raise RuntimeError('out of memory')
-    learn.model[0], working = Broken(), learn.model[0]
-    with pytest.raises(RuntimeError, match='out of memory'): quiet(learn, learn.fit, 1)
-    learn.model[0] = working
+    class Broken(nn.Linear):
+        def forward(self, x):
+            assert torch.is_autocast_enabled('cpu') == (place == 0)
+            raise error('out of memory')
+    learn.model[place], working = Broken(D, K), learn.model[place]
+    if error is CancelBatchException: quiet(learn, learn.fit, 1, cbs=NoValidation())
+    else:
+        with pytest.raises(error, match='out of memory'): quiet(learn, learn.fit, 1)
+    learn.model[place] = working
     assert state(learn) == before
     quiet(learn, learn.fit, 1)
+    assert state(learn) == before
 
 
 def test_detaching_takes_the_columns_away():

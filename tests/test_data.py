@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from fastai.distributed import DistributedDL
 from PIL import Image
 from torchvision import datasets
 
@@ -300,6 +301,20 @@ def test_new_images_are_normalised_in_the_same_way():
     dls = DIGITS.dataloaders(64, seed=0)
     (x,), = list(dls.test_dl(DIGITS.test_images[:5]))
     assert torch.equal(x, next(iter(dls.valid))[0][:5])
+
+
+@pytest.mark.parametrize('processes', [1, 2, 3])
+def test_fastais_loader_for_several_processes_shares_out_the_same_batches(processes):
+    class Here(DistributedDL):
+        def _broadcast(self, t, rank): return [int(i) for i in t]
+    def images(dls, share=None):
+        found = [x.flatten(1).sum(1) for x, _ in (dls if share is None else Here(dls, share, processes))]
+        return torch.cat(found).sort().values
+    dls = DIGITS.dataloaders(16, seed=0)
+    shares = [images(dls.valid, share) for share in range(processes)]
+    assert all(len(share) == 450 // processes for share in shares)
+    assert torch.equal(torch.cat(shares).sort().values, images(dls.valid))
+    assert [len(x) for x, _ in Here(dls.train, 0, processes)] == [16] * (-(-1347 // processes) // 16)
 
 
 def test_shift_and_flip():

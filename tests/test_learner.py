@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.functional import interpolate
 from torchvision.models import mobilenet_v3_small, resnet18
 
+from largest_margins import learner
 from largest_margins.callbacks import MarginRecorder, SampleMarginRegularizer
 from largest_margins.codes import simplex
 from largest_margins.data import load
@@ -120,6 +121,57 @@ def test_fixed_prototypes_stay(dls):
     quiet(learn, learn.fit, 2, 1e-3)
     assert torch.equal(learn.model[-1].weight, before)
     assert learn.margin_recorder.history[-1]['class_margin'] == pytest.approx(96.3793702, abs=1e-4)
+
+
+# On a CPU
+
+@pytest.mark.parametrize('has_bfloat16', [True, False])
+@pytest.mark.parametrize('body', ['ours', 'torchvision', 'timm_transformer', 'users_module'])
+def test_fast_on_a_cpu_where_it_is_safe(dls, body, has_bfloat16, monkeypatch):
+    monkeypatch.setattr(learner, 'has_bfloat16', lambda: has_bfloat16)
+    data, (arch, _) = enlarged(160) if body == 'timm_transformer' else dls, BODIES[body]()
+    def mixed(**kwargs): return hasattr(margin_learner(data, arch, CosFaceLoss(), **kwargs), 'mixed_precision_cpu')
+    assert mixed() == (has_bfloat16 and body != 'users_module')
+    assert mixed(mixed_precision=True) and not mixed(mixed_precision=False)
+    model = margin_learner(data, arch, CosFaceLoss(), mixed_precision=False).model
+    images = [p for p in model.parameters() if p.ndim == 4]
+    assert bool(images) == (body != 'users_module')
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in images)
+
+
+def test_a_body_over_volumes_keeps_its_layout(dls):
+    class Volumes(nn.Conv3d):
+        def forward(self, x): return super().forward(x[:, None]).flatten(1)
+    assert margin_learner(dls, Volumes(1, 2, (1, 8, 8)), CosFaceLoss()).model[0].weight.is_contiguous()
+
+
+@pytest.mark.parametrize('mixed_precision', [True, False])
+def test_the_same_seed_gives_the_same_weights(mixed_precision):
+    def weights():
+        torch.manual_seed(3)
+        dls = DIGITS.subset(torch.arange(256)).dataloaders(batch_size=64, seed=3)
+        learn = margin_learner(dls, ConvBody(), CosFaceLoss(), mixed_precision=mixed_precision)
+        quiet(learn, learn.fit_one_cycle, 2, 1e-2)
+        return learn.model.state_dict()
+    a, b = weights(), weights()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_mixed_precision_learns_as_well():
+    def reached(mixed_precision):
+        torch.manual_seed(0)
+        learn = margin_learner(DIGITS.dataloaders(batch_size=64, seed=0), ConvBody(), CosFaceLoss(20., .1),
+                               embedding=16, mixed_precision=mixed_precision)
+        quiet(learn, learn.fit_one_cycle, 3, 1e-2)
+        return learn.recorder.values[-1][2], learn.margin_recorder.history[-1]['class_margin']
+    (accuracy, margin), (mixed_accuracy, mixed_margin) = reached(False), reached(True)
+    assert accuracy > .95 and mixed_accuracy > .95 and abs(margin - mixed_margin) < 5
+
+
+def test_mixed_precision_is_for_the_cpu():
+    elsewhere = DIGITS.dataloaders(batch_size=64, device='meta')
+    with pytest.raises(ValueError, match='batches are on meta'):
+        margin_learner(elsewhere, ConvBody(), CosFaceLoss(), mixed_precision=True)
 
 
 def test_errors(dls):

@@ -1,0 +1,44 @@
+"The example that trains a margin_learner in several processes, run as a user runs it."
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from largest_margins.data import load
+from largest_margins.learner import ConvBody, margin_learner
+from largest_margins.losses import LMSoftmaxLoss
+
+example = Path(__file__).parent.parent/'examples'/'fastai_distributed.py'
+
+
+@pytest.fixture(scope='module')
+def ends(tmp_path_factory):
+    "What each of two processes has after two epochs."
+    out = tmp_path_factory.mktemp('ends')
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2',
+                           str(example), '--epochs', '2', '--out', str(out)], capture_output=True, text=True,
+                          env=os.environ | {'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('class_margin') == 1, 'one process prints the table'
+    return [torch.load(out/f'{rank}.pt', weights_only=True) for rank in range(2)]
+
+
+def test_both_processes_end_with_the_same_model(ends):
+    a, b = (end['model'] for end in ends)
+    assert set(a) == set(b) and any(name.endswith('running_mean') for name in a)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert ends[0]['steps'] == 2 * (1347 // 2 // 32), 'each takes half of the images'
+
+
+def test_what_they_report_is_of_the_whole_test_split(ends):
+    learn = margin_learner(load('digits').dataloaders(batch_size=64), ConvBody(), LMSoftmaxLoss(20.), embedding=32)
+    learn.model.load_state_dict(ends[0]['model'])
+    with learn.no_bar(): _, accuracy, *_ = learn.validate()
+    assert accuracy > .9
+    for end in ends:
+        assert end['accuracy'] == pytest.approx(accuracy, abs=1e-6)
+        for key, value in learn.margin_recorder.latest.items():
+            if key != 'epoch': assert end['margins'][key] == pytest.approx(value, abs=1e-5), key
