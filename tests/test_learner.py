@@ -1,11 +1,20 @@
 "margin_learner with every kind of body, on real digits, through fastai's own tools."
 import warnings
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from fastai.callback.core import (
+    Callback,
+    CancelBatchException,
+    CancelFitException,
+    CancelTrainException,
+    CancelValidException,
+    event,
+)
 from fastai.interpret import ClassificationInterpretation
-from fastai.learner import load_learner
+from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD
 from fastai.vision.learner import create_body
@@ -121,6 +130,41 @@ def test_fixed_prototypes_stay(dls):
     quiet(learn, learn.fit, 2, 1e-3)
     assert torch.equal(learn.model[-1].weight, before)
     assert learn.margin_recorder.history[-1]['class_margin'] == pytest.approx(96.3793702, abs=1e-4)
+
+
+# The loop
+
+@pytest.mark.parametrize('cancel', [None, 'batch', 'train', 'validate', 'fit'])
+def test_events_come_in_fastais_order(dls, cancel):
+    "Every callback that defines an event gets it, in the order of fastai's own Learner."
+    def events(kind):
+        seen = []
+        class Late(Callback):
+            order = 7
+            def before_epoch(self): seen.append('late before_epoch')
+            def after_fit(self): seen.append(f'late after_fit {self.run}')
+        class Early(Callback):
+            order = -7
+            def before_epoch(self): seen.append('early before_epoch')
+            def before_batch(self):
+                if cancel == 'batch': raise CancelBatchException
+            def before_train(self):
+                if cancel == 'train': raise CancelTrainException
+            def before_validate(self):
+                if cancel == 'validate': raise CancelValidException
+                self.run = False
+            def after_loss(self):
+                if cancel == 'fit': raise CancelFitException
+            def after_fit(self): seen.append('early after_fit')
+        given = {name: partial(lambda cb, name: seen.append(name), name=name) for name in every_event}
+        learn = kind(dls, nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), nn.CrossEntropyLoss(),
+                     cbs=[Late(), Callback(**given), Early()])
+        quiet(learn, learn.fit, 2)
+        quiet(learn, learn.validate)
+        return seen, [cb.run for cb in learn.cbs]
+    every_event = [name for name in vars(event) if name.startswith(('before', 'after'))]
+    ours, theirs = events(learner.MarginLearner), events(Learner)
+    assert ours == theirs and len(ours[0]) > 20
 
 
 # On a CPU
