@@ -1,7 +1,7 @@
 """How fast a small network trains on one core, and how well: a bare loop, fastai's own pipeline, and ours.
 
     python benchmarks/training.py                                # the stored table: benchmarks/results/training.json
-    python benchmarks/training.py --images 2048 --rounds 3 --recipes '' --out /tmp/mine.json
+    python benchmarks/training.py --images 2048 --rounds 3 --recipes '' --out mine.json
 
 Every row trains the same network with the same loss on the same images, one epoch at a time and without validation. The
 rows take turns in one process, on one thread; stored is each one's least CPU time per image, in microseconds, since
