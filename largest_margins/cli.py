@@ -144,6 +144,7 @@ def table_command(
     "Train what is missing of a table, and write it."
     from largest_margins.recipes import TABLES
     from largest_margins.tables import make_table
+    os.environ.setdefault('PYTHONWARNINGS', 'ignore::FutureWarning')  # of the workers
     out = args.out or f'runs/table{args.table}-{Path(args.dataset).name}'
     def tell(line): print(line, flush=True)
     complete = make_table(
@@ -220,7 +221,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--jobs', type=int, default=1, metavar='N',
                    help='runs at the same time, −1 for one a core; default 1')
     p.add_argument('--resume', action='store_true',
-                   help='keep the finished runs of the same configuration in --out')
+                   help='keep the finished runs in --out and train the others')
     p.add_argument('--dry-run', action='store_true', help='only print the plan')
     p.set_defaults(run=table_command)
 
