@@ -101,7 +101,7 @@ class Configuration:
     kind: str = 'long-tailed'  # of the imbalance, or 'step'
     reduction: str = 'mean'  # over the batch, or 'class-mean'; of R_sm, too
     logit_adjustment: float = 0.  # τ ≥ 0: τ·log of the class counts on the logits
-    reweighted: float = 0.  # last share of the epochs with class weights (DRW), in [0, 1)
+    reweighted: float = 0.  # DRW: last share of the epochs, with class weights; < 1
     fixed: bool = False  # whether the prototypes stay at the best places
     epochs: int = 20  # passes through the training images, ≥ 1
     batch_size: int = 64  # images in a batch, ≥ 2
@@ -218,7 +218,7 @@ class Result:
 
     @property
     def class_accuracies(self) -> Tensor:  # percent, [k]
-        "Accuracy within each class; nan where the test split has no image, or diverged."
+        "Accuracy within each class; nan where there are no test images, or diverged."
         hits = self.confusion.double()
         return 100 * hits.diagonal() / hits.sum(1) + (math.nan if self.diverged else 0)
 
@@ -373,8 +373,8 @@ def _best_places(k, d):
 def _history(learn):
     "What `MarginRecorder` kept, with fastai's losses and the accuracy in percent."
     kept = zip(learn.margin_recorder.history, learn.recorder.values, strict=False)
-    return [{**margins, 'train_loss': train, 'valid_loss': valid, 'accuracy': 100 * hits}
-            for margins, (train, valid, hits, *_) in kept]
+    return [{**margins, 'train_loss': train, 'valid_loss': valid,
+             'accuracy': 100 * hits} for margins, (train, valid, hits, *_) in kept]
 
 
 def _measure(W, cosines, predictions, targets, diverged):

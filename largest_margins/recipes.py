@@ -117,13 +117,15 @@ def table2_rows(
          dict(loss='lm-softmax', reduction='class-mean', **star)),
         ('lm-class-mean+prior', 'LM-Softmax, class mean, logit adjustment',
          dict(loss='lm-softmax', reduction='class-mean', logit_adjustment=1.)),
-        ('normface-fixed', 'NormFace, fixed simplex', dict(loss='normface', fixed=True)),
+        ('normface-fixed', 'NormFace, fixed simplex',
+         dict(loss='normface', fixed=True)),
         ('lm-fixed', 'LM-Softmax, fixed simplex', dict(loss='lm-softmax', fixed=True)))]
 
 # %% ../nbs/experiments/36_recipes.ipynb #0e64db45
 TABLES = {recipe.name: recipe for recipe in (
-    Recipe('1', 'Table 1: balanced data', table1_rows, (Setting('balanced', 'Balanced'),),
-           BALANCED, {'cifar10': 'cifar10', 'cifar100': 'cifar100', '': 'mnist'},
+    Recipe('1', 'Table 1: balanced data', table1_rows,
+           (Setting('balanced', 'Balanced'),), BALANCED,
+           {'cifar10': 'cifar10', 'cifar100': 'cifar100', '': 'mnist'},
            ('accuracy', 'best_accuracy', 'class_margin', 'mean_sample_margin',
             'min_sample_margin')),
     Recipe('2', 'Table 2: imbalanced data', table2_rows, tuple(

@@ -85,8 +85,8 @@ def record(
         classes=result.classes, counts=result.counts,
         class_accuracies=result.class_accuracies.tolist(),
         confusion=result.confusion.tolist(), history=result.history,
-        seconds=result.seconds, machine=result.machine, version=largest_margins.__version__,
-        git=git_state()))
+        seconds=result.seconds, machine=result.machine,
+        version=largest_margins.__version__, git=git_state()))
 
 
 def asked(
@@ -305,10 +305,10 @@ def summarise(
              if (part := [x for x in lines if x.setting == s])]
     ran = ', '.join(f'{name} {value}' for name, value in found['machine'].items())
     notes = [
-        f'Ours: {Path(c.dataset).name}, {k} classes, {c.epochs} epochs, {c.body}. Mean ± '
-        'standard deviation of single runs (n − 1; – for one run). Accuracy is that of '
-        'the last epoch. Accuracies and margins are measured on the test split, margins '
-        f'with normalised features and prototypes. No class margin can exceed '
+        f'Ours: {Path(c.dataset).name}, {k} classes, {c.epochs} epochs, {c.body}. Mean '
+        '± standard deviation of single runs (n − 1; – for one run). Accuracy is that '
+        'of the last epoch. Accuracies and margins are measured on the test split, '
+        'margins with normalised features and prototypes. No class margin can exceed '
         f'{found["bound"]:.2f}°.',
         f'“paper, {beside}”: as printed on the slides of Zhou et al. (2022). '
         f'{printed_numbers()["notes"][recipe.name]} Networks and schedules differ.',
@@ -416,8 +416,8 @@ def make_table(
         for line in _plan_in_words(recipe, images, runs, missing): tell(line)
         return True
     if done and not resume:
-        raise ValueError(f'out must be another directory, {out} has {len(done)} of these '
-                         'runs: to keep them and train the others, resume')
+        raise ValueError(f'out must be another directory, {out} has {len(done)} of '
+                         'these runs: to keep them and train the others, resume')
     complete = _run_all(missing, execute(missing, out, jobs, threads), tell)
     finished = read_records(runs, out)
     if finished:
