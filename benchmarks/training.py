@@ -22,7 +22,7 @@ from fastai.callback.core import Callback, CancelValidException
 from fastai.learner import Learner
 from fastai.vision.core import PILImageBW
 from fastai.vision.data import ImageDataLoaders
-from losses import machine
+from measure import machine
 from PIL import Image
 from torch import nn
 

@@ -42,7 +42,7 @@ def _inverse_norms(x, dtype, name):
     return inverse, not values_are_cheap(x)
 
 # %% ../nbs/losses/14_chunked.ipynb #854f31cb
-def _read(buffer, columns, per_prototype, here, softmax, with_place):
+def _read(buffer, columns, per_prototype, here, softmax, with_place, prior=None):
     "In place from x·w to p/‖w‖ or cosines; own, log-sum-exp, largest and its place."
     parts = []
     for rows in row_blocks(buffer, 2**17):
@@ -50,7 +50,8 @@ def _read(buffer, columns, per_prototype, here, softmax, with_place):
         ours = None if here is None else here[rows]
         own, largest, place = _take_out(part, columns[rows], ours, with_place)
         if softmax:
-            rest = _softmax(part, largest).add_(largest)
+            top = largest if prior is None else part.add_(prior).amax(1)
+            rest = _softmax(part, top).add_(top)
             part.mul_(per_prototype)
         parts.append((own, rest, largest, place))
     if len(parts) == 1: return parts[0]
@@ -132,6 +133,9 @@ class _Walk:
         if not self.moderate:
             w, self.per_prototype = unit_rows(w), torch.ones_like(self.inverse_norms)
         self.w, (n, d), k = w, features.shape, len(w)
+        self.prior, self.prior_here = loss.log_prior(dtype), None
+        if self.prior is not None:
+            self.prior_here = self.prior[shards.first:shards.first + k]
         self.spreads = loss.spread_weights(shards.num_classes, dtype, w.device)
         if self.spreads is not None:
             self.ours = self.spreads[shards.first:shards.first + k] * self.per_prototype
@@ -163,7 +167,8 @@ class _Walk:
         g = torch.mm(x, self.w.T, out=self.buffer[:x.shape[0]])
         with_place = bool(self.strength and self.wanted)
         own, rest, largest, place = _read(g, columns, self.per_prototype, here,
-                                          bool(loss.scale), with_place)
+                                          bool(loss.scale), with_place,
+                                          self.prior_here)
         own, tangents, ours = own / s, None, rest
         if loss.angular: own, *tangents = self.angles(rows, columns)
         spread = None if self.spreads is None else x @ self.mean / s
@@ -176,7 +181,8 @@ class _Walk:
             self.losses[rows] = self.leads[rows]
             if self.wanted: self.pull_pairs(rows, x, columns, here, place, wins)
             return
-        slopes = self.terms(rows, y, own, rest, spread)
+        other = rest if self.prior is None else rest - self.prior[y]
+        slopes = self.terms(rows, y, own, other, spread)
         if not self.wanted: return
         for name in self.given.keys() & slopes.keys():
             self.to[name][rows] = slopes[name]
@@ -497,6 +503,7 @@ class _Margins:
     scale, sample_margin, angular, pools, reduction = None, 0., False, False, 'none'
 
     def spread_weights(self, *_): return None
+    def log_prior(self, _): return None
     def check_classes(self, *_): pass
     def shares(self, *_): return -1., -1.
     def aggregate(self, losses, *_): return -losses

@@ -133,7 +133,8 @@ class ShardedCosineLinear(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args):
         "Takes the whole weight [k, d], or what `state_dict` gave on any rank."
         weight = state_dict.get(f'{prefix}weight')
-        if hasattr(weight, 'to_local'): state_dict[f'{prefix}weight'] = weight.to_local()
+        if hasattr(weight, 'to_local'):
+            state_dict[f'{prefix}weight'] = weight.to_local()
         elif weight is not None and len(weight) == self.out_features:
             mine = slice(self.shards.first, self.shards.first + self.shards.size)
             state_dict[f'{prefix}weight'] = weight[mine]

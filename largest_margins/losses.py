@@ -34,10 +34,13 @@ class ClassificationLoss(nn.Module):
         self,
         weight: Tensor | None = None,  # weight of each class, ≥ 0, [k]
         reduction: str = 'mean',  # 'mean', 'sum', 'none' or 'class-mean'; settable
+        prior: Tensor | None = None,  # counts or shares of the classes, > 0, [k]
     ):
         super().__init__()
         if weight is not None: check_per_class('weight', weight)
+        if prior is not None: check_per_class('prior', prior, positive=True)
         self.register_buffer('weight', weight)
+        self.register_buffer('prior', prior)
         self.reduction = reduction
 
     @property
@@ -49,6 +52,13 @@ class ClassificationLoss(nn.Module):
             raise ValueError("reduction must be 'mean', 'sum', 'none' or 'class-mean', "
                              f'got {value!r}')
         self._reduction = value
+
+    def log_prior(
+        self,
+        dtype: torch.dtype,  # of the result
+    ) -> Tensor | None:  # [k]
+        "What the prior adds to the logits of a training."
+        return None if self.prior is None else self.prior.to(dtype).log()
 
     def sample_weights(
         self,
@@ -101,7 +111,7 @@ class ClassificationLoss(nn.Module):
         num_classes: int,  # k of the scores at hand
         device: torch.device,  # where they are
     ):
-        "Each buffer of a loss holds a number per class; refuse another number or device."
+        "A buffer holds a number per class, on the right device; refuse any other."
         for name, value in self._buffers.items():
             if value is None: continue
             if value.shape != (num_classes,):
@@ -227,13 +237,16 @@ class MarginSoftmaxLoss(CosineLoss):
         *,
         label_smoothing: float = 0.,  # ε in [0, 1)
         sample_margin: float = 0.,  # λ ≥ 0 of the λ·R_sm that is added
-        **options,  # weight and reduction, see `ClassificationLoss`
+        **options,  # weight, reduction and prior, see `ClassificationLoss`
     ):
         super().__init__(**options)
         self.scale = check_number('scale', scale, above=0)
         self.sample_margin = check_number('sample_margin', sample_margin, at_least=0)
         self.label_smoothing = check_number('label_smoothing', label_smoothing,
                                             at_least=0, below=1)
+        if label_smoothing and self.prior is not None:
+            raise ValueError('label_smoothing must be 0 with a prior, '
+                             f'got {label_smoothing!r}')
 
     def curves(
         self,
@@ -265,7 +278,8 @@ class MarginSoftmaxLoss(CosineLoss):
         self.check_classes(cosines.shape[1], cosines.device)
         own = cosines.gather(1, targets[:, None])[:, 0]
         num, den = self.own_curves(source, own, targets, **given)
-        rest = log_sum_exp_of_others(cosines, targets, self.scale)
+        rest = log_sum_exp_of_others(cosines, targets, self.scale,
+                                     self.log_prior(cosines.dtype))
         spreads = self.spread_weights(cosines.shape[1], cosines.dtype, cosines.device)
         with full_precision(cosines.device.type):
             spread = None if spreads is None else (cosines @ spreads, spreads)
@@ -659,9 +673,10 @@ class LMSoftmaxLoss(MarginSoftmaxLoss):
         sample_margin: float = 0.,  # λ ≥ 0 of the λ·R_sm that is added
         weight: Tensor | None = None,  # weight of each class, ≥ 0, [k]
         reduction: str = 'mean',  # 'mean', 'sum', 'none' or 'class-mean'
+        prior: Tensor | None = None,  # counts or shares of the classes, > 0, [k]
     ):
         super().__init__(scale, sample_margin=sample_margin, weight=weight,
-                         reduction=reduction)
+                         reduction=reduction, prior=prior)
         if aggregation not in ('mean', 'logsumexp'):
             raise ValueError("aggregation must be 'mean' or 'logsumexp', "
                              f'got {aggregation!r}')
@@ -707,6 +722,13 @@ class LMSoftmaxLoss(MarginSoftmaxLoss):
 class SampleMarginLoss(CosineLoss):
     "R_sm, the negative sample margin, max_{j≠y} c_j − c_y (Zhou et al. 2022, §3.3)."
 
+    def __init__(
+        self,
+        weight: Tensor | None = None,  # weight of each class, ≥ 0, [k]
+        reduction: str = 'mean',  # 'mean', 'sum', 'none' or 'class-mean'; settable
+    ):
+        super().__init__(weight, reduction)
+
     def forward(
         self,
         cosines: Tensor,  # cosines in [−1, 1], [N, k]
@@ -727,7 +749,7 @@ class FocalLoss(ClassificationLoss):
     def __init__(
         self,
         gamma: float = 2.,  # γ ≥ 0; 0 is the cross-entropy
-        **options,  # weight and reduction, see `ClassificationLoss`
+        **options,  # weight, reduction and prior, see `ClassificationLoss`
     ):
         super().__init__(**options)
         self.gamma = check_number('gamma', gamma, at_least=0)
@@ -740,7 +762,7 @@ class FocalLoss(ClassificationLoss):
         "The focal losses, reduced over the batch."
         logits, targets = check_logits(logits, targets)
         self.check_classes(logits.shape[1], logits.device)
-        rest = log_sum_exp_of_others(logits, targets, 1)
+        rest = log_sum_exp_of_others(logits, targets, 1, self.log_prior(logits.dtype))
         delta = rest - logits.gather(1, targets[:, None])[:, 0]
         cross_entropy = torch.logaddexp(delta, torch.zeros_like(delta))
         losses = (self.gamma * F.logsigmoid(delta)).exp() * cross_entropy

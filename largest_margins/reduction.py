@@ -80,6 +80,9 @@ def log_sum_exp_of_others(
     cosines: Tensor,  # cosines [N, k], float32 or float64
     targets: Tensor,  # class of each sample, int64, [N]
     scale: float,  # s > 0
-) -> Tensor:  # log Σ_{j≠y} exp(s·c_j), [N]
+    log_prior: Tensor | None = None,  # log π_j, up to a constant, [k]; None: all equal
+) -> Tensor:  # log Σ_{j≠y} (π_j/π_y) exp(s·c_j), [N]
     "The reduction over the other classes that every margin softmax shares."
-    return (scale * cosines.scatter(1, targets[:, None], -torch.inf)).logsumexp(1)
+    others = scale * cosines.scatter(1, targets[:, None], -torch.inf)
+    if log_prior is None: return others.logsumexp(1)
+    return (others + log_prior).logsumexp(1) - log_prior[targets]

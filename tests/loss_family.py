@@ -29,6 +29,17 @@ def margin_softmax(num, den=None):
     return loss
 
 
+def ratio(j, y): return mpf(COUNTS[j % 4]) / COUNTS[y % 4]
+
+
+def normface_with_prior(row, y, s):
+    return mp.log(sum(ratio(j, y) * mp.exp(s * c) for j, c in enumerate(row))) - s * row[y]
+
+
+def largest_margin_with_prior(row, y, s):
+    return mp.log(sum(ratio(j, y) * mp.exp(s * (c - row[y])) for j, c in enumerate(row) if j != y)) / s
+
+
 def largest_margin_softmax(row, y, s):
     return mp.log(sum(mp.exp(s * (c - row[y])) for j, c in enumerate(row) if j != y)) / s
 
@@ -73,6 +84,9 @@ def per_class(values, classes):
     return torch.tensor([float(values(j)) for j in classes], dtype=torch.float64)
 
 
+def class_prior(classes): return per_class(lambda j: COUNTS[j % 4], classes)
+
+
 def arc(m1, m2, m3):
     "The angles below π at which m1·θ + m2 is a multiple of π."
     kinks = tuple((n * pi - m2) / m1 for n in range(1, int(m1 + 1) + 1) if 0 < (n * pi - m2) / m1 < pi)
@@ -98,6 +112,10 @@ FAMILY = [
     Row('LM mean', lambda s, classes, **o: lm.LMSoftmaxLoss(s, **o), largest_margin_softmax, edits_logit=False),
     Row('LM logsumexp', lambda s, classes, **o: lm.LMSoftmaxLoss(s, 'logsumexp', **o), largest_margin_softmax,
         edits_logit=False),
+    Row('NormFace with prior', lambda s, classes, **o: lm.NormFaceLoss(s, prior=class_prior(classes), **o),
+        normface_with_prior, edits_logit=False),
+    Row('LM with prior', lambda s, classes, **o: lm.LMSoftmaxLoss(s, prior=class_prior(classes), **o),
+        largest_margin_with_prior, edits_logit=False),
     Row('R_sm', lambda s, classes, **o: lm.SampleMarginLoss(**o), negative_sample_margin, edits_logit=False),
     Row('focal', lambda s, classes, **o: lm.FocalLoss(2., **o), focal, edits_logit=False),
 ]

@@ -99,7 +99,8 @@ def test_a_head_with_many_classes_returns_them(monkeypatch):
 def trained(cbs, loss):
     "Two epochs on digits; what the recorder and the model know afterwards."
     torch.manual_seed(0)
-    learn = margin_learner(load('digits').dataloaders(256, seed=0), ConvBody(1, (8, 8)), loss(), embedding=8, cbs=cbs())
+    learn = margin_learner(load('digits').dataloaders(256, seed=0), ConvBody(1, (8, 8)), loss(), embedding=8, cbs=cbs(),
+                           mixed_precision=False)
     with learn.no_bar(), learn.no_logging(): learn.fit_one_cycle(2, 1e-2)
     values = list(learn.recorder.values)
     predictions, targets = learn.get_preds()
