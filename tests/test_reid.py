@@ -495,7 +495,7 @@ def test_end_to_end_on_glyphs(glyphs, training):
     def run():
         torch.manual_seed(0)
         learn = reid_learner(training.dataloaders(32, seed=0), ConvBody(widths=(16, 32, 64)), LMSoftmaxLoss(20.))
-        quiet(learn, learn.fit_one_cycle, 10, 1e-2)
+        quiet(learn, learn.fit_one_cycle, 20, 1e-2)
         return evaluate(cosine_distances(embed(learn, query), embed(learn, gallery)), *glyphs.labels)
     first, again = run(), run()
     assert first.mAP > raw.mAP + .05 and first.valid_queries == 40
