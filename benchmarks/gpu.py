@@ -1,7 +1,7 @@
 """Everything that needs a GPU, in one command of at most eight minutes: `make gpu-check`.
 
     python benchmarks/gpu.py                                     # writes benchmarks/results/gpu.json
-    python benchmarks/gpu.py --minutes 3 --out /tmp/gpu.json
+    python benchmarks/gpu.py --minutes 3 --out gpu.json
 
 1. Correctness: value and gradients of every loss against float64 on the CPU, from float32, bfloat16 and float16
    features, in chunks, dense and lazy, with and without autocast; then margins, predictions and heads.
