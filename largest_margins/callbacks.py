@@ -22,9 +22,10 @@ from fastai.torch_core import noop
 from torch import Tensor, nn
 
 from .bounds import class_margin_bound
+from .chunked import LazyCosines
 from .heads import CosineLinear
 from .losses import (
-    SampleMarginLoss, check_number, class_balanced_weights)
+    MarginSoftmaxLoss, SampleMarginLoss, check_number, class_balanced_weights)
 from .margins import (
     class_margin, norm_ratio, plain, sample_margins, smallest_by_class)
 from .plots import plot_margin_history
@@ -94,27 +95,22 @@ class SampleMarginRegularizer(HeadCallback):
         super().__init__(head)
         self.weight = check_number('weight', weight, at_least=0)
         self.loss = SampleMarginLoss(reduction=reduction)
-        self._in_the_loss = None
 
     def after_pred(self):
         "Where no cosines are computed, the loss adds the term in its own walk."
+        if isinstance(self.learn.pred, LazyCosines) and self._same_mean():
+            self.learn.pred.sample_margin = self.weight
+
+    def _same_mean(self):
+        "Whether the loss is one of ours and weighs the samples as this term does."
         loss = _innermost(self.learn.loss_func)
-        lazy = hasattr(self.learn.pred, 'matrix') and hasattr(loss, 'sample_margin')
-        if not lazy or loss.weight is not None: return
-        if loss.reduction != self.loss.reduction: return
-        self._in_the_loss, loss.sample_margin = (loss, loss.sample_margin), self.weight
-
-    def _take_out(self):
-        "Give the loss back as it was; whether it had the term."
-        if self._in_the_loss is None: return False
-        (loss, loss.sample_margin), self._in_the_loss = self._in_the_loss, None
-        return True
-
-    def after_cancel_batch(self): self._take_out()
+        reweighted = any(isinstance(cb, DeferredReweighting) for cb in self.learn.cbs)
+        return (isinstance(loss, MarginSoftmaxLoss) and loss.weight is None
+                and loss.reduction == self.loss.reduction and not reweighted)
 
     def after_loss(self):
         "Add the term to `learn.loss_grad`."
-        if self._take_out(): return
+        if getattr(self.learn.pred, 'sample_margin', 0): return
         if not self.learn.yb: return
         self.value = self._mixed(self.batch_cosines(), self.learn.yb[0])
         self.learn.loss_grad = self.learn.loss_grad + self.weight * self.value

@@ -416,6 +416,7 @@ def chunked_loss(
 # %% ../nbs/losses/14_chunked.ipynb #6e0c1b13
 class LazyCosines:
     "The cosines of features and prototypes, not computed before somebody needs them."
+    sample_margin = 0.  # λ of a λ·R_sm that a loss of these cosines adds in its walk
 
     def __init__(
         self,
@@ -443,6 +444,9 @@ class LazyCosines:
         **given,  # numbers for each sample, if the loss takes any
     ) -> Tensor:  # what the loss makes of the matrix
         "A loss of these cosines, without them."
+        if self.sample_margin:
+            loss = copy(loss)
+            loss.sample_margin = loss.sample_margin + self.sample_margin
         return loss.linear(self.features, self.prototypes, targets, group=self.shards,
                            **given)
 
