@@ -559,7 +559,7 @@ class ProductsReport:
 def measure_products(
     rounds: int = 5,  # the median of how many products
 ) -> ProductsReport:
-    "Compare oneDNN's float32 product with the usual one; a fifth of a second, once."
+    "Compare oneDNN's float32 product with the usual one, once in a process."
     generator = torch.Generator().manual_seed(0)
     x, w = (torch.randn(n, 512, generator=generator) for n in (512, 2048))
     exact = x.double() @ w.double().T
