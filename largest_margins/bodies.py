@@ -75,6 +75,7 @@ def resnet32(
 # %% ../nbs/training/28_bodies.ipynb #91b85d48
 BODIES = {
     'conv3': ConvBody,  # three blocks: 8 × 8 pixels and more
+    'conv3-narrow': partial(ConvBody, widths=(16, 32, 64)),  # twice as fast
     'conv4': partial(ConvBody, widths=(32, 64, 128, 256)),  # 16 × 16 pixels and more
     'resnet18': cifar_resnet, 'resnet34': partial(cifar_resnet, depth=34),
     'resnet32': resnet32}

@@ -211,7 +211,7 @@ class _Walk:
     def weights(self, rows, losses):
         "What the terms of some rows are multiplied by, up to now."
         if self.logs is None: return [self.share(i, rows) for i in (0, 1)]
-        logarithms, top = self.logs[rows] + self.scale * losses, self.top
+        logarithms, top = self.logs[rows] + self.loss.tilt * losses, self.top
         self.top = torch.maximum(top, logarithms.amax())
         if rows.start and 'prototypes' in self.to and not (
                 values_are_cheap(top) and top == self.top):
@@ -285,7 +285,7 @@ class _Walk:
         "Radial parts go, norms and the weights of a log-sum-exp come in."
         by_row = by_all = None
         if self.logs is not None:
-            total = (self.logs + self.scale * self.losses - self.top).exp().sum()
+            total = (self.logs + self.loss.tilt * self.losses - self.top).exp().sum()
             by_all = torch.where(total > 0, total, 1).reciprocal()
             by_row = ((self.tops - self.top).exp() * by_all)[:, None]
         if 'features' in self.to:
@@ -325,7 +325,7 @@ class _Chunked(torch.autograd.Function):
             ctx.logs = loss.log_weights(targets, k, dtype)
             if loss.sample_margin and now:  # weights first: they are not those of R_sm
                 losses = _walk(ctx, tensors, targets).losses
-                pooled = (ctx.logs + loss.scale * losses).softmax(0)
+                pooled = (ctx.logs + loss.tilt * losses).softmax(0)
                 ctx.shares, ctx.logs = (pooled.nan_to_num(0), plainly, by_class), None
         walk = _walk(ctx, tensors, targets, now, ctx.shares)
         ctx.to = walk.to if now else None

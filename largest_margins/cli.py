@@ -185,6 +185,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--kind', default='long-tailed', help='or step; of the imbalance')
     p.add_argument('--reduction', default='mean', metavar='NAME',
                    help='of the losses of a batch: mean or class-mean; default mean')
+    p.add_argument('--sample-margin-reduction', metavar='NAME',
+                   help='that of R_sm; default: that of the loss')
     p.add_argument('--logit-adjustment', type=float, default=0., metavar='T',
                    help='τ: τ·log of the class counts is added to the logits')
     p.add_argument('--reweighted', type=float, default=0., metavar='SHARE',

@@ -670,6 +670,7 @@ class LMSoftmaxLoss(MarginSoftmaxLoss):
         scale: float = 20.,  # s > 0
         aggregation: str = 'mean',  # 'mean' as published, or 'logsumexp'
         *,
+        tilt: float | None = None,  # t > 0 of the log-sum-exp over samples; None: s
         sample_margin: float = 0.,  # λ ≥ 0 of the λ·R_sm that is added
         weight: Tensor | None = None,  # weight of each class, ≥ 0, [k]
         reduction: str = 'mean',  # 'mean', 'sum', 'none' or 'class-mean'
@@ -680,7 +681,10 @@ class LMSoftmaxLoss(MarginSoftmaxLoss):
         if aggregation not in ('mean', 'logsumexp'):
             raise ValueError("aggregation must be 'mean' or 'logsumexp', "
                              f'got {aggregation!r}')
-        self.aggregation = aggregation
+        if tilt is not None and aggregation == 'mean':
+            raise ValueError(f'tilt must be None with a mean, got {tilt!r}')
+        tilt = self.scale if tilt is None else tilt
+        self.aggregation, self.tilt = aggregation, check_number('tilt', tilt, above=0)
 
     def curves(self, cosine, targets): return cosine, None
 
@@ -712,11 +716,12 @@ class LMSoftmaxLoss(MarginSoftmaxLoss):
             torch.zeros_like(leads), targets, num_classes, leads=leads)
         logs = self.log_weights(targets, num_classes, losses.dtype)
         some = logs.amax() > -math.inf
-        logs = torch.where(some, logs, 0) + self.scale * losses
-        return torch.where(some, logs.logsumexp(0) / self.scale, 0) + added
+        logs = torch.where(some, logs, 0) + self.tilt * losses
+        return torch.where(some, logs.logsumexp(0) / self.tilt, 0) + added
 
     def extra_repr(self):
-        return f'aggregation={self.aggregation!r}, {super().extra_repr()}'
+        tilt = f'tilt={self.tilt:g}, ' if self.tilt != self.scale else ''
+        return f'aggregation={self.aggregation!r}, {tilt}{super().extra_repr()}'
 
 # %% ../nbs/losses/12_losses.ipynb #c1768d21
 class SampleMarginLoss(CosineLoss):

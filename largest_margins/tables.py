@@ -70,18 +70,19 @@ def plan(
             for seed in range(seeds) for setting in recipe.settings for row in chosen]
 
 # %% ../nbs/experiments/37_tables.ipynb #43a70d2d
-MEASURED = ('accuracy', 'best_accuracy', 'balanced_accuracy', 'class_margin',
+MEASURED = ('accuracy', 'best_accuracy', 'balanced_accuracy', 'rare_accuracy', 'class_margin',
             'mean_sample_margin', 'min_sample_margin', 'norm_ratio', 'centroid_norm')
 
 
 def record(
     result: Result,  # of one run
 ) -> dict:  # plain values, without nan
-    "What is kept of a run; all margins and accuracies are those of the test split."
+    "What is kept of a run; what is 'measured' is measured on the test split."
     numbers = {name: getattr(result, name) for name in MEASURED}
     return _plain(dict(
         asked=asked(result.configuration), diverged=bool(result.diverged),
-        measured=numbers | result.shots(), bound=result.bound, split='test',
+        measured=numbers | result.shots(), bound=result.bound,
+        test_margins=result.test_margins, train_margins=result.train_margins,
         classes=result.classes, counts=result.counts,
         class_accuracies=result.class_accuracies.tolist(),
         confusion=result.confusion.tolist(), history=result.history,
@@ -126,8 +127,9 @@ def read_record(
     except FileNotFoundError: return None
     except ValueError as e:
         raise ValueError(f'{path} is not the record of a run: remove it') from e
-    same = isinstance(found, dict) and found.get('asked') == asked(configuration)
-    return found if same else None
+    if not isinstance(found, dict) or 'asked' not in found: return None
+    defaults = asked(Configuration())  # of fields that are newer than the record
+    return found if defaults | found['asked'] == asked(configuration) else None
 
 
 def read_records(
@@ -230,6 +232,7 @@ COLUMNS = dict(
     accuracy=Column('accuracy %', 2),
     best_accuracy=Column('best epoch % (chosen on test)', 2),
     balanced_accuracy=Column('balanced accuracy %', 2),
+    rare_accuracy=Column('rarer half %', 2),
     many=Column('many %', 1), medium=Column('medium %', 1), few=Column('few %', 1),
     class_margin=Column('class margin°', 2),
     mean_sample_margin=Column('mean sample margin', 3),
@@ -300,7 +303,7 @@ def summarise(
     if not finished: raise ValueError('finished must hold at least one run, got none')
     lines, (run, found) = aggregate(recipe, finished), finished[0]
     c, k = run.configuration, len(found['classes'])
-    beside = _NAMES[recipe.beside.get(c.dataset, recipe.beside[''])]
+    beside = _NAMES.get(recipe.beside.get(c.dataset, recipe.beside.get('')))
     parts = [(s.label, *grid(recipe, part, beside)) for s in recipe.settings
              if (part := [x for x in lines if x.setting == s])]
     ran = ', '.join(f'{name} {value}' for name, value in found['machine'].items())
@@ -310,9 +313,9 @@ def summarise(
         'of the last epoch. Accuracies and margins are measured on the test split, '
         'margins with normalised features and prototypes. No class margin can exceed '
         f'{found["bound"]:.2f}°.',
-        f'“paper, {beside}”: as printed on the slides of Zhou et al. (2022). '
-        f'{printed_numbers()["notes"][recipe.name]} Networks and schedules differ.',
-        *([recipe.notes] if recipe.notes else []), ran]
+        *([f'“paper, {beside}”: as printed on the slides of Zhou et al. (2022). '
+           f'{printed_numbers()["notes"][recipe.name]} Networks and schedules differ.']
+          if beside else []), *([recipe.notes] if recipe.notes else []), ran]
     return Summary(f'{recipe.title}, {Path(c.dataset).name}', parts, lines, notes)
 
 # %% ../nbs/experiments/37_tables.ipynb #d338831d
