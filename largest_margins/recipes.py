@@ -110,6 +110,11 @@ def table2_rows(
         ('normface+prior+rsm', 'NormFace, logit adjustment + 0.5 R_sm, class mean',
          dict(loss='normface', logit_adjustment=1., sample_margin=.5,
               sample_margin_reduction='class-mean')),
+        ('normface+prior+rw', 'NormFace*, logit adjustment',
+         dict(loss='normface', logit_adjustment=1., **star)),
+        ('ce+prior+rsm', 'CE, logit adjustment + 0.5 R_sm, class mean',
+         dict(loss='ce', logit_adjustment=1., sample_margin=.5,
+              sample_margin_reduction='class-mean')),
         ('normface-class-mean', 'NormFace, class mean',
          dict(loss='normface', reduction='class-mean')),
         ('normface+prior+rsm+rw', 'NormFace*, logit adjustment + 0.5 R_sm, class mean',
@@ -129,6 +134,8 @@ def table2_rows(
          dict(loss='lm-softmax', reduction='class-mean', logit_adjustment=1., **star)),
         ('normface-fixed', 'NormFace, fixed simplex',
          dict(loss='normface', fixed=True)),
+        ('normface-fixed+prior', 'NormFace, fixed simplex, logit adjustment',
+         dict(loss='normface', fixed=True, logit_adjustment=1.)),
         ('lm-fixed', 'LM-Softmax, fixed simplex', dict(loss='lm-softmax', fixed=True)))]
 
 # %% ../nbs/experiments/36_recipes.ipynb #192f9d7a

@@ -142,7 +142,7 @@ def test_classes_by_loops():
 # Recipes
 
 def test_rows_of_the_tables():
-    assert len(ONE.rows(10)) == 26 and len(TWO.rows(10)) == 27 and len(TWO.settings) == 4
+    assert len(ONE.rows(10)) == 26 and len(TWO.rows(10)) == 30 and len(TWO.settings) == 4
     for recipe in (ONE, TWO):
         names = [row.name for row in recipe.rows(10)]
         assert len(set(names)) == len(names) and not any(re.search(r'[\s/]', name) for name in names)
