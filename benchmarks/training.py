@@ -26,7 +26,7 @@ from measure import machine
 from PIL import Image
 from torch import nn
 
-from largest_margins.data import RandomShift, load
+from largest_margins.data import RandomAffine, load
 from largest_margins.heads import CosineLinear
 from largest_margins.learner import ConvBody, margin_learner, margin_neck
 from largest_margins.losses import CosFaceLoss
@@ -36,7 +36,7 @@ LEARNING_RATE, LOSS = 1e-2, CosFaceLoss(20., .1)
 RECIPES = {
     'quick': dict(epochs=4),
     'quick, float32': dict(epochs=4, mixed_precision=False),
-    'long': dict(epochs=12, augment=RandomShift(0, flip=True))}
+    'long': dict(epochs=12, augment=RandomAffine(0, flip=True))}
 
 
 class NoValidation(Callback):

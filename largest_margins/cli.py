@@ -271,6 +271,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--shift', type=int, default=0, metavar='PIXELS',
                    help='images move by up to so much; default 0')
     p.add_argument('--flip', action='store_true', help='mirror half of the images')
+    p.add_argument('--rotate', type=float, default=0., metavar='DEGREES',
+                   help='images turn by up to so much to both sides; default 0')
     p.add_argument('--embedding', type=int, default=32, metavar='D',
                    help='dimension of the features')
     p.add_argument('--download', action='store_true',

@@ -34,7 +34,7 @@ from largest_margins.callbacks import (
     DeferredReweighting, SampleMarginRegularizer, ZeroCentroidRegularizer,
     has_bfloat16)
 from .codes import best_packing, simplex
-from .data import ImageData, RandomShift, imbalanced_indices, load
+from .data import ImageData, RandomAffine, imbalanced_indices, load
 from .learner import margin_learner
 from .losses import (
     ArcFaceLoss, CosFaceLoss, FocalLoss, LDAMLoss, LMSoftmaxLoss, NormFaceLoss,
@@ -117,6 +117,7 @@ class Configuration:
     embedding: int | None = 32  # dimension of the features, ≥ 1; None: the body's
     shift: int = 0  # augmentation: images move by up to so many pixels, ≥ 0
     flip: bool = False  # augmentation: half of the images are mirrored
+    rotate: float = 0.  # augmentation: images turn by up to so many degrees, ≥ 0
     seed: int = 0  # of weights, order and everything else that is random
     data: str | None = None  # directory of the data
     download: bool = False  # whether the data may be downloaded into it
@@ -196,7 +197,7 @@ class Configuration:
 
 _INTEGERS = dict(epochs=1, batch_size=2, embedding=1, shift=0)  # and their least values
 _NUMBERS = dict(sample_margin=0, zero_centroid=0, ratio=1, learning_rate=0,
-                logit_adjustment=0, reweighted=0, weight_decay=0)
+                logit_adjustment=0, reweighted=0, weight_decay=0, rotate=0)
 
 # %% ../nbs/experiments/31_experiments.ipynb #0b1ac69e
 QUANTILES = (.01, .05, .25, .5, .75)
@@ -362,7 +363,8 @@ def train(
     if c.ratio > 1:
         data = data.subset(imbalanced_indices(data.train_targets, c.ratio, c.kind))
     torch.manual_seed(c.seed)
-    moves = RandomShift(c.shift, c.flip) if c.shift or c.flip else None
+    moved = c.shift or c.flip or c.rotate
+    moves = RandomAffine(c.shift, c.flip, c.rotate) if moved else None
     dls = data.dataloaders(min(c.batch_size, len(data.train_targets)), moves,
                            seed=c.seed)
     learn = margin_learner(

@@ -74,7 +74,7 @@ _OURS = {'digits': _SMALL, 'mnist_5k': _SMALL, 'fashion_mnist': _FASHION, '': _F
 
 BALANCED = {**_OURS, 'mnist': dict(body='conv4', epochs=100, **_PAPER),
             'cifar10': dict(body='resnet18', **_CIFAR),
-            'cifar100': dict(body='resnet34', **_CIFAR)}
+            'cifar100': dict(body='resnet34', rotate=20., **_CIFAR)}
 _FEWER = dict(_FASHION, batch_size=64)  # fewer images, and as many steps
 IMBALANCED = {**_OURS, 'fashion_mnist': _FEWER, 'mnist': _FEWER, 'cifar10': _LDAM,
               'cifar100': _LDAM}

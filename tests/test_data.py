@@ -10,16 +10,18 @@ import torch
 from fastai.distributed import DistributedDL
 from PIL import Image
 from torchvision import datasets
+from torchvision.transforms.functional import InterpolationMode, rotate
 
 from largest_margins import data as module
 from largest_margins.data import (
     ImageData,
     ImageFiles,
-    RandomShift,
+    RandomAffine,
     image_folder,
     imbalanced_counts,
     imbalanced_indices,
     load,
+    rotate_images,
 )
 
 LONG_100 = [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
@@ -320,13 +322,55 @@ def test_fastais_loader_for_several_processes_shares_out_the_same_batches(proces
 def test_shift_and_flip():
     x = torch.arange(25, dtype=torch.uint8).reshape(1, 1, 5, 5).repeat(64, 1, 1, 1)
     g = torch.Generator().manual_seed(0)
-    mirrored = RandomShift(0, flip=True)(x, g)
+    mirrored = RandomAffine(0, flip=True)(x, g)
     either = [torch.equal(m, x[0]) or torch.equal(m, x[0].flip(-1)) for m in mirrored]
     assert all(either) and not torch.equal(mirrored, x) and not torch.equal(mirrored, x.flip(-1))
-    with pytest.raises(ValueError, match='pixels'): RandomShift(-1)
-    dls = DIGITS.dataloaders(64, augment=RandomShift(1), seed=0)
+    with pytest.raises(ValueError, match='shift'): RandomAffine(-1)
+    dls = DIGITS.dataloaders(64, augment=RandomAffine(1), seed=0)
     assert torch.equal(next(iter(dls.valid))[0], next(iter(DIGITS.dataloaders(64).valid))[0])
     assert not torch.equal(dls.one_batch()[0], DIGITS.dataloaders(64, seed=0).one_batch()[0])
+
+
+def test_quarter_turns_are_those_of_rot90():
+    x = torch.randint(256, (8, 3, 12, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(rotate_images(x, torch.zeros(8)), x)
+    assert torch.equal(rotate_images(x, torch.full((8,), 360.)), x)
+    for turns in (-1, 1, 2, 3):
+        found = rotate_images(x, torch.full((8,), 90. * turns))
+        assert found.dtype == torch.uint8 and (found.int() - x.rot90(turns, (2, 3)).int()).abs().max() <= 1
+
+
+def test_a_rotation_is_that_of_torchvision_also_where_images_are_not_square():
+    x = torch.randint(256, (5, 3, 24, 40), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    angles = torch.tensor([-150., -37., 5., 20., 64.])
+    for angle, image, found in zip(angles.tolist(), x, rotate_images(x, angles), strict=True):
+        expected = rotate(image, angle, InterpolationMode.BILINEAR)
+        assert (found.int() - expected.int()).abs().max() <= 1
+        assert found.ne(expected).float().mean() < .01
+
+
+def test_random_rotations_are_seeded_stay_within_their_limit_and_leave_the_shifts_alone():
+    line = torch.zeros(300, 1, 33, 33, dtype=torch.uint8)
+    line[:, :, 16, 16:] = 255
+    turned, again, other = (RandomAffine(0, rotate=20.)(line, torch.Generator().manual_seed(s)) for s in (0, 0, 1))
+    assert torch.equal(turned, again) and not torch.equal(turned, other)
+    rows, columns = torch.meshgrid(*[torch.arange(33.) - 16] * 2, indexing='ij')
+    weights = turned[:, 0].double()
+    angles = torch.atan2(-(weights * rows).sum((1, 2)), (weights * columns).sum((1, 2))).rad2deg()
+    assert -21 < angles.min() < -17 and 17 < angles.max() < 21 and angles.mean().abs() < 3
+    x = torch.randint(256, (50, 3, 8, 8), dtype=torch.uint8)
+    plain, tiny = (RandomAffine(2, True, most)(x, torch.Generator().manual_seed(3)) for most in (0., 1e-9))
+    assert torch.equal(plain, tiny)
+
+
+@pytest.mark.parametrize('call,error,message', [
+    (partial(RandomAffine, rotate=-1.), ValueError, 'rotate must be ≥ 0'),
+    (partial(RandomAffine, rotate=float('nan')), ValueError, 'rotate'),
+    (partial(RandomAffine, rotate='20'), TypeError, 'rotate'),
+    (partial(rotate_images, torch.zeros(2, 1, 4, 4), torch.zeros(2)), TypeError, 'images must be bytes'),
+    (partial(rotate_images, torch.zeros(2, 1, 4, 4).byte(), torch.zeros(3)), ValueError, r'degrees must be \[2\]')])
+def test_bad_rotations(call, error, message):
+    with pytest.raises(error, match=message): call()
 
 
 def test_subset_counts_and_bad_data():

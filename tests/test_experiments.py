@@ -37,7 +37,7 @@ def result(): return train(QUICK)
     (dict(batch_size=1), 'batch_size'),
     (dict(embedding=2.5), 'embedding'), (dict(learning_rate=0), 'learning_rate'), (dict(ratio=.1), 'ratio'),
     (dict(sample_margin=-.5), 'sample_margin'), (dict(zero_centroid=math.nan), 'zero_centroid'),
-    (dict(kind='x'), 'kind')])
+    (dict(kind='x'), 'kind'), (dict(rotate=-1.), 'rotate must be a finite number ≥ 0')])
 def test_bad_configurations(given, message):
     with pytest.raises(ValueError, match=message): Configuration(**given)
 
@@ -71,6 +71,12 @@ def test_the_numbers_are_those_of_the_test_split(result):
 def test_the_same_seed_gives_the_same_numbers(result):
     assert torch.equal(train(QUICK).cosines, result.cosines)
     assert not torch.equal(train(replace(QUICK, seed=1)).cosines, result.cosines)
+
+
+def test_augmentation_is_used_and_seeded():
+    turned = replace(QUICK, epochs=1, rotate=20.)
+    found, again, plain = (train(c) for c in (turned, turned, replace(turned, rotate=0.)))
+    assert torch.equal(found.cosines, again.cosines) and not torch.equal(found.cosines, plain.cosines)
 
 
 def test_progress_is_told():
@@ -131,8 +137,8 @@ def test_report_is_one_readable_page(result, tmp_path):
 
 
 def test_the_words_follow_the_numbers(result):
-    worse = replace(result, class_margin=result.class_margin - 1.5,
-                    mean_sample_margin=result.mean_sample_margin + .25)
+    larger = {**result.test_margins, 'mean': result.mean_sample_margin + .25}
+    worse = replace(result, class_margin=result.class_margin - 1.5, test_margins=larger)
     note, = compare([result, worse])
     assert '-1.50°' in note and '+0.250' in note and note.startswith('CosFace s=20 m=0.1:')
 
@@ -174,11 +180,13 @@ def test_usage_errors_are_one_line_and_2(argv, message, capsys):
 
 
 def test_train_writes_table_result_and_report(tmp_path, capsys):
-    assert run('train', '--loss', 'lm-softmax', '--sample-margin', '0.5', '--epochs', '2', '--out', tmp_path) == 0
+    assert run('train', '--loss', 'lm-softmax', '--sample-margin', '0.5', '--epochs', '2', '--rotate', '10',
+               '--out', tmp_path) == 0
     out = capsys.readouterr().out
     assert 'LM-Softmax s=20 + 0.5 R_sm' in out and 'class margin°' in out and 'report:' in out
     assert sorted(p.name for p in tmp_path.iterdir()) == ['1.pt', 'report.html']
-    assert Result.load(tmp_path/'1.pt').configuration.epochs == 2
+    trained = Result.load(tmp_path/'1.pt').configuration
+    assert trained.epochs == 2 and trained.rotate == 10
 
 
 def test_demo(tmp_path, capsys):

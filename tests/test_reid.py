@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.models import resnet18, resnet50
 
-from largest_margins.data import RandomShift
+from largest_margins.data import RandomAffine
 from largest_margins.glyphs import write_glyph_market
 from largest_margins.heads import CosineLinear
 from largest_margins.learner import ConvBody
@@ -403,7 +403,7 @@ def training(glyphs): return glyphs.training((28, 28), channels=1)
 
 
 def test_pk_batches_in_a_learner(training):
-    dls = pk_dataloaders(training, people=6, images=3, augment=RandomShift(1))
+    dls = pk_dataloaders(training, people=6, images=3, augment=RandomAffine(1))
     looked = dls.one_batch()[1]
     batches = [y for _, y in dls.train]
     assert torch.equal(looked, batches[0]) and len(batches) == len(dls.train) == 2 * 40 // 6
