@@ -79,11 +79,11 @@ def _closed(method, k, d):
 
 
 def _closed_bound(method, k, d):
-    "The formula's value, pushed up by units in the last place until it is proved."
+    "The formula's value, pushed up by 1, 2, 4, … units in its last place until proved."
     radians = min(_closed(method, k, d), math.pi)
-    for _ in range(64):
+    for n in range(40):
         if _CLOSED[method](k, d, Fraction(radians)): break
-        radians = math.nextafter(radians, 4)
+        radians += 2**n * math.ulp(radians)
     else: raise ArithmeticError(f'no {method} bound for k = {k}, d = {d} was verified')
     tight = {'circle': True, 'simplex': True if k <= d + 1 else None,
              'rankin': True if k <= 2 * d else None,

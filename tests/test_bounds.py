@@ -28,6 +28,17 @@ def test_tight_at_the_sharp_codes(size):
     assert -1e-12 < excess < 3e-5 and bound.verify()
 
 
+@pytest.mark.parametrize('k', [349, 350, 1000, 30_000, 10**6])
+def test_many_points_on_the_sphere(k):
+    "The formula loses digits to cancellation; the bound is still found, and as good as the formula is."
+    bound = class_margin_bound(k, 3)
+    with mp.workdps(60):
+        cotangent = mp.cot(k * mp.pi / (6 * (k - 2)))
+        exact = mp.acos((cotangent**2 - 1) / 2)
+        assert 0 <= bound.radians / exact - 1 < 1e-9
+    assert bound.method == 'fejes-toth' and bound.verify()
+
+
 @pytest.mark.parametrize('k,d,degrees,method,attained', [
     (2, 1, 180, 'simplex', True), (2, 7, 180, 'simplex', True), (3, 2, 120, 'circle', True),
     (8, 2, 45, 'circle', True), (4, 3, 109.47122063449069, 'simplex', True),
