@@ -17,6 +17,7 @@ import time
 import warnings
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
+from importlib import resources
 from pathlib import Path
 
 # %% ../nbs/experiments/33_cli.ipynb #d4e657b6
@@ -147,12 +148,16 @@ def table_command(
     from largest_margins.recipes import TABLES
     from largest_margins.tables import make_table
     os.environ.setdefault('PYTHONWARNINGS', 'ignore::FutureWarning')  # of the workers
-    out = args.out or f'runs/table{args.table}-{Path(args.dataset).name}'
+    recipe = TABLES[args.table]
+    dataset = args.dataset or recipe.dataset
+    out = f'runs/table{args.table}' + (f'-{Path(dataset).name}' if dataset else '')
+    changes = dict(weights=args.weights, data=args.data, epochs=args.epochs,
+                   despite_withdrawal=args.despite_withdrawal or None)
     def tell(line): print(line, flush=True)
     complete = make_table(
-        TABLES[args.table], args.dataset, out, data=args.data, rows=args.rows,
-        seeds=args.seeds, epochs=args.epochs, jobs=args.jobs, threads=args.threads,
-        resume=args.resume, dry_run=args.dry_run, tell=tell)
+        recipe, dataset, args.out or out, rows=args.rows, seeds=args.seeds,
+        jobs=args.jobs, threads=args.threads, resume=args.resume, dry_run=args.dry_run,
+        tell=tell, **changes)
     return 0 if complete else 130
 
 # %% ../nbs/experiments/33_cli.ipynb #6b841426
@@ -281,14 +286,20 @@ def parser() -> argparse.ArgumentParser:
 
     p = commands.add_parser('table', help='one of the paper’s tables, with its numbers '
                             'beside ours')
-    p.add_argument('table', choices=['1', '2'],
-                   help='1: balanced data; 2: imbalanced data')
+    titles = _titles()
+    p.add_argument('table', choices=list(titles), help='; '.join(
+        f'{name}: {title.split(": ")[-1]}' for name, title in titles.items()))
     _data_arguments(p, None, threads=1)
+    p.set_defaults(dataset=None)
     p.add_argument('--rows', nargs='+', metavar='ROW',
                    help='names like cosface-20, or patterns like "cosface*"; '
                    'default: all; a dry run lists them')
     p.add_argument('--seeds', type=int, default=1, metavar='N',
                    help='trainings of each row: seeds 0 to N−1; default 1')
+    p.add_argument('--weights', metavar='FILE', help='table 3 on persons: weights of '
+                   'torchvision’s resnet50 to start from')
+    p.add_argument('--despite-withdrawal', action='store_true',
+                   help='table 3: read dukemtmc, which its authors withdrew')
     p.add_argument('--jobs', type=int, default=1, metavar='N',
                    help='runs at the same time, −1 for one a core; default 1')
     p.add_argument('--resume', action='store_true',
@@ -334,7 +345,9 @@ def _data_arguments(p, out, threads):
     "What training commands have in common."
     p.add_argument('--dataset', default='digits', metavar='NAME',
                    help='digits, mnist_5k, fashion_mnist, mnist, cifar10, cifar100, or '
-                   'the directory of an image folder; default digits')
+                   'the directory of an image folder; default digits'
+                   + ('' if out else '. Tables 3 and verification: glyphs (default) or '
+                      'the directory of a folder; table 3 also market1501, dukemtmc'))
     p.add_argument('--data', metavar='DIR', help='directory of the data set’s files')
     p.add_argument('--out', default=out, metavar='DIR', help='where results go; '
                    f'default {out or "runs/table<N>-<dataset>"}')
@@ -345,6 +358,12 @@ def _data_arguments(p, out, threads):
     p.add_argument('--threads', type=int, default=threads, metavar='N',
                    help='of the CPU; one is best for images of a few pixels; default '
                    f'{threads or "what torch takes"}')
+
+
+def _titles():
+    "The titles of all tables, by their names, read without PyTorch."
+    text = (resources.files('largest_margins')/'printed.json').read_text('utf-8')
+    return json.loads(text)['titles']
 
 
 def _one_seed(p):

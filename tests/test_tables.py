@@ -154,7 +154,7 @@ def test_all_that_is_printed_is_shown_somewhere():
     found = [printed(t, d, s, row) for t in (ONE, TWO) for d in ('mnist', 'cifar10', 'cifar100')
              if d in t.beside.values() or d in t.beside or d == t.beside['']
              for s in t.settings for row in t.rows(10)]
-    cells = [cell for cell in printed_numbers()['cells'] if cell['accuracy'] is not None]
+    cells = [cell for cell in printed_numbers()['cells'] if cell.get('accuracy') is not None]
     assert sum(map(bool, found)) == len(cells) == 20 * 3 - 4 + 12 * 6
     ldam = choose(TWO.rows(10), ['ldam+rw'])[0]
     assert printed(TWO, 'fashion_mnist', TWO.settings[2], ldam) == dict(accuracy=64.99, class_margin=96.04)
@@ -192,6 +192,24 @@ def test_a_record_answers_one_question(whole, tmp_path):
     (tmp_path/'half.json').write_text('{"asked": {')
     with pytest.raises(ValueError, match='half.json is not the record of a run: remove it'):
         read_record(tmp_path/'half.json', one.configuration)
+
+
+def test_records_of_before_tasks_are_read(tmp_path):
+    "What the first runner wrote, with fewer fields asked and fewer numbers measured."
+    run, = plan(ONE, rows=['ce'], epochs=1)
+    before = dict(
+        asked=dict(dataset='digits', loss='ce', scale=None, margin=None, sample_margin=0., zero_centroid=0., ratio=1.,
+                   kind='long-tailed', reduction='mean', logit_adjustment=0., reweighted=0., fixed=False, epochs=1,
+                   batch_size=64, learning_rate=.01, schedule='one-cycle', weight_decay=.01, body='conv3', embedding=32,
+                   shift=0, flip=False, seed=0),
+        diverged=False, measured=dict(accuracy=97.5, class_margin=80., few=None), bound=96.38, seconds=.5,
+        classes=list('0123456789'), machine=dict(python='3.11'))
+    (tmp_path/run.path).parent.mkdir(parents=True)
+    (tmp_path/run.path).write_text(json.dumps(before))
+    heard = []
+    assert make_table(ONE, 'digits', tmp_path, rows=['ce'], epochs=1, resume=True, tell=heard.append)
+    assert heard[0] == '1 of 1 runs are there already' and '| CE | **97.50 ± –** | 99.11 |' in heard[1]
+    assert '10 classes, 1 epochs, conv3' in heard[1] and 'exceed 96.38°' in heard[1]
 
 
 def test_resume_trains_what_is_missing(whole, tmp_path):
@@ -296,15 +314,15 @@ def test_the_writers_agree(made_up):
     cells = [[c.strip().replace('\\*', '*') for c in line[1:-1].split('|')] for line in lines]
     assert Cells(html_page(summary)).rows == cells and len(cells) == 4 * 5
     assert cells[0] == ['', 'accuracy %', 'paper, CIFAR-10', 'best epoch % (chosen on test)', 'many %', 'medium %',
-                        'class margin°', 'paper, CIFAR-10', 'mean sample margin', 'runs']  # nothing is few-shot
+                        'rarer half %', 'class margin°', 'paper, CIFAR-10', 'mean sample margin', 'runs']  # no few-shot
     rows = list(csv.DictReader(io.StringIO(comma_separated(summary))))
     for row, ours in zip(rows, [c for c in cells if c[0]], strict=True):
         assert ours[0].split(' (')[0] == row['label'] and ours[2] == row['accuracy_paper'].removesuffix('.0')
         mean, std = (float(row[f'accuracy_{what}']) for what in ('mean', 'std'))
         assert ours[1].strip('*') == f'{mean:.2f} ± {std:.2f}' and row['few_mean'] == ''
     body = [line for line in latex(summary).splitlines() if ' & ' in line]
-    assert len(body) == len(cells) and all(line.count('&') == 9 and line.endswith(r' \\') for line in body)
-    assert not re.search(r'(?<!\\)[%_°±]', ''.join(body)) and latex(summary).count(r'\textbf') == 4 * 6
+    assert len(body) == len(cells) and all(line.count('&') == 10 and line.endswith(r' \\') for line in body)
+    assert not re.search(r'(?<!\\)[%_°±]', ''.join(body)) and latex(summary).count(r'\textbf') == 4 * 7
 
 
 def test_the_best_is_bold(made_up):
@@ -320,7 +338,7 @@ def test_the_best_is_bold(made_up):
 def test_dry_run(tmp_path, capsys):
     assert run('table', '2', '--rows', 'ce', 'lm-*', '--seeds', '3', '--dry-run', '--out', tmp_path/'x') == 0
     said = capsys.readouterr().out
-    assert '96 runs, 96 to train' in said and not (tmp_path/'x').exists()
+    assert '132 runs, 132 to train' in said and not (tmp_path/'x').exists()
     data = load('digits')
     for kind in ('long-tailed', 'step'):
         kept = data.subset(imbalanced_indices(data.train_targets, 100., kind))
@@ -338,7 +356,9 @@ def test_finished_runs_are_not_repeated(whole, capsys):
 
 
 @pytest.mark.parametrize('argv,message', [
-    (['7'], 'invalid choice'), ([], 'required'), (['1', '--rows', 'cosfarce'], "got 'cosfarce'"),
+    (['7'], 'invalid choice'), (['sphere', '--dataset', 'digits'], 'dataset has no meaning for the table sphere'),
+    (['1', '--weights', 'w.pth'], 'weights has no meaning for the table 1'),
+    ([], 'required'), (['1', '--rows', 'cosfarce'], "got 'cosfarce'"),
     (['1', '--seeds', '0'], 'seeds must be'), (['1', '--jobs', '0'], 'jobs must be'),
     (['1', '--epochs', '0'], 'epochs must be'), (['1', '--jobs', 'all'], 'invalid int'),
     (['1', '--threads', '0'], 'threads must be'), (['2', '--dataset', 'nothing'], 'neither a directory nor'),
