@@ -223,6 +223,7 @@ class Column:
     heading: str  # for people
     digits: int  # after the point
     best: Callable | None = max  # which of the numbers is best, or min; None: no one
+    style: str = 'f'  # or 'g', for digits that are significant
 
 
 COLUMNS = dict(
@@ -241,7 +242,7 @@ COLUMNS = dict(
     **{f'tar_at_{far}': Column(f'TAR % at FAR {far}', 1)
        for far in ('0.1', '0.01', '0.001', '0.0001')},
     gap=Column('gap to the best packing°', 2, min),
-    final_loss=Column('final loss', 3, None))
+    final_loss=Column('final loss', 3, None, 'g'))
 
 # %% ../nbs/experiments/37_tables.ipynb #13636119
 def shown(
@@ -249,11 +250,11 @@ def shown(
     name: str,  # a name in `COLUMNS`
 ) -> str:  # for example '98.51 ± 0.12'
     "One number of ours, with the standard deviation over seeds."
-    digits = COLUMNS[name].digits
+    style = f'.{COLUMNS[name].digits}{COLUMNS[name].style}'
     if math.isnan(line.mean(name)): return '—'
     spread = line.std(name)
-    return (f'{line.mean(name):.{digits}f} ± '
-            f'{"–" if math.isnan(spread) else f"{spread:.{digits}f}"}')
+    return (f'{line.mean(name):{style}} ± '
+            f'{"–" if math.isnan(spread) else f"{spread:{style}}"}')
 
 
 def grid(

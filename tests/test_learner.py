@@ -13,21 +13,26 @@ from fastai.callback.core import (
     CancelValidException,
     event,
 )
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
 from fastai.interpret import ClassificationInterpretation
 from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD
+from fastai.vision.data import ImageDataLoaders
 from fastai.vision.learner import create_body
+from PIL import Image
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.functional import interpolate
 from torchvision.models import mobilenet_v3_small, resnet18
 
 from largest_margins import learner
 from largest_margins.callbacks import MarginRecorder, SampleMarginRegularizer
 from largest_margins.codes import simplex
-from largest_margins.data import load
+from largest_margins.data import imbalanced_indices, load
 from largest_margins.heads import CosineLinear
-from largest_margins.learner import ConvBody, margin_learner, margin_neck
+from largest_margins.learner import ConvBody, class_counts, margin_learner, margin_neck, recommended_loss
 from largest_margins.losses import (
     ArcFaceLoss,
     CosFaceLoss,
@@ -37,7 +42,7 @@ from largest_margins.losses import (
     NormFaceLoss,
     SampleMarginLoss,
 )
-from largest_margins.margins import sample_margins
+from largest_margins.margins import class_margin, sample_margins
 
 DIGITS = load('digits')
 
@@ -289,3 +294,33 @@ def test_create_body_is_a_body(dls):
     "A body that a user cut with fastai's own tool works as it is."
     learn = margin_learner(dls, create_body(resnet18(weights=None), n_in=1, pretrained=False), CosFaceLoss())
     assert learn.model[-1].in_features == 512
+
+
+def test_the_recommended_loss_follows_the_training_counts():
+    data = load('digits')
+    dls = data.subset(imbalanced_indices(data.train_targets, 10)).dataloaders(64, device='cpu')
+    learn = margin_learner(dls, ConvBody(), embedding=16)
+    counts = torch.tensor(class_counts(dls), dtype=torch.float32)
+    assert counts[0] // counts[-1] == 10 and isinstance(learn.loss_func, NormFaceLoss)
+    cosines, targets = torch.rand(5, 10), torch.arange(5)
+    expected = F.cross_entropy(20 * cosines + counts.log(), targets)
+    torch.testing.assert_close(learn.loss_func(cosines, targets), expected)
+    assert not learn.model[-1].weight.requires_grad
+    assert class_margin(learn.model[-1].weight).rad2deg().item() == pytest.approx(96.379, abs=1e-3)
+    free = margin_learner(dls, ConvBody(), embedding=4)  # ten prototypes have no simplex in four dimensions
+    assert free.model[-1].weight.requires_grad
+
+
+def test_the_recommended_loss_needs_every_class():
+    data = load('digits')
+    dls = data.subset(torch.nonzero(data.train_targets != 3)[:, 0]).dataloaders(64, device='cpu')
+    with pytest.raises(ValueError, match='training item of each class, class 3 has none'): recommended_loss(dls)
+
+
+def test_class_counts_of_a_data_block(tmp_path):
+    for name, n in (('a', 3), ('b', 2)):
+        (tmp_path/name).mkdir()
+        for i in range(n): Image.new('L', (8, 8)).save(tmp_path/name/f'{i}.png')
+    dls = ImageDataLoaders.from_folder(tmp_path, valid_pct=.2, seed=0, bs=2, num_workers=0, device='cpu')
+    assert sum(class_counts(dls)) == 4 and len(class_counts(dls)) == 2
+    with pytest.raises(ValueError, match='neither targets nor tls'): class_counts(DataLoaders(DataLoader([1, 2])))
