@@ -77,7 +77,7 @@ def linked(text, syms, own=()):
         known = match[1] in names and match[1] not in own
         return f'{{py:obj}}`{match[1]} <{names[match[1]]}>`' if known else match[0]
     text = re.sub(r'(?<![`}])`([\w.]+)(?:\(\))?`(?!`)', reference, text)
-    return re.sub(r'\((eq-[\w-]+)\)', r'{eq}`\1`', text)
+    return re.sub(r'(?<!\$\$ )\((eq-[\w-]+)\)', r'{eq}`\1`', text)     # but after $$ it is the equation's own label
 
 
 def prose(text):
@@ -237,7 +237,7 @@ def convert(nb, cfg, syms):
             cell = dict(cell, metadata={'tags': [tags[o] for o in found.items() if o in tags], 'mystnb': render})
         else:
             text = re.sub(rf'\[`([^`]+)`\]\({re.escape(address)}([^)]+)\)', reference, text)
-            text = re.sub(r'\]\(([\w./-]+\.ipynb)(#[^)]*)?\)', page_link, text)
+            text = linked(re.sub(r'\]\(([\w./-]+\.ipynb)(#[^)]*)?\)', page_link, text), syms)
         cells.append(dict(cell, source=text))
     return dict(nb, cells=cells)
 
@@ -427,7 +427,7 @@ def main():
             write(source/section.folder/'index.md', section_page(section, pages, notebooks))
     write(source/'api/index.md', api_page(pages, notebooks, syms))
     for name in documents:
-        write(source/name.lower(), (root/name).read_text(encoding='utf-8'))
+        write(source/name.lower(), linked((root/name).read_text(encoding='utf-8'), syms))
     with open(source/'contributing.md', 'a', encoding='utf-8') as file:
         file.write('\n' + toctree(['changelog']) + '\n')
     copy_mathjax(source/'_static/mathjax')

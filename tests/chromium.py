@@ -4,6 +4,7 @@ import os
 import subprocess
 import threading
 import time
+from fcntl import F_DUPFD, fcntl
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -27,17 +28,18 @@ class Chromium:
         self.server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         self.origin = f'http://127.0.0.1:{self.server.server_port}'
-        theirs_in, ours_out = os.pipe()
-        ours_in, theirs_out = os.pipe()
-        # Chromium reads from 3 and writes to 4
+        # Chromium reads from 3 and writes to 4; its ends of the pipes come from where they are not in the way
+        read_in, ours_out = os.pipe()
+        ours_in, write_out = os.pipe()
+        theirs_in, theirs_out = (fcntl(end, F_DUPFD, 20) for end in (read_in, write_out))
         self.process = subprocess.Popen([
-            'sh', '-c', f'exec 8<&{theirs_in} 9>&{theirs_out}; exec "$@" 3<&8 4>&9', 'sh',
+            'bash', '-c', f'exec "$@" 3<&{theirs_in} 4>&{theirs_out} {theirs_in}<&- {theirs_out}>&-', 'bash',
             'chromium', '--headless=new', '--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage', '--no-first-run',
             '--disable-background-networking', '--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1',
             f'--user-data-dir={profile}', '--remote-debugging-pipe', 'about:blank'],
             pass_fds=(theirs_in, theirs_out), stderr=subprocess.DEVNULL)
-        os.close(theirs_in)
-        os.close(theirs_out)
+        for end in (read_in, write_out, theirs_in, theirs_out):
+            os.close(end)
         self.to, self.back = os.fdopen(ours_out, 'wb', 0), os.fdopen(ours_in, 'rb')
         self.sent, self.events, self.session, self.buffer = 0, [], None, b''
         target = next(t for t in self.call('Target.getTargets')['targetInfos'] if t['type'] == 'page')
@@ -111,7 +113,7 @@ class Chromium:
     def press(self, key, times=1, **more):
         "A key, `times` times in one go."
         numbers = [self.send('Input.dispatchKeyEvent', type=kind, key=key, **more) for _ in range(times)
-                   for kind in ('rawKeyDown', 'keyUp')]
+                   for kind in ('keyDown', 'keyUp')]
         for number in numbers:
             self.answer(number)
 
