@@ -1,8 +1,9 @@
-"""Turns the notebooks into the site and README.md: nbdev's processors, then Sphinx.
+"""Turns the notebooks into the site, llms.txt and README.md: nbdev's processors, then Sphinx.
 
 `python docs/build.py` writes `_docs` and `README.md`; with `--check` it fails if `README.md` would change.
 """
 import argparse
+import ast
 import inspect
 import json
 import re
@@ -13,7 +14,10 @@ from base64 import b64decode
 from importlib import import_module
 from importlib.metadata import files
 from pathlib import Path
+from textwrap import dedent
+from typing import NamedTuple
 
+import yaml
 from fastcore.docments import docments
 from nbdev.config import get_config
 from nbdev.serve import proc_nbs
@@ -21,10 +25,33 @@ from nbdev.serve import proc_nbs
 root = Path(__file__).resolve().parent.parent
 work, site = root/'build/site', root/'_docs'
 figures = 'docs/_static/readme'
-# the folders of nbs/ in reading order, each a part of the site
-chapters = ['theory', 'losses', 'training', 'experiments', 'results']
+
+
+class Section(NamedTuple):
+    "A part of the site: an entry at the top of every page, and a page of its own that lists its pages."
+    title: str
+    line: str        # what one finds there
+    folder: str      # its pages are the notebooks of this folder of nbs/, and its own page stands there
+    pages: tuple = ()  # pages from elsewhere, by address, which then are in this section only
+
+
+sections = [
+    Section('Theory', 'The short book: what the paper claims, what is proved, and how.', 'theory'),
+    Section('Losses', 'One formula for the whole family, its regularisers and its heads.', 'losses'),
+    Section('Training', 'Data, callbacks, plots and the Learner.', 'training'),
+    Section('Engines', 'The same losses for any number of classes, on one machine and on many, and what they cost.',
+            'engines', ('losses/chunked', 'losses/sharded', 'losses/benchmarks', 'training/cpu', 'training/million')),
+    Section('Experiments', "Configurations, the command line, the paper's tables, and how they are scored.",
+            'experiments'),
+    Section('Results', 'What was measured, and how it compares with what the paper prints.', 'results'),
+    Section('API reference', 'Every public name of the library, by module, with the page that defines it.', 'api'),
+    Section('Errata', 'What is wrong in the paper, and what is right.', '', ('theory/errata',)),
+    Section('How to contribute', 'How to change a notebook and see it everywhere.', '', ('contributing',)),
+]
 # Markdown at the top of the repository that is a page too
 documents = ['CONTRIBUTING.md', 'CHANGELOG.md']
+# names in backticks that look like ours and that no code of ours mentions
+foreign = {'MixedPrecision', 'distrib_ctx', 'fine_tune', 'lr_find'}    # fastai's
 # what Quarto's cell options say, as MyST-NB's tags
 tags = {('echo', 'false'): 'remove-input', ('output', 'false'): 'remove-output',
         ('include', 'false'): 'remove-cell', ('code-fold', 'true'): 'hide-input'}
@@ -42,13 +69,31 @@ def symbols(cfg):
     return import_module(f'{cfg.lib_path.name}._modidx').d['syms']
 
 
-def linked(text, syms):
-    "Backticked names of the library become cross-references."
+def linked(text, syms, own=()):
+    "Backticked names of the library become cross-references, except `own`, the parameters of what is described."
     names = {full.removeprefix(f'{mod}.'): full for mod in syms for full in syms[mod]}
 
     def reference(match):
-        return f'{{py:obj}}`{match[1]} <{names[match[1]]}>`' if match[1] in names else match[0]
-    return re.sub(r'(?<![`}])`([\w.]+)(?:\(\))?`(?!`)', reference, text)
+        known = match[1] in names and match[1] not in own
+        return f'{{py:obj}}`{match[1]} <{names[match[1]]}>`' if known else match[0]
+    text = re.sub(r'(?<![`}])`([\w.]+)(?:\(\))?`(?!`)', reference, text)
+    return re.sub(r'(?<!\$\$ )\((eq-[\w-]+)\)', r'{eq}`\1`', text)     # but after $$ it is the equation's own label
+
+
+def prose(text):
+    "Markdown without its blocks of code."
+    return re.sub(r'^(`{3,}|~{3,}).*?^\1', '', text, flags=re.M | re.S)
+
+
+def unknown_names(notebooks):
+    "Backticked names that look like ours, `in_this_way` or `InThisWay`, and that no code mentions."
+    cells = [(page, c['cell_type'], ''.join(c['source'])) for page, nb in notebooks.items() for c in nb['cells']]
+    code = '\n'.join([text for _, kind, text in cells if kind == 'code'] +
+                     [p.read_text(encoding='utf-8') for p in sorted((root/'largest_margins').rglob('*.py'))])
+    known = set(re.findall(r'\w+', code)) | foreign
+    looks_like_ours = re.compile(r'(?<!`)`((?:\w+\.)*(?:[a-z]\w*_\w+|[A-Z][a-z]+[A-Z]\w*))(?:\(\))?`(?!`)')
+    return [f'{page}: {name}' for page, kind, text in cells if kind == 'markdown'
+            for name in looks_like_ours.findall(prose(text)) if not set(name.split('.')) <= known]
 
 
 # --- API entries ---
@@ -93,8 +138,31 @@ def signature(params):
     return ', '.join(parts)
 
 
+def own_code(obj):
+    "The syntax trees in which a function, or a class when it is made and called, refuses what it is given."
+    tree = ast.parse(dedent(inspect.getsource(obj))).body[0]
+    called = ('__init__', '__post_init__', 'forward')
+    return [tree] if isinstance(tree, ast.FunctionDef) else [n for n in tree.body if getattr(n, 'name', '') in called]
+
+
+def errors(obj, lib, seen=None):
+    "The errors that `obj` raises, itself or through the `check…` functions of the library that it calls."
+    seen = set() if seen is None else seen
+    found = set()
+    for node in (n for tree in own_code(obj) for n in ast.walk(tree)):
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and isinstance(node.exc.func, ast.Name):
+            found.add(node.exc.func.id)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and 'check' in node.func.id:
+            name = node.func.id
+            called = getattr(import_module(obj.__module__), name, None)
+            if name not in seen and getattr(called, '__module__', '').startswith(lib):
+                seen.add(name)
+                found |= errors(called, lib, seen)
+    return found
+
+
 def api_entry(name, syms):
-    "A Sphinx entry for one symbol: signature, docstring, one row for each documented parameter."
+    "A Sphinx entry for one symbol: signature, docstring, one row for each documented parameter, errors."
     obj, mod = resolve(name, syms)
     kind = 'class' if inspect.isclass(obj) else 'method' if '.' in name else 'function'
     if not callable(obj):
@@ -104,18 +172,21 @@ def api_entry(name, syms):
     except ValueError:  # a class that takes what its built-in base takes
         return f'````{{py:{kind}}} {name}\n:module: {mod}\n\n{linked(inspect.cleandoc(obj.__doc__), syms)}\n````'
     params = [p for p in sig.parameters.values() if not (kind == 'method' and p.name == 'self')]
+    own = {p.name for p in params}
     result = type_name(sig.return_annotation) if kind != 'class' else ''
     docs = docments(obj, full=True)
     rows = []
     for p in params:
         text = (docs[p.name].docment or '') if p.name in docs else ''
         kind_of = type_name(p.annotation)
-        rows += [f':param {p.name}: {linked(text, syms)}'] if text or kind_of else []
+        rows += [f':param {p.name}: {linked(text, syms, own)}'] if text or kind_of else []
         rows += [f':type {p.name}: {kind_of}'] if kind_of else []
     if result and docs.get('return') and docs['return'].docment:
-        rows.append(f":returns: {linked(docs['return'].docment, syms)}")
+        rows.append(f":returns: {linked(docs['return'].docment, syms, own)}")
+    raised = errors(obj, mod.split('.')[0])
+    rows += [f":raises: {', '.join(sorted(raised))}"] if raised else []
     head = f'{name}({signature(params)})' + (f' -> {result}' if result else '')
-    text = linked(inspect.cleandoc(obj.__doc__ or ''), syms)
+    text = linked(inspect.cleandoc(obj.__doc__ or ''), syms, own)
     body = '\n'.join([f':module: {mod}', '', text, '', *rows])
     return f'````{{py:{kind}}} {head}\n{body}\n````'
 
@@ -124,8 +195,8 @@ def api_entry(name, syms):
 
 def title(cell_source):
     "nbdev's front matter, back as a title and the line under it."
-    front = dict(line.split(': ', 1) for line in cell_source.splitlines() if ': ' in line)
-    return front['title'].strip('"\''), front.get('description', '').strip('"\'')
+    front = yaml.safe_load(cell_source.strip().strip('-'))
+    return front['title'], front.get('description', '')
 
 
 def options(cell_source):
@@ -166,26 +237,75 @@ def convert(nb, cfg, syms):
             cell = dict(cell, metadata={'tags': [tags[o] for o in found.items() if o in tags], 'mystnb': render})
         else:
             text = re.sub(rf'\[`([^`]+)`\]\({re.escape(address)}([^)]+)\)', reference, text)
-            text = re.sub(r'\]\(([\w./-]+\.ipynb)(#[^)]*)?\)', page_link, text)
+            text = linked(re.sub(r'\]\(([\w./-]+\.ipynb)(#[^)]*)?\)', page_link, text), syms)
         cells.append(dict(cell, source=text))
     return dict(nb, cells=cells)
 
 
-def toctree(pages, caption=''):
-    "A list of pages for the left column."
-    head = f':caption: {caption}\n' if caption else ''
-    listed = '\n'.join(page_path(p).with_suffix('').as_posix() for p in pages)
-    return f'```{{toctree}}\n:hidden:\n{head}\n{listed}\n```'
+# --- sections ---
+
+def section_pages(section, pages):
+    "The addresses of a section's pages, in reading order."
+    elsewhere = {page for other in sections for page in other.pages}
+    addresses = [page_path(p).with_suffix('').as_posix() for p in pages]
+    inside = [a for a in addresses if section.folder and Path(a).parent == Path(section.folder)]
+    return [*section.pages, *(a for a in inside if a not in elsewhere)]
+
+
+def toctree(entries):
+    "Pages for the navigation: addresses, or `title <address>`."
+    return '```{toctree}\n:hidden:\n\n' + '\n'.join(entries) + '\n```'
 
 
 def contents(pages):
-    "Every page but the index, by folder in reading order, as a cell for the end of the index."
-    folders = sorted({p.parent.as_posix() for p in pages} - {'.'},
-                     key=lambda f: (chapters.index(f) if f in chapters else len(chapters), f))
-    parts = [toctree([p for p in pages if p.parent == Path(f)], f.capitalize()) for f in folders]
-    top = [p for p in pages if p.parent == Path('.') and p.stem != 'index']
-    parts = ([toctree(top)] if top else []) + parts + [toctree([Path(d) for d in documents], 'Project')]
-    return dict(cell_type='markdown', metadata={}, id='contents', source='\n\n'.join(parts))
+    "The sections that have pages, as a cell for the end of the index."
+    entries = [f'{s.title} <{f"{s.folder}/index" if s.folder else s.pages[0]}>' for s in sections
+               if section_pages(s, pages) or s.folder == 'api']
+    return dict(cell_type='markdown', metadata={}, id='contents', source=toctree(entries))
+
+
+def section_page(section, pages, notebooks):
+    "A section's own page: its pages with their one line, and the theorems that they prove."
+    listed = section_pages(section, pages)
+    parts = [f'# {section.title}', f'*{section.line}*']
+    parts += [f'{{doc}}`/{a}`\n: {front(notebooks[a])[1]}' for a in listed]
+    stated = [label for a in listed for label in labels(notebooks[a])]
+    if stated:
+        parts += ['## What is proved', '\n'.join(f'- {{prf:ref}}`{label}`: {name}' for label, name in stated)]
+    return '\n\n'.join([*parts, toctree([f'/{a}' for a in listed])]) + '\n'
+
+
+def front(nb):
+    "Title and line of a processed notebook."
+    return next(title(''.join(c['source'])) for c in nb['cells'] if c['cell_type'] == 'raw')
+
+
+def labels(nb):
+    "The theorems that a notebook states: (label, name)."
+    text = '\n'.join(''.join(c['source']) for c in nb['cells'] if c['cell_type'] == 'markdown')
+    return [(label, name) for name, label in re.findall(r'^:::\{prf:\w+\} (.*)\n:label: (\S+)', text, re.M)]
+
+
+def api_page(pages, notebooks, syms):
+    "Every public name by module: what it is, in a line, with a link to its one entry."
+    rows, home = {}, {}
+    for address in notebooks:
+        for mod in syms:
+            module = import_module(mod)
+            here = [n for n in module.__all__ if syms[mod].get(f'{mod}.{n}', ('',))[0].startswith(f'{address}.html')]
+            for name in here:
+                line = ' '.join(inspect.getdoc(getattr(module, name)).split('\n\n')[0].split())
+                rows.setdefault(mod, []).append(f'- {{py:obj}}`{name} <{mod}.{name}>`: {linked(line, syms)}')
+                home.setdefault(mod, []).append(address)
+    parts = ['# API reference', '*Every public name of the library, by module. A name leads to its entry.*']
+    for section in sections:
+        within = [mod for mod in rows if home[mod][0] in section_pages(section, pages)]
+        parts += [f'## {section.title}'] if within else []
+        for mod in within:
+            where = ', '.join(f'{{doc}}`/{a}`' for a in dict.fromkeys(home[mod]))
+            parts += [f"### {mod.split('.', 1)[1]}", f'`from {mod} import …`, explained in {where}.']
+            parts += ['\n'.join(rows[mod])]
+    return '\n\n'.join(parts) + '\n'
 
 
 # --- README.md ---
@@ -233,7 +353,39 @@ def write_readme(nb, check):
         path.unlink()
 
 
+# --- for machines that read ---
+
+def markdown(nb):
+    "A converted notebook as Markdown with its code and what that printed; nbdev's docstrings lead to `page.html.md`."
+    parts = []
+    for cell in nb['cells']:
+        text = ''.join(cell['source'])
+        if cell['cell_type'] == 'markdown':
+            parts.append(text)
+        elif 'remove-cell' not in (hidden := cell['metadata'].get('tags', [])):
+            parts += [f'```python\n{text}\n```'] if 'remove-input' not in hidden else []
+            printed = [o.get('text') or o.get('data', {}).get('text/plain', '') for o in cell['outputs']]
+            parts += [f"```\n{''.join(t).rstrip()}\n```" for t in printed if t and 'remove-output' not in hidden]
+    return '\n\n'.join(parts) + '\n'
+
+
+def overview(pages, notebooks, cfg):
+    "llms.txt: the pages as Markdown, by section, each with its line."
+    parts = [f"# {cfg.lib_path.name}", f"> {front(notebooks['index'])[1]}"]
+    for section in sections:
+        listed = [(a, *front(notebooks[a])) for a in section_pages(section, pages) if a in notebooks]
+        lines = [f'- [{name}]({cfg.doc_host}{cfg.doc_baseurl}/{a}.html.md): {line}' for a, name, line in listed]
+        parts += [f'## {section.title}', '\n'.join(lines)] if lines else []
+    return '\n\n'.join(parts) + '\n'
+
+
 # --- the site ---
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding='utf-8')
+
+
 
 def copy_mathjax(dest):
     "MathJax 3 and its fonts, so that a page asks nobody else for them."
@@ -257,25 +409,34 @@ def main():
     source, html = work/'source', work/'html'
     shutil.rmtree(work, ignore_errors=True)
     shutil.copytree(root/'docs', source, ignore=shutil.ignore_patterns('build.py', 'readme', '__pycache__'))
+    notebooks = {page_path(p).with_suffix('').as_posix(): json.loads((processed/p).read_text(encoding='utf-8'))
+                 for p in pages}
+    if len(notebooks) < len(pages):
+        sys.exit('Two notebooks would be the same page')
+    if unknown := unknown_names(notebooks):
+        sys.exit('In backticks, but in no code: ' + '; '.join(unknown))
+    write_readme(notebooks['index'], check)
+    converted = {address: convert(nb, cfg, syms) for address, nb in notebooks.items()}
+    converted['index']['cells'].append(contents(pages))
+    for address, nb in converted.items():
+        write(source/f'{address}.ipynb', json.dumps(nb))
+        write(source/f'extra/{address}.html.md', markdown(nb))
+    write(source/'extra/llms.txt', overview(pages, notebooks, cfg))
+    for section in sections:
+        if section.folder and section_pages(section, pages):
+            write(source/section.folder/'index.md', section_page(section, pages, notebooks))
+    write(source/'api/index.md', api_page(pages, notebooks, syms))
     for name in documents:
-        shutil.copy(root/name, source/name.lower())
-    for page in pages:
-        nb = json.loads((processed/page).read_text(encoding='utf-8'))
-        if page == Path('index.ipynb'):
-            write_readme(nb, check)
-        nb = convert(nb, cfg, syms)
-        if page == Path('index.ipynb'):
-            nb['cells'].append(contents(pages))
-        dest = source/page_path(page)
-        if dest.exists():
-            sys.exit(f'Two notebooks would be the page {page_path(page)}')
-        dest.parent.mkdir(parents=True, exist_ok=True)
-        dest.write_text(json.dumps(nb), encoding='utf-8')
+        write(source/name.lower(), linked((root/name).read_text(encoding='utf-8'), syms))
+    with open(source/'contributing.md', 'a', encoding='utf-8') as file:
+        file.write('\n' + toctree(['changelog']) + '\n')
     copy_mathjax(source/'_static/mathjax')
     done = subprocess.run([sys.executable, '-m', 'sphinx', '-W', '--keep-going', '-q', '-E', '-b', 'html',
-                           str(source), str(html)], cwd=root)
+                           '-d', str(work/'doctrees'), str(source), str(html)], cwd=root)
     if done.returncode:
         sys.exit(done.returncode)
+    for unused in [html/'.buildinfo', *html.rglob('*.map')]:    # maps are for those who debug the theme
+        unused.unlink()
     shutil.rmtree(site, ignore_errors=True)
     shutil.move(html, site)
 

@@ -12,12 +12,14 @@ extensions = ['myst_nb', 'sphinx_proof', 'sphinx_design', 'sphinx_copybutton', '
               'sphinx.ext.linkcode']
 html_theme = 'pydata_sphinx_theme'
 html_title = project
-html_static_path, templates_path = ['_static'], ['_templates']
-html_sidebars = {'**': ['pages.html']}      # every page in the left column, not only the children of this one
+html_static_path = ['_static']
+html_sidebars = {'**': ['sidebar-nav-bs'], **{page: [] for page in (
+    'index', 'api/index', 'theory/errata', 'search', 'genindex')}}      # these stand alone
 html_css_files = ['site.css']
 html_favicon = html_logo = '_static/icon.svg'
-html_show_sourcelink = False
-exclude_patterns = ['_build']
+html_copy_source = html_show_sourcelink = False     # the notebooks themselves are on GitHub
+html_domain_indices = False                 # the theorems are listed on the page of the theory
+html_extra_path = ['extra']                 # llms.txt and the pages as Markdown, written by build.py
 
 nb_execution_mode = 'off'          # outputs are the notebooks' own, made by `nbdev-test --save`
 nb_merge_streams = True
@@ -27,13 +29,18 @@ myst_url_schemes = ['http', 'https', 'mailto']
 mathjax_path = 'mathjax/tex-chtml-full.js'   # served from the site itself
 mathjax3_config = {'chtml': {'mtextInheritFont': True}, 'options': {'enableMenu': False},
                    'tex': {'macros': {'R': r'\mathbb{R}'}}}
+copybutton_image_svg = '''<svg viewBox="0 0 24 24" fill="none" stroke="currentColor" stroke-width="1.5">
+<title>Copy</title><rect x="8" y="8" width="12" height="12" rx="2"/>
+<path d="M16 8V6a2 2 0 0 0-2-2H6a2 2 0 0 0-2 2v8a2 2 0 0 0 2 2h2"/></svg>'''
 python_use_unqualified_type_names = True
 add_module_names = False
 python_maximum_signature_line_length = 88
 prf_realtyp_to_countertyp = {k: 'theorem' for k in ('lemma', 'proposition', 'corollary', 'definition')}
 
+html_context = {'default_mode': 'auto'}     # light or dark as the reader's machine is
 html_theme_options = dict(
-    logo=dict(text=project), github_url=cfg['git_url'], navbar_center=[], show_toc_level=2, show_prev_next=True,
+    logo=dict(text=project), github_url=cfg['git_url'], header_links_before_dropdown=9,
+    show_toc_level=2, show_prev_next=True,
     pygments_light_style='a11y-high-contrast-light', pygments_dark_style='a11y-high-contrast-dark',
     footer_start=['copyright'], footer_end=[], secondary_sidebar_items=['page-toc'])
 

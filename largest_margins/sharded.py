@@ -153,7 +153,7 @@ def gather_batch(
     every = _all_gather(torch.cat([head.view(torch.uint8), rows.flatten()]), group)
     refused, wanted = [], [wanted]
     if sizes is None:
-        heads = every[:, :24].contiguous().view(torch.int64)
+        heads = _read(every[:, :24], torch.int64)
         sizes, wanted, refused = heads.t().tolist()
     if error: raise ValueError(error)
     if any(refused):
@@ -162,10 +162,15 @@ def gather_batch(
     rows = every[:, head.nbytes:].reshape(-1, rows.shape[1])
     widths = [c.shape[1] * c.element_size() for c in columns]
     features, targets, *others = (
-        part.contiguous().view(c.dtype)
+        _read(part, c.dtype)
         for part, c in zip(rows.split(widths, 1), columns))
     numbers = {name: v[:, 0] for name, v in zip(numbers, others)}
     return features, targets[:, 0], numbers, sizes, max(wanted)
+
+
+def _read(part, dtype):
+    "Rows of bytes as numbers, from a copy that starts at its first byte without gaps."
+    return part.flatten().clone().view(dtype).view(len(part), -1)
 
 # %% ../nbs/losses/15_sharded.ipynb #51a0000f
 class AllRows(torch.autograd.Function):

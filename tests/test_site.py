@@ -1,65 +1,50 @@
-"The built site: links, search, formulas, and no request to anybody else."
-import fcntl
-import importlib.util
+"The built site: links, names, sections, and nothing loaded from anybody else."
+import ast
 import json
 import re
-import shutil
-import subprocess
-import sys
-import threading
 from base64 import b64decode, b64encode
 from functools import cache
 from html.parser import HTMLParser
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from importlib import import_module
 from inspect import Parameter, signature
 from io import BytesIO
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urlsplit
 
 import pytest
+from pages import build, made, notebooks, pages, root
 from PIL import Image
-
-root = Path(__file__).parent.parent
-spec = importlib.util.spec_from_file_location('build', root/'docs/build.py')
-build = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(build)
-
-notebooks = sorted(p.relative_to(root/'nbs') for p in (root/'nbs').rglob('*.ipynb') if '.ipynb_' not in str(p))
-pages = [build.page_path(p).with_suffix('.html').as_posix() for p in notebooks]
-pages += [Path(d.lower()).with_suffix('.html').as_posix() for d in build.documents]
-
-
-@pytest.fixture(scope='session')
-def site():
-    "The folder of the built site; `make test` has built it, pytest alone builds it if it is not there."
-    with open(root/'docs/build.py') as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (build.site/'index.html').exists():
-            subprocess.run([sys.executable, root/'docs/build.py', '--check'], check=True)
-    return build.site
-
 
 # --- the files ---
 
 class Page(HTMLParser):
-    "What a page offers as anchors, links to, and loads."
+    "What a page offers as anchors, links to, and loads; what it prints as code outside links, listings and entries."
 
     def __init__(self, path):
         super().__init__()
-        self.anchors, self.links, self.loads = set(), [], []
-        self.formulas = 0
+        self.anchors, self.links, self.loads, self.plain = set(), [], [], []
+        self.around = []
         self.feed(path.read_text(encoding='utf-8'))
 
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
         self.anchors.update(a for a in (attrs.get('id'), attrs.get('name')) if a)
-        self.formulas += 'notranslate nohighlight' in (attrs.get('class') or '') and 'math' in attrs['class'].split()
+        if tag not in ('meta', 'link', 'img', 'br', 'hr', 'input', 'source', 'wbr'):
+            self.around.append(tag)
         if tag == 'a' and 'href' in attrs:
             self.links.append(attrs['href'])
         elif tag == 'link' and attrs.get('rel') not in ('canonical', 'index', 'search', 'next', 'prev', 'author'):
             self.loads.append(attrs['href'])
         elif 'src' in attrs:
             self.loads.append(attrs['src'])
+
+    def handle_endtag(self, tag):
+        if tag in self.around:
+            del self.around[len(self.around) - 1 - self.around[::-1].index(tag):]
+
+    def handle_data(self, data):
+        if 'code' in self.around and not {'a', 'pre', 'dt'} & set(self.around):
+            self.plain.append(data.strip().removesuffix('()'))
 
 
 read = cache(Page)
@@ -71,7 +56,7 @@ def html_files(site):
 
 def test_every_notebook_and_document_is_a_page(site):
     built = {p.relative_to(site).as_posix() for p in html_files(site)}
-    assert built - {'genindex.html', 'search.html', 'prf-prf.html'} == set(pages)
+    assert built == {*pages, *made}
 
 
 def test_internal_links_lead_somewhere(site):
@@ -107,96 +92,97 @@ def test_styles_load_nothing_from_outside(site):
     assert not [p for p in site.rglob('*.css') if outside.search(p.read_text(encoding='utf-8'))]
 
 
-def test_every_symbol_of_the_api_is_in_the_search_index(site):
-    text = (site/'searchindex.js').read_text(encoding='utf-8')
-    index = json.loads(text.removeprefix('Search.setIndex(').removesuffix(')'))
-    found = {f'{module}.{entry[-1]}' for module, entries in index['objects'].items() for entry in entries}
-    assert {'largest_margins.margins.class_margin', 'largest_margins.margins.sample_margins'} <= found
+# --- sections and names ---
+
+syms = build.symbols(build.get_config(root))
+public = {full: page.split('#')[0] for mod in syms for full, (page, _) in syms[mod].items()
+          if full.removeprefix(f'{mod}.') in import_module(mod).__all__}
 
 
-# --- in a browser ---
-
-class Browser:
-    """Headless Chromium on a server of its own.
-
-    A policy lets pages load from that server only; what they try beyond it is noted in `outside` (Chromium's own
-    background requests are not a page's, so watching the network would not do), what the server lacks in `missing`.
-    """
-
-    policy = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; report-uri /outside"
-
-    def __init__(self, site, profile):
-        self.profile, self.outside, self.missing = profile, [], []
-        browser = self
-
-        class Handler(SimpleHTTPRequestHandler):
-            def __init__(self, *args):
-                super().__init__(*args, directory=site)
-
-            def end_headers(self):
-                self.send_header('Content-Security-Policy', browser.policy)
-                super().end_headers()
-
-            def do_POST(self):
-                report = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
-                browser.outside.append(report['csp-report']['blocked-uri'])
-                self.send_response(204)
-                self.end_headers()
-
-            def log_request(self, code=200, size=0):
-                if code >= 400:
-                    browser.missing.append(self.path)
-
-            def log_error(self, *args):
-                pass
-
-        self.server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def dom(self, address):
-        "The page after its scripts have run."
-        self.outside.clear()
-        self.missing.clear()
-        done = subprocess.run([
-            'chromium', '--headless=new', '--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage', '--no-first-run',
-            '--disable-background-networking', '--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1',
-            f'--user-data-dir={self.profile}', '--virtual-time-budget=20000', '--dump-dom',
-            f'http://127.0.0.1:{self.server.server_port}/{address}'], capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+def test_every_page_is_within_two_clicks_of_the_first(site):
+    def led_to(path):
+        return {(path.parent/unquote(urldefrag(a)[0])).resolve() for a in read(path).links if not urlsplit(a).scheme}
+    home = site.resolve()/'index.html'
+    near = led_to(home)
+    reached = near.union(*(led_to(page) for page in near if page.suffix == '.html'))
+    assert {site.resolve()/page for page in pages} <= reached
+    assert len(near) > 8
 
 
-@pytest.fixture(scope='session')
-def browser(site, tmp_path_factory):
-    assert shutil.which('chromium'), 'the tests of the site need Chromium: apt-get install chromium'
-    opened = Browser(site, tmp_path_factory.mktemp('profile'))
-    yield opened
-    opened.server.shutdown()
+def test_every_page_of_a_notebook_is_in_one_section():
+    listed = [a for section in build.sections for a in build.section_pages(section, notebooks)]
+    assert len(listed) == len(set(listed))
+    assert {f'{a}.html' for a in listed} - {'contributing.html'} == set(pages[:len(notebooks)]) - {'index.html'}
 
 
-@pytest.mark.parametrize('page', pages)
-def test_page_in_a_browser(site, browser, page):
-    dom = browser.dom(page)
-    assert browser.outside == []
-    assert browser.missing == []
-    assert dom.count('<mjx-container') == read(site/page).formulas
-    assert '<mjx-merror' not in dom and 'data-mjx-error' not in dom
+def test_every_public_name_has_one_entry_and_is_in_the_api_reference(site):
+    assert len(public) > 280
+    entries = [(anchor, path.relative_to(site).as_posix()) for path in html_files(site)
+               for anchor in read(path).anchors if anchor in public]
+    assert sorted(entries) == sorted(public.items())
+    listed = {a.split('#')[-1] for a in read(site/'api/index.html').links}
+    assert set(public) <= listed
 
 
-def test_the_browser_sees_what_a_page_may_not_load(tmp_path):
-    (tmp_path/'index.html').write_text('''<!doctype html><link rel="icon" href="data:,">
-<img src="https://elsewhere.test/x.png"><script src="missing.js"></script>
-<script>fetch("http://also.test/y")</script>''')
-    other = Browser(tmp_path, tmp_path/'profile')
-    other.dom('index.html')
-    other.server.shutdown()
-    assert sorted(other.outside) == ['http://also.test/y', 'https://elsewhere.test/x.png']
-    assert other.missing == ['/missing.js']
+def test_every_entry_leads_to_its_source(site):
+    for page in sorted(set(public.values())):
+        html = (site/page).read_text(encoding='utf-8')
+        for full in (name for name, where in public.items() if where == page):
+            entry = html.split(f'id="{full}"', 1)[1].split('</dt>', 1)[0]
+            assert f'/blob/main/{"/".join(full.split(".")[:2])}.py#L' in entry
 
 
-def test_search_finds_a_function(browser):
-    dom = browser.dom('search.html?q=class_margin')
-    assert 'theory/margins.html#largest_margins.margins.class_margin' in dom
+def test_every_backticked_name_is_a_link(site):
+    names = {full.removeprefix(f'{mod}.') for mod in syms for full in syms[mod]}
+    distinct = {n for n in names if not n.startswith('_') and (re.search(r'[a-z]_[a-z]|[a-z][A-Z]', n))}
+    found = {f'{path.relative_to(site)}: {text}' for path in html_files(site) for text in read(path).plain
+             if text in distinct}
+    assert not found
+
+
+def test_every_name_is_shown_at_work():
+    "In a cell that is no export, by itself or through what such a cell calls."
+    missing = []
+    for notebook in notebooks:
+        code = [''.join(c['source']) for c in cells(notebook) if c['cell_type'] == 'code']
+        exported = [text for text in code if re.search(r'^#\|\s*export', text, re.M)]
+        waiting = [text for text in code if text not in exported]
+        defined = {}
+        for node in (node for text in exported for node in ast.parse(text).body):
+            lines = ast.unparse(node)
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                defined[node.name] = lines
+            elif not isinstance(node, ast.Import | ast.ImportFrom):
+                waiting.append(lines)       # a claim names its checks, and is shown
+        at_work = set()
+        while waiting:
+            words = set(re.findall(r'\w+', waiting.pop())) & set(defined) - at_work
+            waiting += [defined[name] for name in words]
+            at_work |= words
+        missing += [f'{notebook}: {name}' for name in set(defined) - at_work if not name.startswith('_')]
+    assert not missing
+
+
+def test_every_theorem_is_referred_to(site):
+    stated = {label for notebook in notebooks for label, _ in build.labels(dict(cells=cells(notebook)))}
+    links = {a.split('#')[-1] for path in html_files(site) for a in read(path).links if '#' in a and a[0] != '#'}
+    assert len(stated) > 10
+    assert stated <= links
+
+
+def test_pages_as_markdown(site):
+    listed = re.findall(r'\((https://\S+\.html\.md)\): \S', (site/'llms.txt').read_text(encoding='utf-8'))
+    address = import_module('largest_margins.margins').__doc__.split('Docs: ')[1]
+    assert address in listed
+    base = address.removesuffix('theory/margins.html.md')
+    assert {url.removeprefix(base) for url in listed} == {f'{p}.md' for p in pages[:len(notebooks)]} - {'index.html.md'}
+    assert all((site/url.removeprefix(base)).is_file() for url in listed)
+    text = (site/'theory/margins.html.md').read_text(encoding='utf-8')
+    assert text.startswith('# Margins\n') and 'class_margin(' in text and 'base64' not in text
+
+
+def test_site_is_small(site):
+    assert sum(p.stat().st_size for p in site.rglob('*') if p.is_file()) < 25e6
 
 
 # --- what the pages are made of ---
@@ -249,6 +235,28 @@ def test_signatures_keep_the_star_and_name_functions():
 def test_backticks_become_references_only_for_our_names():
     syms = {'lib.mod': {'lib.mod.f': ('mod.html#f', 'lib/mod.py')}}
     assert build.linked('`f` and `g` and `f()`', syms) == '{py:obj}`f <lib.mod.f>` and `g` and {py:obj}`f <lib.mod.f>`'
+
+
+def test_parameters_of_the_same_name_are_no_references():
+    syms = {'lib.mod': {'lib.mod.f': ('mod.html#f', 'lib/mod.py')}}
+    assert build.linked('`f` of (eq-x)', syms, own={'f'}) == '`f` of {eq}`eq-x`'
+
+
+def test_errors_are_those_raised_and_those_of_the_checks():
+    margins = import_module('largest_margins.margins')
+    assert build.errors(margins.class_margin, 'largest_margins') == {'TypeError', 'ValueError'}
+    assert build.errors(margins.unit_rows, 'largest_margins') == set()
+    losses = import_module('largest_margins.losses')
+    assert 'ValueError' in build.errors(losses.ArcFaceLoss, 'largest_margins')
+    assert ':raises: TypeError, ValueError' in build.api_entry('class_margin', syms)
+
+
+def test_names_that_no_code_mentions_are_reported():
+    def notebook(text):
+        return dict(cells=[dict(cell_type='markdown', source=text), dict(cell_type='code', source='here = our_name')])
+    assert build.unknown_names(dict(page=notebook('`our_name`, `class_margin()`, `lr_find`, `x`, `make demo`'))) == []
+    assert build.unknown_names(dict(page=notebook('`class_margn` and\n```\n`no_prose`\n```'))) == ['page: class_margn']
+    assert build.unknown_names(dict(page=notebook('`ArcFacLoss`'))) == ['page: ArcFacLoss']
 
 
 def test_readme_shows_prose_code_output_and_figures():

@@ -1,0 +1,150 @@
+"Every page in a real Chromium: loaded, read in both themes, on a phone, and by keyboard."
+import json
+import shutil
+
+import pytest
+from chromium import Chromium
+from pages import build, made, pages
+
+from largest_margins.plots import BLUE, GREEN, GREY, ORANGE
+
+# WCAG 2.2, level AA: text, and what one must see in a figure
+text, graphics = 4.5, 3
+
+
+@pytest.fixture(scope='session')
+def browser(site, tmp_path_factory):
+    assert shutil.which('chromium'), 'the tests of the site need Chromium: apt-get install chromium'
+    opened = Chromium(site, tmp_path_factory.mktemp('profile'))
+    yield opened
+    opened.close()
+
+
+@pytest.mark.parametrize('page', pages + made)
+def test_page(site, browser, page):
+    browser.open(page)
+    assert browser.outside == []
+    assert browser.missing == []
+    assert browser.complaints == []
+    facts = browser.run('facts()')
+    assert facts['lang'] == 'en'
+    assert facts['titles'] == 1
+    assert facts['formulas'] == (site/page).read_text(encoding='utf-8').count('math notranslate nohighlight')
+    assert facts['badFormulas'] == 0
+    assert facts['withoutAlt'] == facts['unloaded'] == []
+
+    for theme in 'light', 'dark':
+        found = browser.run(f'faint("{theme}", {text})')
+        assert found['checked'] > 10
+        assert found['bad'] == [], theme
+
+    browser.press('Tab', browser.run('watchFocus()') + 3)
+    walk = browser.run('walked()')
+    assert 'Skip to main content' in walk['first']
+    assert walk['visited'] > 10
+    assert walk['missed'] == walk['invisible'] == []
+    assert walk['positive'] == walk['mouseOnly'] == walk['nameless'] == []
+
+    browser.resize(390, 844)
+    assert browser.run('facts().width') == 390
+    assert browser.run('wide()') == []
+
+
+def test_formulas_stay_inside_the_page_on_a_small_phone(browser):
+    browser.open('losses/losses.html', 320, 640)
+    assert browser.run('facts().width') == 320
+    assert browser.run('wide()') == []
+
+
+def test_skip_link_leads_to_the_text(browser):
+    browser.open('theory/margins.html')
+    browser.press('Tab')
+    browser.press('Enter', code='Enter', windowsVirtualKeyCode=13, text='\r')
+    assert browser.run('location.hash') == '#main-content'
+    browser.press('Tab')
+    assert browser.run('document.activeElement.closest("main") != null')
+
+
+def test_theme_button_turns_the_page_dark_and_the_next_page_remembers(browser):
+    browser.open('index.html')
+    seen = set()
+    for mode in 'light', 'dark':
+        choice = f'document.querySelector(".bd-header .dropdown-menu button[data-mode={mode}]")'
+        browser.run(f'document.querySelector(".bd-header .theme-switch-button").click(); {choice}.click()')
+        assert browser.run('document.documentElement.dataset.theme') == mode
+        browser.open('theory/margins.html')
+        assert browser.run('document.documentElement.dataset.theme') == mode
+        seen.add(tuple(browser.run('background(document.querySelector("article"))')))
+    browser.run('localStorage.clear()')
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize('theme', ['light', 'dark'])
+def test_colours_of_figures_can_be_told_from_the_page(browser, theme):
+    browser.open('theory/margins.html')
+    for colour, least in ((GREY, text), ('#777777', text), (BLUE, graphics), (ORANGE, graphics), (GREEN, graphics)):
+        assert browser.run(f'inFigure("{theme}", "{colour}")') >= least, colour
+
+
+# --- search ---
+
+def first_results(browser, names):
+    "The address to which the first result of a search leads, by name."
+    browser.open('search.html?q=margin')
+    browser.wait_for('typeof Search == "object" && Search.hasIndex()')
+    return browser.run(f'''Object.fromEntries({json.dumps(names)}.map(name => {{
+        const [docname, , anchor] = Search._performSearch(...Search._parseQuery(name)).pop() ?? ['', '', ''];
+        return [name, docname + '.html' + anchor];
+    }}))''')
+
+
+def test_search_finds_every_name_at_its_entry(browser):
+    entries = {}
+    for mod, names in build.symbols(build.get_config(build.root)).items():
+        for full, (page, _) in names.items():
+            name = full.removeprefix(f'{mod}.')
+            if not name.startswith('_') and '.' not in name:
+                entries.setdefault(name.lower(), set()).add(f'{page.split("#")[0]}#{full}')
+    found = first_results(browser, sorted(entries))
+    assert len(entries) > 250
+    assert {name: at for name, at in found.items() if at not in entries[name]} == {}
+
+
+def test_typing_into_the_search_finds_a_loss(browser):
+    browser.open('index.html')
+    browser.press('k', code='KeyK', windowsVirtualKeyCode=75, modifiers=2)
+    browser.wait_for('document.activeElement.matches("input[type=search]")')
+    browser.call('Input.insertText', text='ArcFaceLoss')
+    browser.press('Enter', code='Enter', windowsVirtualKeyCode=13, text='\r')
+    browser.wait_for('document.querySelector("#search-results li a")')
+    address = browser.run('document.querySelector("#search-results li a").href')
+    assert address.split('?')[0].removeprefix(browser.origin) == '/losses/losses.html'
+    assert address.endswith('#largest_margins.losses.ArcFaceLoss')
+    assert browser.outside == browser.missing == browser.complaints == []
+
+
+# --- the tests themselves can fail ---
+
+def test_the_browser_sees_what_is_wrong_with_a_page(tmp_path):
+    (tmp_path/'index.html').write_text('''<!doctype html><link rel="icon" href="data:,">
+<article><h1>One</h1><h1>Two</h1><p style="color:#999; background:#fff">Faint</p>
+<p style="width:600px">Wide</p>
+<a href="/" tabindex="2" style="outline: none">Link</a><a href="/" style="outline: none"></a><button inert>No</button>
+<img src="https://elsewhere.test/x.png"><img alt="" src="missing.png"></article>
+<script>fetch("http://also.test/y").catch(() => 0); console.error("broken"); nowhere()</script>''')
+    other = Chromium(tmp_path, tmp_path/'profile')
+    other.open('index.html')
+    assert sorted(other.outside) == ['http://also.test/y', 'https://elsewhere.test/x.png']
+    assert other.missing == ['/missing.png']
+    assert len(other.complaints) >= 3
+    facts = other.run('facts()')
+    assert facts['titles'] == 2 and facts['lang'] == ''
+    assert len(facts['withoutAlt']) == len(facts['unloaded']) == 2
+    assert [bad.endswith('p. "Faint"') for bad in other.run('faint("light", 4.5)')['bad']] == [True]
+    other.press('Tab', other.run('watchFocus()') + 1)
+    walk = other.run('walked()')
+    assert walk['visited'] == len(walk['invisible']) == 2
+    assert walk['positive'] == ['a. "Link"'] and walk['nameless'] == ['a. ""']
+    other.resize(390, 844)
+    assert other.run('facts().width') > 390
+    other.close()
