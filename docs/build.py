@@ -328,9 +328,9 @@ def readme(nb):
                 parts.append(f'```python\n{text}\n```')
             for output in cell['outputs'] if found.get('output') != 'false' else ():
                 data = output.get('data', {})
-                if 'image/png' in data:
-                    file = f'figure-{len(images) + 1}.png'
-                    images[file] = b64decode(''.join(data['image/png']))
+                if kind := next((k for k in ('svg+xml', 'png') if f'image/{k}' in data), None):
+                    file, picture = f'figure-{len(images) + 1}.{kind[:3]}', ''.join(data[f'image/{kind}'])
+                    images[file] = b64decode(picture) if kind == 'png' else picture.encode()
                     parts.append(f"![{found.get('fig-alt', 'figure')}]({figures}/{file})")
                 elif shown := ''.join(output.get('text') or data.get('text/plain', '')).rstrip():
                     parts.append(f'```\n{shown}\n```')
@@ -340,7 +340,7 @@ def readme(nb):
 def write_readme(nb, check):
     "Writes README.md and its figures, or with `check` only compares."
     text, images = readme(nb)
-    wanted = {root/'README.md': text.encode(), **{root/figures/name: png for name, png in images.items()}}
+    wanted = {root/'README.md': text.encode(), **{root/figures/name: image for name, image in images.items()}}
     stale = {p for p in (root/figures).glob('*') if p not in wanted}
     changed = {p for p, data in wanted.items() if not p.exists() or p.read_bytes() != data}
     if check and (stale or changed):
@@ -395,6 +395,12 @@ def copy_mathjax(dest):
     shutil.copy(mathjax/'tex-chtml-full.js', dest)
 
 
+def copy_d3(dest):
+    "D3, which the widgets draw with, from the package that brings it."
+    found = next(f for f in files('mpld3') if f.name == 'd3.v5.min.js')
+    shutil.copy(found.locate(), dest)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--check', action='store_true', help='fail if README.md would change, instead of writing it')
@@ -431,6 +437,7 @@ def main():
     with open(source/'contributing.md', 'a', encoding='utf-8') as file:
         file.write('\n' + toctree(['changelog']) + '\n')
     copy_mathjax(source/'_static/mathjax')
+    copy_d3(source/'_static/widgets/d3.min.js')
     done = subprocess.run([sys.executable, '-m', 'sphinx', '-W', '--keep-going', '-q', '-E', '-b', 'html',
                            '-d', str(work/'doctrees'), str(source), str(html)], cwd=root)
     if done.returncode:
