@@ -205,6 +205,19 @@ def options(cell_source):
     return found, re.sub(r'^#\|.*\n?', '', cell_source, flags=re.M).strip('\n')
 
 
+def markdown_outputs(cells):
+    "The cells, with what code shows as Markdown in cells of its own, so that its links and formulas are as in prose."
+    for cell in cells:
+        shown = [o for o in cell.get('outputs', ()) if 'text/markdown' in o.get('data', {})]
+        if not shown:
+            yield cell
+            continue
+        yield dict(cell, outputs=[o for o in cell['outputs'] if o not in shown])
+        for i, output in enumerate(shown):
+            text = ''.join(output['data']['text/markdown'])
+            yield dict(cell_type='markdown', metadata={}, id=f'{cell["id"]}-{i}', source=text)
+
+
 def convert(nb, cfg, syms):
     "One processed notebook, its Quarto directives turned into what MyST-NB understands."
     address = f'{cfg.doc_host}{cfg.doc_baseurl}/'
@@ -217,7 +230,7 @@ def convert(nb, cfg, syms):
         return f']({page_path(Path(match[1])).as_posix()}{match[2] or ""})'
 
     cells = []
-    for cell in nb['cells']:
+    for cell in markdown_outputs(nb['cells']):
         text = ''.join(cell['source'])
         if not text.strip() or text.startswith('<!-- WARNING'):
             continue
@@ -313,7 +326,7 @@ def api_page(pages, notebooks, syms):
 def readme(nb):
     "The index notebook as GitHub's Markdown, and the figures that it shows: (text, name -> bytes)."
     parts, images = [], {}
-    for cell in nb['cells']:
+    for cell in markdown_outputs(nb['cells']):
         text = ''.join(cell['source']).strip()
         if not text or text.startswith('<!--'):
             continue
