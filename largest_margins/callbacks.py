@@ -6,19 +6,33 @@ Docs: https://largest-margins.github.io/largest-margins/training/callbacks.html.
 
 # %% auto #0
 __all__ = ['find_head', 'HeadCallback', 'SampleMarginRegularizer', 'ZeroCentroidRegularizer', 'MarginRecorder',
-           'DeferredReweighting', 'has_bfloat16', 'MixedPrecisionCPU']
+           'DeferredReweighting', 'has_bfloat16', 'MixedPrecisionCPU', 'save_file', 'load_file', 'Checkpoint']
 
 # %% ../nbs/training/23_callbacks.ipynb #ea3236a6
+import glob
+import io
+import os
+import random
+import time
+from contextlib import suppress
 from functools import cache, partial
-from math import degrees, nan
+from math import degrees, inf, nan
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import ClassVar
 
+import numpy as np
 import torch
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelEpochException
 from fastai.callback.mixup import MixHandler
-from fastai.learner import ValueMetric
+from fastai.callback.schedule import ParamScheduler
+from fastai.callback.tracker import TrackerCallback
+from fastai.callback.training import GradientAccumulation
+from fastai.learner import Recorder, ValueMetric
 from fastai.losses import BaseLoss
-from fastai.torch_core import noop
+from fastai.optimizer import Optimizer
+from fastai.torch_core import noop, num_distrib, to_device
+from fastcore.foundation import L
 from torch import Tensor, nn
 
 from .bounds import class_margin_bound
@@ -158,6 +172,7 @@ class MarginRecorder(HeadCallback):
         class_margin='class_margin°', bound='bound°',
         mean_sample_margin='mean_sample_margin', min_sample_margin='min_sample_margin',
         norm_ratio='norm_ratio', centroid_norm='centroid_norm')
+    checkpointed: ClassVar = ('history', 'latest')  # what a `Checkpoint` keeps of it
 
     def __init__(
         self,
@@ -307,3 +322,268 @@ def _leave_autocast(head, inputs):
     "From here to the end of the pass all is as precise as the weights."
     torch.set_autocast_enabled('cpu', False)
     return tuple(x.to(head.weight.dtype) for x in inputs)
+
+# %% ../nbs/training/23_callbacks.ipynb #4e01aa07
+def save_file(
+    content: dict,  # tensors, numbers, text, None, and lists and dicts of these
+    path: str | Path,  # file to write; replaced only when the new one is complete
+):
+    "Tensors and plain values in one file, written aside and renamed."
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f'.{path.name}.{os.getpid()}')
+    try:
+        torch.save(content, aside)
+        os.replace(aside, path)
+    finally: aside.unlink(missing_ok=True)
+
+
+def load_file(
+    path: str | Path,  # a file that `save_file` wrote
+    kind: str = 'a file of tensors and plain values',  # what it should be, for people
+) -> dict:
+    "What `save_file` wrote, tensors on the CPU; ValueError for anything else."
+    file = io.BytesIO(Path(path).read_bytes())
+    try: return torch.load(file, map_location='cpu', weights_only=True)
+    except _DAMAGED as e: raise ValueError(f'{path} is not {kind}: {e}') from e
+
+
+_DAMAGED = (UnpicklingError, RuntimeError, EOFError, OSError, ValueError, TypeError,
+            LookupError, AttributeError, AssertionError)  # what torch.load may meet
+
+# %% ../nbs/training/23_callbacks.ipynb #6e52511b
+def _as_plain(value):
+    "The same in tensors and Python's own values."
+    if isinstance(value, Tensor): return plain(value.detach())
+    if isinstance(value, np.generic): return value.item()
+    if isinstance(value, np.ndarray): return value.tolist()
+    if isinstance(value, dict): return {k: _as_plain(v) for k, v in value.items()}
+    if isinstance(value, tuple): return tuple(map(_as_plain, value))
+    if isinstance(value, (list, L)): return list(map(_as_plain, value))
+    if type(value) in (type(None), bool, int, float, str): return value
+    raise TypeError('a checkpoint must hold tensors, numbers, text, lists and dicts, '
+                    f'got {type(value).__name__} {value!r}')
+
+
+def _random_state():
+    "Where the generators of this process stand."
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    numpy = np.random.get_state(legacy=False)  # noqa: NPY002  the one all share
+    return dict(python=random.getstate(), numpy=numpy, torch=torch.get_rng_state(),
+                cuda=cuda)
+
+
+def _set_random_state(state):
+    random.setstate(state['python'])
+    np.random.set_state(state['numpy'])  # noqa: NPY002
+    torch.set_rng_state(state['torch'])
+    if state['cuda']: torch.cuda.set_rng_state_all(state['cuda'])
+
+
+def _generators(dls):
+    "Those of the loaders, as functions that get and set: fastai's, ours or PyTorch's."
+    for loader in dls.loaders:
+        for owner in (loader, vars(loader).get('sampler')):
+            own = getattr(owner, '__dict__', {})
+            g, rng = own.get('generator'), own.get('rng')
+            if g is not None: yield g.get_state, g.set_state
+            if rng is not None: yield rng.getstate, rng.setstate
+
+# %% ../nbs/training/23_callbacks.ipynb #d4089d8e
+def _parts(learn):
+    "Whatever has a `state_dict`: model, optimiser, loss, the scale of float16."
+    parts = dict(model=learn.model, optimiser=learn.opt, loss=learn.loss_func,
+                 scaler=vars(learn).get('scaler'))
+    return {name: part for name, part in parts.items() if hasattr(part, 'state_dict')}
+
+
+def _gradients(model):
+    "What is added up for the next step; None for zeros."
+    return {name: p.grad if p.grad.any() else None
+            for name, p in model.named_parameters() if p.grad is not None}
+
+
+def _set_gradients(model, gradients):
+    for name, p in model.named_parameters():
+        if name not in gradients: continue
+        p.grad = torch.zeros_like(p)
+        if gradients[name] is not None: p.grad.copy_(gradients[name])
+
+
+_REMEMBERED = {Recorder: ('lrs', 'iters', 'losses', 'values'), ParamScheduler: ('hps',),
+               TrackerCallback: ('best', 'new_best', 'wait'),
+               GradientAccumulation: ('count',)}
+
+
+def _names(cb):
+    "What a callback calls the things it knows of the epochs that are over."
+    found = [names for kind, names in _REMEMBERED.items() if isinstance(cb, kind)]
+    return [*sum(found, ()), *getattr(type(cb), 'checkpointed', ())]
+
+
+def _memories(cbs):
+    "What each callback remembers, in the order of the callbacks."
+    return [(cb.name, {n: _packed(vars(cb)[n]) for n in _names(cb) if n in vars(cb)})
+            for cb in cbs if _names(cb)]
+
+
+def _set_memories(cbs, memories):
+    for cb, (name, known) in zip(filter(_names, cbs), memories, strict=True):
+        if cb.name != name: raise ValueError(f'{name} was where {cb.name} is now')
+        vars(cb).update({n: _unpacked(value) for n, value in known.items()})
+
+
+def _packed(value):
+    "The same with lists of numbers as tensors, which are written in one piece."
+    if isinstance(value, dict): return {k: _packed(v) for k, v in value.items()}
+    if not isinstance(value, (list, L)) or not value: return value
+    if all(isinstance(v, float) for v in value):
+        return dict(floats=torch.tensor(list(value), dtype=torch.float64))
+    if all(isinstance(v, Tensor) and v.ndim == 0 for v in value):
+        return dict(scalars=torch.stack(list(value)))
+    return value
+
+
+def _unpacked(value):
+    if not isinstance(value, dict): return value
+    if set(value) == {'floats'}: return value['floats'].tolist()
+    if set(value) == {'scalars'}: return list(value['scalars'])
+    return {k: _unpacked(v) for k, v in value.items()}
+
+# %% ../nbs/training/23_callbacks.ipynb #bd78749a
+def _training_state(learn):
+    "All that the epochs to come depend on."
+    smooth = learn.recorder.smooth_loss
+    return dict(
+        parts={name: part.state_dict() for name, part in _parts(learn).items()},
+        gradients=_gradients(learn.model), iterations=learn.train_iter,
+        callbacks=_memories(learn.cbs), smooth_loss=(smooth.count, smooth.val),
+        loaders=[get() for get, _ in _generators(learn.dls)], random=_random_state())
+
+
+def _set_training_state(learn, state):
+    "The reverse."
+    for name, part in _parts(learn).items():
+        kept = state['parts'][name]
+        if isinstance(part, Optimizer):  # fastai's, which takes everything as it is
+            device = part.all_params()[0][0].device
+            kept = dict(hypers=L(kept['hypers']), state=to_device(kept['state'], device))
+        part.load_state_dict(kept)
+    _set_gradients(learn.model, state['gradients'])
+    _set_memories(learn.cbs, state['callbacks'])
+    smooth, recorder = learn.recorder.smooth_loss, learn.recorder
+    smooth.count, smooth.val = state['smooth_loss']
+    recorder.values = [L(row) for row in recorder.values]
+    learn.train_iter = state['iterations']
+    for (_, put), kept in zip(_generators(learn.dls), state['loaders'], strict=True):
+        put(kept)
+    _set_random_state(state['random'])
+
+# %% ../nbs/training/23_callbacks.ipynb #2d3b082f
+class Checkpoint(Callback):
+    "After each epoch, all that a fit needs to go on from there; bit for bit on a CPU."
+    order = 69  # after all that records an epoch, before those who tell of it
+
+    def __init__(
+        self,
+        path: str | Path,  # the file; a fit that finds it goes on from there
+        configuration: dict | None = None,  # plain values that must be the same then
+        every: int = 1,  # epochs from one writing to the next, ≥ 1
+    ):
+        if not isinstance(every, int) or every < 1:
+            raise ValueError(f'every must be an int ≥ 1, got {every!r}')
+        self.path, self.every = Path(path), every
+        self.configuration = _as_plain(dict(configuration or {}))
+        self.seconds = 0.  # of the epochs that the last fit found in the file
+        self._fitting = self._trained = self._ended = False
+        self._content, self._asleep = None, []
+
+    def read(
+        self,
+        **fit,  # what else must be the same: `epochs` and `batches`
+    ) -> dict | None:  # the content; None if there is no file
+        "Read the file; ValueError if it is damaged or of another training."
+        kind = 'a checkpoint (remove it to start anew)'
+        try: content = load_file(self.path, kind)
+        except FileNotFoundError: return None
+        if not isinstance(content, dict) or content.get('format') != _FORMAT:
+            raise ValueError(f'{self.path} is not {kind}')
+        was, now = content['configuration'], self.configuration
+        if fit: was, now = was | content['fit'], now | fit
+        differ = [f'{name} was {was.get(name)!r}, is now {now.get(name)!r}'
+                  for name in was | now if was.get(name) != now.get(name)]
+        if not differ: return content
+        raise ValueError(f'{self.path} is of another training (remove it to start '
+                         f'anew): {", ".join(differ)}')
+
+    def remove(self):
+        "Remove the file, and what was left aside by a process killed while writing it."
+        self._ended, long_ago = False, time.time() - 60  # nobody is writing it now
+        for aside in self.path.parent.glob(f'.{glob.escape(self.path.name)}.*'):
+            with suppress(FileNotFoundError):
+                if aside.stat().st_mtime < long_ago: aside.unlink()
+        self.path.unlink(missing_ok=True)
+
+    def before_fit(self):
+        self._content, self.order = None, type(self).order
+        self.seconds, self._began = 0., time.perf_counter()
+        self._fitting = self._trained = False
+
+    def before_train(self):
+        "Training alone comes here; validation and prediction do not."
+        if hasattr(self.learn, 'lr_finder'): return
+        if not self._fitting: self._begin()
+        self._trained = True
+
+    def _begin(self):
+        "Where there is a file, skip its epochs; the other callbacks sleep meanwhile."
+        if num_distrib() > 1: raise ValueError('Checkpoint is for a single process')
+        if self.learn.epoch:
+            raise ValueError('start_epoch must be 0: the file says where to go on')
+        if self._ended and self.path.exists():
+            raise ValueError(f'{self.path} is of a fit that has ended: remove it, or '
+                             'give each fit a Checkpoint of its own')
+        self._fitting, self._content = True, self.read(**self._fit())
+        if self._content is None: return
+        self._asleep = [cb for cb in self.learn.cbs if cb.run and cb is not self]
+        for cb in self._asleep: cb.run = False
+        self.order = -inf  # the first to see the next epoch begin
+        raise CancelEpochException
+
+    def before_epoch(self):
+        if self._content is None: return
+        if self.learn.epoch < self._content['epoch']: raise CancelEpochException
+        self._wake()
+
+    def _wake(self):
+        "All is as it was at the end of the last epoch in the file."
+        content, self._content, self.order = self._content, None, type(self).order
+        for cb in self._asleep: cb.run = True
+        try: _set_training_state(self.learn, content['training'])
+        except (RuntimeError, ValueError, TypeError, LookupError, AssertionError) as e:
+            raise ValueError(f'{self.path} does not fit this Learner (remove it to '
+                             f'start anew): {e}') from e
+        self.seconds, self._began = content['seconds'], time.perf_counter()
+
+    def after_epoch(self):
+        "Write the file, if this epoch was trained."
+        if not self._trained: return
+        self._trained, done = False, self.learn.epoch + 1
+        if done % self.every and done < self.learn.n_epoch: return
+        seconds = self.seconds + time.perf_counter() - self._began
+        content = dict(format=_FORMAT, configuration=self.configuration, epoch=done,
+                       fit=self._fit(), seconds=seconds,
+                       training=_training_state(self.learn))
+        save_file(_as_plain(content), self.path)
+
+    def after_fit(self):
+        if self._content is not None: self._wake()  # all epochs were there already
+        self._ended = self._ended or self._fitting
+        self._fitting = self._trained = False
+
+    def _fit(self):
+        "What the schedule depends on."
+        return dict(epochs=self.learn.n_epoch, batches=len(self.learn.dls.train))
+
+
+_FORMAT = 'largest_margins checkpoint 1'

@@ -58,8 +58,10 @@ def run(
     title: str,  # of the report
     notes=lambda results: [],  # what to say about the results, below the table
     threads: int | None = None,  # of the CPU; None leaves it to torch
+    resume: bool | None = None,  # from checkpoints; False refuses any, None makes none
 ) -> int:  # 0, or 130 after Ctrl-C
     "Train the configurations one after the other, print the table, write the report."
+    from largest_margins.callbacks import Checkpoint
     from largest_margins.data import load
     from largest_margins.experiments import train
     from largest_margins.report import report, table
@@ -68,20 +70,27 @@ def run(
     if threads is not None:
         if threads < 1: raise ValueError(f'threads must be ≥ 1, got {threads}')
         set_num_threads(threads)
-    first, results, stopped = configurations[0], [], False
+    first, results, stopped, told = configurations[0], [], False, 0
+    parts = [None if resume is None else out/f'{n + 1}.part.pt'
+             for n in range(len(configurations))]
+    if resume is False and any(part.exists() for part in parts):
+        raise ValueError(f'out must be another directory, {out} has a training that '
+                         'has begun: to go on with it, resume')
     data = load(first.dataset, first.data, first.download)
     bar = tqdm(total=sum(c.epochs for c in configurations), unit='epoch',
                disable=not sys.stderr.isatty(), leave=False)
     def tell(epoch, margins):
         bar.set_postfix_str(f'class margin {margins["class_margin"]:.1f}°')
-        bar.update()
-    for n, c in enumerate(configurations):
+        bar.update(told + epoch - bar.n)
+    for n, (c, part) in enumerate(zip(configurations, parts, strict=True)):
         bar.set_description(c.label)
-        try: results.append(train(c, data, tell))
+        try: results.append(train(c, data, tell, part))
         except KeyboardInterrupt:
             stopped = True
             break
+        told += c.epochs
         results[-1].save(out/f'{n + 1}.pt')
+        if part: Checkpoint(part).remove()
         if bar.disable:
             row = f'{n + 1}/{len(configurations)}  {c.label}'
             print(f'{row}  {results[-1].seconds:.1f} s', flush=True)
@@ -102,7 +111,7 @@ def train_command(
     from largest_margins.experiments import Configuration
     given = {f.name: getattr(args, f.name) for f in fields(Configuration)}
     c = Configuration(**{k: v for k, v in given.items() if v is not None})
-    return run([c], Path(args.out), c.label, threads=args.threads)
+    return run([c], Path(args.out), c.label, threads=args.threads, resume=args.resume)
 
 
 def demo_command(
@@ -282,6 +291,8 @@ def parser() -> argparse.ArgumentParser:
                    help='dimension of the features')
     p.add_argument('--download', action='store_true',
                    help='allow a download into --data')
+    p.add_argument('--resume', action='store_true',
+                   help='go on with the training in --out that was interrupted')
     p.set_defaults(run=train_command)
 
     p = commands.add_parser('table', help='one of the paper’s tables, with its numbers '
@@ -303,7 +314,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument('--jobs', type=int, default=1, metavar='N',
                    help='runs at the same time, −1 for one a core; default 1')
     p.add_argument('--resume', action='store_true',
-                   help='keep the finished runs in --out and train the others')
+                   help='keep the finished runs in --out, go on with those that have '
+                   'begun, and train the others')
     p.add_argument('--dry-run', action='store_true', help='only print the plan')
     p.set_defaults(run=table_command)
 

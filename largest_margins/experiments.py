@@ -14,10 +14,9 @@ import os
 import platform
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache, partial
 from pathlib import Path
-from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -30,9 +29,9 @@ from torch import Tensor, nn
 
 from .bounds import class_margin_bound
 from .bodies import check_body, make_body
-from largest_margins.callbacks import (
-    DeferredReweighting, SampleMarginRegularizer, ZeroCentroidRegularizer,
-    has_bfloat16)
+from .callbacks import (
+    Checkpoint, DeferredReweighting, SampleMarginRegularizer, ZeroCentroidRegularizer,
+    has_bfloat16, load_file, save_file)
 from .codes import best_packing, simplex
 from .data import ImageData, RandomAffine, imbalanced_indices, load
 from .learner import margin_learner
@@ -229,7 +228,7 @@ class Result:
     train_margins: dict  # those of the training split, without augmentation
     norm_ratio: float  # largest over smallest norm of a prototype
     centroid_norm: float  # of the normalised prototypes
-    seconds: float  # training and validation
+    seconds: float  # training and validation; epochs trained twice count once
     diverged: bool  # the loss became nan or infinite
     history: list[dict]  # losses, accuracy (percent) and margins of each epoch
     prototypes: Tensor  # [k, d]
@@ -299,12 +298,8 @@ class Result:
         path: str | Path,  # file to write; replaced only when the new one is complete
     ):
         "Write everything into one file of tensors and plain values."
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f'.{path.name}.{os.getpid()}')
         content = {f.name: getattr(self, f.name) for f in fields(self)}
-        torch.save({**content, 'configuration': asdict(self.configuration)}, aside)
-        os.replace(aside, path)
+        save_file({**content, 'configuration': asdict(self.configuration)}, path)
 
     @classmethod
     def load(
@@ -313,9 +308,7 @@ class Result:
     ) -> 'Result':
         "Read a saved result; only tensors and plain values are accepted."
         names = {f.name for f in fields(cls)}
-        try: content = torch.load(path, weights_only=True)
-        except (UnpicklingError, RuntimeError, EOFError) as e:
-            raise ValueError(f'{path} is not a saved Result: {e}') from e
+        content = load_file(path, 'a saved Result')
         if not isinstance(content, dict) or set(content) != names:
             raise ValueError(f'{path} is not a saved Result')
         configuration = Configuration(**content.pop('configuration'))
@@ -356,6 +349,7 @@ def train(
     configuration: Configuration,  # what to train
     data: ImageData | None = None,  # loaded before; None loads the configuration's
     progress: Callable[[int, dict], None] | None = None,  # told epoch and margins
+    checkpoint: str | Path | None = None,  # file to go on from; the caller removes it
 ) -> Result:  # measured on the test split after the last epoch
     "Train one configuration; the same seed gives the same numbers on the same machine."
     c = configuration
@@ -363,13 +357,14 @@ def train(
     if c.ratio > 1:
         data = data.subset(imbalanced_indices(data.train_targets, c.ratio, c.kind))
     torch.manual_seed(c.seed)
+    saver = None if checkpoint is None else _checkpoint(checkpoint, c, data)
     moved = c.shift or c.flip or c.rotate
     moves = RandomAffine(c.shift, c.flip, c.rotate) if moved else None
     dls = data.dataloaders(min(c.batch_size, len(data.train_targets)), moves,
                            seed=c.seed)
     learn = margin_learner(
         dls, make_body(c.body, data.train_images.shape[1]), c.loss_func(data.counts),
-        embedding=c.embedding, cbs=_callbacks(c, data.counts, progress),
+        embedding=c.embedding, cbs=_callbacks(c, data.counts, saver, progress),
         wd=c.weight_decay, **_optimiser(c))
     if c.fixed: learn.model[-1].fix(_best_places(*learn.model[-1].weight.shape))
     start, weights = time.perf_counter(), learn.model[-1].weight
@@ -378,6 +373,7 @@ def train(
     except ValueError as e:  # a loss or the recorder met nan or inf
         if 'must be finite' not in str(e): raise
     seconds, W = time.perf_counter() - start, weights.detach().float().cpu()
+    if saver: seconds += saver.seconds
     cosines, scores, targets = _outputs(learn.model, learn.dls.valid)
     predictions = scores.argmax(1)
     diverged = not (cosines.isfinite().all() and W.isfinite().all())
@@ -390,7 +386,16 @@ def train(
                   counts=data.counts, machine=machine(), history=_history(learn))
 
 
-def _callbacks(c, counts, progress):
+def _checkpoint(path, c, data):
+    "For this configuration and these images, wherever they lie; refuses others."
+    same = dict(asdict(replace(c, data=None, download=False)), counts=data.counts,
+                shape=list(data.train_images.shape))
+    saver = Checkpoint(path, same)
+    saver.read()
+    return saver
+
+
+def _callbacks(c, counts, saver, progress):
     "What the configuration adds to the loss, and who watches."
     cbs = [TerminateOnNaNCallback()]
     if c.sample_margin:
@@ -401,6 +406,7 @@ def _callbacks(c, counts, progress):
         start = round(c.epochs * (1 - c.reweighted))
         cbs.append(DeferredReweighting(counts, start))
     if c.schedule == 'cosine': cbs.append(GradientClip(5.))
+    if saver: cbs.append(saver)
     if progress: cbs.append(_Progress(progress))
     return cbs
 

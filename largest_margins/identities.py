@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,6 +29,7 @@ from torch import Tensor
 
 from .bodies import BODIES, make_body
 from .bounds import class_margin_bound
+from .callbacks import Checkpoint
 from .data import ImageData, RandomAffine
 from .experiments import Configuration
 from .glyphs import write_glyph_market, write_glyph_pairs
@@ -116,6 +117,7 @@ _SHARED = ('loss', 'scale', 'margin', 'epochs', 'batch_size', 'learning_rate',
 def train_identities(
     configuration: IdentityConfiguration,  # what to train
     training: ImageData,  # on what; classes are the identities
+    checkpoint: Path | None = None,  # file to go on from; the caller removes it
 ) -> Learner:  # its model is Sequential(body, neck, head)
     "Train a network on identities; the same seed gives the same weights."
     c = configuration
@@ -127,12 +129,19 @@ def train_identities(
             make_body(c.body, c.channels))
     learn = reid_learner(
         dls, body, c.common.loss_func(training.counts), embedding=c.embedding,
-        cbs=TerminateOnNaNCallback(), wd=c.weight_decay, **_optimiser(c))
+        cbs=[TerminateOnNaNCallback(), *_saver(c, checkpoint)], wd=c.weight_decay,
+        **_optimiser(c))
     try:
         with learn.no_bar(), learn.no_logging(): _fit(learn, c)
     except ValueError as e:  # a loss or the recorder met nan or inf
         if 'must be finite' not in str(e): raise
     return learn
+
+
+def _saver(c, checkpoint):
+    "What keeps the state after each epoch, if there is a file for it."
+    same = asdict(replace(c, data=None))
+    return [] if checkpoint is None else [Checkpoint(checkpoint, same)]
 
 
 def _optimiser(c):
@@ -150,10 +159,10 @@ def _fit(learn, c):
     learn.fit(c.epochs, c.learning_rate, cbs=ParamScheduler({'lr': rate}))
 
 # %% ../nbs/experiments/39_identities.ipynb #878225bb
-def _measure(c, training, judge, names):
+def _measure(c, checkpoint, training, judge, names):
     "Train and examine; None for all numbers of a training that diverged."
     start = time.perf_counter()
-    learn = train_identities(c, training)
+    learn = train_identities(c, training, checkpoint)
     values = [v for v in learn.model.state_dict().values() if v.is_floating_point()]
     diverged = not all(v.isfinite().all() for v in values)
     measured, further = (dict.fromkeys(names), {}) if diverged else judge(learn)
@@ -239,6 +248,7 @@ def reid_task(
 # %% ../nbs/experiments/39_identities.ipynb #3de1adc7
 def reidentify(
     configuration: IdentityConfiguration,  # what to train
+    checkpoint: Path | None = None,  # file to go on from
 ) -> dict:  # the content of a record
     "Train on the identities, rank the gallery for each query, and judge the rankings."
     c = configuration
@@ -251,7 +261,7 @@ def reidentify(
                       rank5=found.cmc[4].item(), mINP=found.mINP)
         return ({name: 100 * share for name, share in shares.items()},
                 dict(valid_queries=found.valid_queries, cmc=found.cmc.tolist()))
-    return _measure(c, task.training, judge, ('mAP', 'rank1', 'rank5', 'mINP'))
+    return _measure(c, checkpoint, task.training, judge, ('mAP', 'rank1', 'rank5', 'mINP'))
 
 # %% ../nbs/experiments/39_identities.ipynb #f6664f43
 def _describe_reid(c):
@@ -324,6 +334,7 @@ FARS = (.1, .01, .001, .0001)
 
 def verify_pairs(
     configuration: IdentityConfiguration,  # what to train
+    checkpoint: Path | None = None,  # file to go on from
 ) -> dict:  # the content of a record
     "Train on the identities, then judge ten folds of pairs of others."
     c = configuration
@@ -343,7 +354,7 @@ def verify_pairs(
             accuracies=folds.accuracies.tolist(),
             thresholds=folds.thresholds.tolist(), standard_deviation=100 * folds.std,
             warnings=[str(t) for t in found.tar if not t.supported]))
-    return _measure(c, task.training, judge, names) | dict(pairs=len(task.pairs))
+    return _measure(c, checkpoint, task.training, judge, names) | dict(pairs=len(task.pairs))
 
 
 def _tar_name(far): return f'tar_at_{far:g}'

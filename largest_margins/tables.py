@@ -15,9 +15,12 @@ import html
 import io
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +31,7 @@ from joblib import Parallel, delayed
 from tqdm import tqdm
 
 import largest_margins
+from .callbacks import Checkpoint
 from .experiments import machine
 from .recipes import (
     Recipe, Row, Setting, choose, printed, printed_numbers)
@@ -41,7 +45,7 @@ class Run:
     setting: Setting  # part of the table
     row: Row  # row of the table
     configuration: Any  # of the task's type
-    measure: Callable[[Any], dict] = classify  # what is done with it
+    measure: Callable[[Any, Path | None], dict] = classify  # what is done with it
 
     @property
     def path(self) -> Path:  # relative to the output directory
@@ -53,6 +57,11 @@ class Run:
     def dataset(self) -> str | None:
         "The name of its data set, if it has one."
         return getattr(self.configuration, 'dataset', None)
+
+    @property
+    def checkpoint(self) -> Path:  # relative to the output directory
+        "Where its state is kept while it is trained."
+        return self.path.with_suffix('.part.pt')
 
     @property
     def title(self) -> str:
@@ -149,7 +158,23 @@ def execute(
     if threads < 1: raise ValueError(f'threads must be ≥ 1, got {threads}')
     workers = Parallel(n_jobs=jobs, return_as='generator_unordered', batch_size=1,
                        pre_dispatch='n_jobs')
-    return workers(delayed(run_one)(run, Path(out), threads) for run in runs)
+    return workers(delayed(_work)(run, Path(out), threads, os.getpid()) for run in runs)
+
+
+def _work(run, out, threads, starter):
+    "One run, in this process or in one that ends soon after the one that started it."
+    if starter == os.getppid(): _end_with(starter)
+    return run_one(run, out, threads)
+
+
+def _end_with(parent):
+    "Look for the parent once a second; when it is gone, go, whatever is half done."
+    def watch():
+        while os.getppid() == parent: time.sleep(1)
+        os._exit(1)
+    name = f'ends with {parent}'
+    if all(thread.name != name for thread in threading.enumerate()):
+        threading.Thread(target=watch, name=name, daemon=True).start()
 
 
 def run_one(
@@ -157,12 +182,13 @@ def run_one(
     out: Path,  # directory; the record goes to `Run.path` below it
     threads: int = 1,  # of the CPU
 ) -> tuple[Run, dict]:  # the run and its record
-    "Do one run, and write its record."
+    "Do one run, from its checkpoint if there is one, and write its record."
     c, before = run.configuration, torch.get_num_threads()
     torch.set_num_threads(threads)
-    try: found = record(c, run.measure(c))
+    try: found = record(c, run.measure(c, out/run.checkpoint))
     finally: torch.set_num_threads(before)
     write_text(out/run.path, json.dumps(found, ensure_ascii=False, allow_nan=False))
+    Checkpoint(out/run.checkpoint).remove()
     return run, found
 
 # %% ../nbs/experiments/37_tables.ipynb #eb45b995
@@ -412,7 +438,7 @@ def make_table(
     epochs: int | None = None,  # None: as the recipe says
     jobs: int = 1,  # runs at the same time, ≥ 1, or −1 for as many as there are cores
     threads: int = 1,  # of the CPU, for each run
-    resume: bool = False,  # keep the finished runs in `out`; False refuses if any
+    resume: bool = False,  # keep what is in `out`, finished or begun; False refuses it
     dry_run: bool = False,  # only print the plan
     tell: Callable[[str], None] = print,  # takes a line of output
     **changes,  # further fields of the configuration for all runs
@@ -426,14 +452,18 @@ def make_table(
     words = _plan_in_words(recipe, runs)  # refuses bad data before anything is trained
     done = [run for run, _ in read_records(runs, out)]
     missing = [run for run in runs if run not in done]
+    begun = [run for run in missing if (out/run.checkpoint).exists()]
     if done: tell(f'{len(done)} of {len(runs)} runs are there already')
+    if begun: tell(f'{len(begun)} of {len(runs)} runs have begun')
     if dry_run:
         for line in words: tell(line)
         tell(f'{len(runs)} runs, {len(missing)} to train')
         return True
-    if done and not resume:
-        raise ValueError(f'out must be another directory, {out} has {len(done)} of '
-                         'these runs: to keep them and train the others, resume')
+    if (done or begun) and not resume:
+        raise ValueError(f'out must be another directory, {out} has '
+                         f'{len(done) + len(begun)} of these runs, finished or begun: '
+                         'to keep them and train the others, resume')
+    for run in done: Checkpoint(out/run.checkpoint).remove()  # killed in between
     complete = _run_all(recipe, missing, execute(missing, out, jobs, threads), tell)
     finished = read_records(runs, out)
     if finished:

@@ -39,7 +39,7 @@ class Words(NamedTuple):
 class Task:
     "What the runs of a table do."
     configuration: type  # of one run; a frozen dataclass with `seed` and `label`
-    measure: Callable[[Any], dict]  # runs a configuration: 'measured', 'diverged', …
+    measure: Callable[[Any, Path | None], dict]  # takes it, and a file to go on from
     describe: Callable[[Any], Words]  # of a configuration; refuses data that are bad
     note: Callable[[Any, dict], str]  # says what was measured, from the record of a run
     num_classes: Callable[[str, str | None], int]  # k, for rows that depend on it
@@ -103,6 +103,7 @@ def _best(k, d):
 
 def place(
     configuration: FreeFeatures,  # what to place
+    checkpoint: Path | None = None,  # not used: a second's work
 ) -> dict:  # the content of a record
     "Go down the loss from a random start, and measure where that ends."
     c, start = configuration, time.perf_counter()
@@ -144,9 +145,11 @@ MEASURED = ('accuracy', 'best_accuracy', 'balanced_accuracy', 'rare_accuracy',
 
 def classify(
     configuration: Configuration,  # what to train
+    checkpoint: Path | None = None,  # file to go on from
 ) -> dict:  # the content of a record
     "Train a classifier, and measure it on the test split."
-    result = train(configuration, loaded(configuration.dataset, configuration.data))
+    images = loaded(configuration.dataset, configuration.data)
+    result = train(configuration, images, checkpoint=checkpoint)
     numbers = {name: getattr(result, name) for name in MEASURED}
     return dict(
         diverged=bool(result.diverged), measured=numbers | result.shots(),
