@@ -31,7 +31,7 @@ def test_page(site, browser, page):
     assert facts['titles'] == 1
     assert facts['formulas'] == (site/page).read_text(encoding='utf-8').count('math notranslate nohighlight')
     assert facts['badFormulas'] == 0
-    assert facts['withoutAlt'] == facts['unloaded'] == []
+    assert facts['withoutAlt'] == facts['unloaded'] == facts['rawTables'] == facts['sideways'] == []
 
     for theme in 'light', 'dark':
         found = browser.run(f'faint("{theme}", {text})')
