@@ -69,9 +69,14 @@ def symbols(cfg):
     return import_module(f'{cfg.lib_path.name}._modidx').d['syms']
 
 
+def entry(full, mod):
+    "The symbol whose entry describes `full`: a method stands with its class."
+    return f"{mod}.{full.removeprefix(f'{mod}.').split('.')[0]}"
+
+
 def linked(text, syms, own=()):
     "Backticked names of the library become cross-references, except `own`, the parameters of what is described."
-    names = {full.removeprefix(f'{mod}.'): full for mod in syms for full in syms[mod]}
+    names = {full.removeprefix(f'{mod}.'): entry(full, mod) for mod in syms for full in syms[mod]}
 
     def reference(match):
         known = match[1] in names and match[1] not in own
@@ -208,7 +213,7 @@ def options(cell_source):
 def convert(nb, cfg, syms):
     "One processed notebook, its Quarto directives turned into what MyST-NB understands."
     address = f'{cfg.doc_host}{cfg.doc_baseurl}/'
-    names = {page: full for mod in syms.values() for full, (page, _) in mod.items()}
+    names = {page: entry(full, mod) for mod in syms for full, (page, _) in syms[mod].items()}
 
     def reference(match):
         return f'{{py:obj}}`{match[1]} <{names[match[2]]}>`' if match[2] in names else match[0]

@@ -105,6 +105,9 @@ function facts() {
     withoutAlt: [...document.images].filter(i => i.closest('article') ? !i.alt.trim() || i.alt.includes('_images/')
       : !i.hasAttribute('alt')).map(i => i.src),
     unloaded: [...document.images].filter(i => i.loading != 'lazy' && !i.naturalWidth).map(i => i.src),
+    rawTables: [...document.querySelectorAll('article p')].map(p => p.innerText).filter(text => /^\|.*\|/.test(text)),
+    // the columns beside the text scroll down, not sideways
+    sideways: [...document.querySelectorAll('.bd-sidebar-primary, .bd-sidebar-secondary')].filter(e => e.scrollWidth > e.clientWidth).map(describe),
     width: document.documentElement.scrollWidth,
     window: document.documentElement.clientWidth,
   };

@@ -234,6 +234,8 @@ def test_signatures_keep_the_star_and_name_functions():
 
 def test_backticks_become_references_only_for_our_names():
     syms = {'lib.mod': {'lib.mod.f': ('mod.html#f', 'lib/mod.py')}}
+    syms['lib.mod']['lib.mod.C.run'] = ('mod.html#c.run', 'lib/mod.py')
+    assert build.linked('`C.run`', syms) == '{py:obj}`C.run <lib.mod.C>`'
     assert build.linked('`f` and `g` and `f()`', syms) == '{py:obj}`f <lib.mod.f>` and `g` and {py:obj}`f <lib.mod.f>`'
 
 
