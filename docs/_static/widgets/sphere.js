@@ -1,5 +1,5 @@
 // Two spheres that turn together: an arrangement of k prototypes against another.
-import d3 from './d3.js';
+import d3, {marks} from './d3.js';
 
 const size = 320, radius = 150;
 const names = {
@@ -50,13 +50,12 @@ function caption(name, k, found, bound) {
   return `${text}; ${count(found.contacts.length, 'contact')}, ${count(loose, 'rattler')}`;
 }
 
-// one hemisphere: the far one is the near one of the opposite direction, seen in a mirror
-function hemisphere(layer, found, near, turn, tilt, show) {
-  const projection = d3.geoOrthographic().scale(radius).translate([size / 2, size / 2]).clipAngle(90)
-    .rotate(near ? [turn, -tilt] : [turn + 180, tilt]).reflectX(!near);
+// one hemisphere: the far one is the near one from the opposite direction, in a layer that mirrors it
+function hemisphere(layer, found, front, turn, tilt, show) {
+  const projection = d3.geoOrthographic().scale(radius).translate([size / 2, size / 2]).clipAngle(90).precision(0.1)
+    .rotate(front ? [turn, -tilt] : [turn + 180, tilt]);
   const path = d3.geoPath(projection).pointRadius(1.7);
-  const draw = (name, shapes) => layer.selectAll(`path.${name}`).data(shapes).join('path').attr('class', name)
-    .attr('d', shape => path(shape) || '');
+  const draw = (name, shapes) => marks(layer, 'path', name, shapes).attr('d', shape => path(shape) || '');
   draw('graticule', [d3.geoGraticule().step([30, 30])()]);
   const places = found ? found.points.map(place) : [];
   const cap = d3.geoCircle().radius(found ? found.margin / 2 : 0);
@@ -68,10 +67,9 @@ function hemisphere(layer, found, near, turn, tilt, show) {
   const [toX, toY] = projection.invert([size / 2, size / 2]);
   const seen = places.map((p, i) => ({at: projection(p), i, loose: found.rattlers?.includes(i)}))
     .filter(({i}) => d3.geoDistance(places[i], [toX, toY]) <= Math.PI / 2);
-  layer.selectAll('circle.prototype').data(seen).join('circle')
-    .attr('class', p => p.loose ? 'prototype rattler' : 'prototype').attr('r', near ? 6 : 4)
+  marks(layer, 'circle', 'prototype', seen).classed('rattler', p => p.loose).attr('r', front ? 6 : 4)
     .attr('cx', p => p.at[0]).attr('cy', p => p.at[1]);
-  layer.selectAll('text').data(near ? seen : []).join('text').text(p => p.i)
+  marks(layer, 'text', 'number', front ? seen : []).text(p => p.i)
     .attr('x', p => p.at[0] + 9).attr('y', p => p.at[1] - 7);
 }
 
@@ -82,17 +80,18 @@ export default function draw(widget, data) {
   const figures = [...widget.querySelectorAll('figure')].map(figure => {
     const svg = d3.select(figure.querySelector('svg'));
     svg.append('circle').attr('class', 'ball').attr('cx', size / 2).attr('cy', size / 2).attr('r', radius);
-    const [far, near] = ['far', 'near'].map(name => svg.append('g').attr('class', name));
-    return {svg, far, near, select: figure.querySelector('select'), caption: figure.querySelector('figcaption')};
+    const [back, front] = ['back', 'front'].map(name => svg.append('g').attr('class', name));
+    back.attr('transform', `translate(${size},0) scale(-1,1)`);
+    return {svg, back, front, select: figure.querySelector('select'), caption: figure.querySelector('figcaption')};
   });
 
   function redraw() {
     const show = Object.fromEntries(['caps', 'contacts', 'features'].map(name => [name, form.elements[name].checked]));
     kShown.value = k.value;
-    for (const {far, near, svg, select, caption: below} of figures) {
+    for (const {back, front, svg, select, caption: below} of figures) {
       const found = data.arrangements[k.value][select.value];
-      hemisphere(far, found, false, +turn.value, +tilt.value, show);
-      hemisphere(near, found, true, +turn.value, +tilt.value, show);
+      hemisphere(back, found, false, +turn.value, +tilt.value, show);
+      hemisphere(front, found, true, +turn.value, +tilt.value, show);
       const text = caption(select.value, k.value, found, data.bounds[k.value]);
       if (below.textContent !== text) {
         below.textContent = text;

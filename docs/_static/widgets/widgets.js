@@ -8,10 +8,11 @@ async function start(widget) {
     const {default: draw} = await import(`./${widget.dataset.widget}.js`);
     await draw(widget, data);
     if (still) still.hidden = true;
+    widget.dataset.state = 'ready';
   } catch (error) {
     widget.textContent = `The picture cannot be made to move in this browser (${error.message}).`;
+    widget.dataset.state = 'failed';
   }
-  widget.dataset.state = 'ready';
 }
 
 const watch = new IntersectionObserver(entries => {
