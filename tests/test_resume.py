@@ -29,7 +29,7 @@ from torch.utils.data import TensorDataset
 
 from largest_margins.callbacks import Checkpoint, load_file
 from largest_margins.cli import main
-from largest_margins.data import RandomShift
+from largest_margins.data import RandomAffine
 from largest_margins.experiments import Configuration, Result, train
 from largest_margins.recipes import TABLES
 from largest_margins.tables import make_table, plan, run_one
@@ -122,14 +122,14 @@ def test_interrupted_after_each_epoch(unbroken, tmp_path):
 @pytest.mark.parametrize('batch,kept', [(5, None), (30, 1), (63, 2), (83, 3)])
 def test_ctrl_c_inside_an_epoch_costs_that_epoch(batch, kept, unbroken, tmp_path, monkeypatch):
     "Of 21 batches each; the batch is interrupted while its images move."
-    path, moved, seen, move = tmp_path/'part.pt', [], [], RandomShift.__call__
+    path, moved, seen, move = tmp_path/'part.pt', [], [], RandomAffine.__call__
 
     def interrupted(self, *args):
         moved.append(1)
         if len(moved) == batch: raise KeyboardInterrupt
         return move(self, *args)
     with monkeypatch.context() as patch:
-        patch.setattr(RandomShift, '__call__', interrupted)
+        patch.setattr(RandomAffine, '__call__', interrupted)
         with pytest.raises(KeyboardInterrupt): train(ONE_CYCLE, checkpoint=path)
     assert (load_file(path)['epoch'] if path.exists() else None) == kept
     assert_same(train(ONE_CYCLE, progress=lambda epoch, _: seen.append(epoch), checkpoint=path),
@@ -158,13 +158,13 @@ def _die(): os.kill(os.getpid(), signal.SIGKILL)
 
 def _die_inside_an_epoch(path):
     torch.set_num_threads(1)
-    moved, move = [], RandomShift.__call__
+    moved, move = [], RandomAffine.__call__
 
     def deadly(self, *args):
         moved.append(1)
         if len(moved) == 50: _die()
         return move(self, *args)
-    RandomShift.__call__ = deadly
+    RandomAffine.__call__ = deadly
     train(ONE_CYCLE, checkpoint=path)
 
 
