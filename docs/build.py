@@ -214,7 +214,7 @@ def markdown_outputs(cells):
     "The cells, with what code shows as Markdown in cells of its own, so that its links and formulas are as in prose."
     for cell in cells:
         shown = [o for o in cell.get('outputs', ()) if 'text/markdown' in o.get('data', {})]
-        if not shown:
+        if not shown or re.search(r'^show_doc\(', ''.join(cell['source']), re.M):  # an API entry is made anew
             yield cell
             continue
         yield dict(cell, outputs=[o for o in cell['outputs'] if o not in shown])

@@ -467,7 +467,8 @@ def _set_training_state(learn, state):
         kept = state['parts'][name]
         if isinstance(part, Optimizer):  # fastai's, which takes everything as it is
             device = part.all_params()[0][0].device
-            kept = dict(hypers=L(kept['hypers']), state=to_device(kept['state'], device))
+            kept = dict(hypers=L(kept['hypers']),
+                        state=to_device(kept['state'], device))
         part.load_state_dict(kept)
     _set_gradients(learn.model, state['gradients'])
     _set_memories(learn.cbs, state['callbacks'])

@@ -275,7 +275,7 @@ class Result:
 
     @property
     def rare_accuracy(self) -> float:  # percent
-        "Mean accuracy of the ⌊k/2⌋ rarest training classes; nan if all are as frequent."
+        "Mean accuracy of the ⌊k/2⌋ rarest classes; nan if all are as frequent."
         counts = torch.tensor(self.counts)
         if counts.amin() == counts.amax(): return math.nan
         rare = counts.argsort(stable=True)[:len(counts) // 2]

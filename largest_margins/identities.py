@@ -261,7 +261,8 @@ def reidentify(
                       rank5=found.cmc[4].item(), mINP=found.mINP)
         return ({name: 100 * share for name, share in shares.items()},
                 dict(valid_queries=found.valid_queries, cmc=found.cmc.tolist()))
-    return _measure(c, checkpoint, task.training, judge, ('mAP', 'rank1', 'rank5', 'mINP'))
+    names = 'mAP', 'rank1', 'rank5', 'mINP'
+    return _measure(c, checkpoint, task.training, judge, names)
 
 # %% ../nbs/experiments/39_identities.ipynb #f6664f43
 def _describe_reid(c):
@@ -354,7 +355,8 @@ def verify_pairs(
             accuracies=folds.accuracies.tolist(),
             thresholds=folds.thresholds.tolist(), standard_deviation=100 * folds.std,
             warnings=[str(t) for t in found.tar if not t.supported]))
-    return _measure(c, checkpoint, task.training, judge, names) | dict(pairs=len(task.pairs))
+    found = _measure(c, checkpoint, task.training, judge, names)
+    return found | dict(pairs=len(task.pairs))
 
 
 def _tar_name(far): return f'tar_at_{far:g}'
