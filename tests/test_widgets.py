@@ -1,6 +1,5 @@
 "What moves on the site, in a browser: the spheres, the scale, the calculator, and the home page's figure."
 import fcntl
-import html
 import json
 import math
 import re
@@ -11,6 +10,7 @@ import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from queue import Queue
 
 import pytest
 import torch
@@ -24,9 +24,10 @@ page = 'theory/explore.html'
 
 # What the driver page can do to the page in its frame; a test's script says what, and returns what it saw.
 driver = '''<!doctype html><link rel="icon" href="data:,"><body style="margin:0">
-<iframe width="%(width)d" height="900" style="border:0"></iframe><pre></pre>
+<iframe width="%(width)d" height="900" style="border:0"></iframe>
 <script type="module">
-const frame = document.querySelector('iframe'), out = document.querySelector('pre'), errors = [];
+const frame = document.querySelector('iframe'), errors = [];
+const tell = what => fetch('/seen', {method: 'POST', body: JSON.stringify(what)});
 const pause = time => new Promise(done => setTimeout(done, time));
 let page;
 frame.src = '/%(page)s';
@@ -49,9 +50,9 @@ function put(input, value) {
 const press = (what, key) => what.dispatchEvent(new KeyboardEvent('keydown', {key, bubbles: true, cancelable: true}));
 try {
   const seen = await (async () => { %(script)s })();
-  out.textContent = JSON.stringify({seen, errors});
+  tell({seen, errors});
 } catch (error) {
-  out.textContent = JSON.stringify({errors: [...errors, String(error)]});
+  tell({errors: [...errors, String(error)]});
 }
 </script>'''
 
@@ -70,7 +71,7 @@ def built():
 def visit(built, tmp_path_factory):
     "Runs a script on a page in Chromium, which may load from this site only, and returns what the script saw."
     assert shutil.which('chromium'), 'the tests of the site need Chromium: apt-get install chromium'
-    profile, document, failed = tmp_path_factory.mktemp('profile'), {}, []
+    profile, document, failed, told = tmp_path_factory.mktemp('profile'), {}, [], Queue()
 
     class Handler(SimpleHTTPRequestHandler):
         def do_GET(self):
@@ -82,7 +83,8 @@ def visit(built, tmp_path_factory):
             self.wfile.write(document['text'].encode())
 
         def do_POST(self):
-            failed.append(self.rfile.read(int(self.headers['Content-Length'])).decode())
+            said = self.rfile.read(int(self.headers['Content-Length'])).decode()
+            told.put(json.loads(said)) if self.path == '/seen' else failed.append(said)
             self.send_response(204)
             self.end_headers()
 
@@ -101,19 +103,23 @@ def visit(built, tmp_path_factory):
     server = ThreadingHTTPServer(('127.0.0.1', 0), partial(Handler, directory=built))
     threading.Thread(target=server.serve_forever, daemon=True).start()
 
-    def run(script, width=1000, page=page):
+    def run(script, width=1000):
         document['text'] = driver % dict(width=width, page=page, script=script)
         failed.clear()
-        done = subprocess.run([
-            'chromium', '--headless=new', '--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage', '--no-first-run',
-            '--disable-background-networking', '--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1',
-            '--enable-logging=stderr', f'--user-data-dir={profile}', '--virtual-time-budget=60000', '--dump-dom',
-            '--window-size=1100,1000', f'http://127.0.0.1:{server.server_port}/driver.html'],
-            capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        found = json.loads(html.unescape(re.search('<pre>(.*?)</pre>', done.stdout, re.S)[1]))
+        with open(profile/'log', 'w+') as log:
+            opened = subprocess.Popen([
+                'chromium', '--headless=new', '--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage',
+                '--no-first-run', '--disable-background-networking', '--enable-logging=stderr',
+                '--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1', f'--user-data-dir={profile}',
+                '--window-size=1100,1000', f'http://127.0.0.1:{server.server_port}/driver.html'], stderr=log)
+            try:
+                found = told.get(timeout=120)
+            finally:
+                opened.terminate()
+                opened.wait(20)
+            log.seek(0)
+            assert not re.findall('.*(?:ERROR|WARNING):CONSOLE.*', log.read())
         assert found['errors'] == failed == []
-        assert not re.findall('.*(?:ERROR|WARNING):CONSOLE.*', done.stderr)
         return found['seen']
     yield run
     server.shutdown()
