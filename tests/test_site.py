@@ -219,6 +219,15 @@ def test_page_names():
     assert build.page_path(Path('index.ipynb')) == Path('index.ipynb')
 
 
+def test_a_section_appears_with_its_first_page():
+    results = Path('results/50_table1.ipynb')
+    assert '\nResults <results/index>\n' in build.contents([*notebooks, results])['source']
+    section = next(s for s in build.sections if s.title == 'Results')
+    assert build.section_pages(section, [results]) == ['results/table1']
+    nb = dict(cells=[dict(cell_type='raw', source='---\ntitle: Table 1\ndescription: Measured\n---')])
+    assert '{doc}`/results/table1`\n: Measured' in build.section_page(section, [results], {'results/table1': nb})
+
+
 def test_types_read_as_one_would_write_them():
     assert build.type_name(float) == 'float'
     assert build.type_name(float | None) == 'float | None'
