@@ -40,7 +40,7 @@ prf_realtyp_to_countertyp = {k: 'theorem' for k in ('lemma', 'proposition', 'cor
 html_context = {'default_mode': 'auto'}     # light or dark as the reader's machine is
 html_theme_options = dict(
     logo=dict(text=project), github_url=cfg['git_url'], header_links_before_dropdown=9,
-    show_toc_level=2, show_prev_next=True,
+    show_toc_level=2, show_prev_next=True, back_to_top_button=False,
     pygments_light_style='a11y-high-contrast-light', pygments_dark_style='a11y-high-contrast-dark',
     footer_start=['copyright'], footer_end=[], secondary_sidebar_items=['page-toc'])
 

@@ -94,7 +94,7 @@ def write_text(
 def inline_image(
     figure,  # of matplotlib; it is closed
     description: str,  # for those who cannot see it
-) -> str:  # an <img> element with the picture inside
+) -> str:  # an HTML element with the picture inside
     "A figure as part of a page."
     buffer = io.BytesIO()
     figure.savefig(buffer, format='png', dpi=130, transparent=True)

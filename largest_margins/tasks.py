@@ -20,11 +20,10 @@ import torch
 from torch import nn
 
 from .bounds import class_margin_bound
+from .claims import annealed, shares
 from .codes import best_packing
 from .data import imbalanced_counts
 from .experiments import Configuration, loaded, train
-from .imbalance_claims import shares
-from .lm_softmax_claims import annealed
 from .margins import class_margin, min_sample_margin
 
 # %% ../nbs/experiments/38_tasks.ipynb #47011886
