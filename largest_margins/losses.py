@@ -683,8 +683,13 @@ class LMSoftmaxLoss(MarginSoftmaxLoss):
                              f'got {aggregation!r}')
         if tilt is not None and aggregation == 'mean':
             raise ValueError(f'tilt must be None with a mean, got {tilt!r}')
-        tilt = self.scale if tilt is None else tilt
-        self.aggregation, self.tilt = aggregation, check_number('tilt', tilt, above=0)
+        self.aggregation = aggregation
+        self._tilt = None if tilt is None else check_number('tilt', tilt, above=0)
+
+    @property
+    def tilt(self) -> float:
+        "t of the log-sum-exp over samples; where none was given, s, whatever it is now."
+        return self.scale if self._tilt is None else self._tilt
 
     def curves(self, cosine, targets): return cosine, None
 
@@ -720,7 +725,7 @@ class LMSoftmaxLoss(MarginSoftmaxLoss):
         return torch.where(some, logs.logsumexp(0) / self.tilt, 0) + added
 
     def extra_repr(self):
-        tilt = f'tilt={self.tilt:g}, ' if self.tilt != self.scale else ''
+        tilt = '' if self._tilt is None else f'tilt={self._tilt:g}, '
         return f'aggregation={self.aggregation!r}, {tilt}{super().extra_repr()}'
 
 # %% ../nbs/losses/12_losses.ipynb #c1768d21
