@@ -688,7 +688,7 @@ class LMSoftmaxLoss(MarginSoftmaxLoss):
 
     @property
     def tilt(self) -> float:
-        "t of the log-sum-exp over samples; where none was given, s, whatever it is now."
+        "t of the log-sum-exp over samples; s, as it is now, where none was given."
         return self.scale if self._tilt is None else self._tilt
 
     def curves(self, cosine, targets): return cosine, None
