@@ -74,10 +74,15 @@ class Comparison:
         if self.p >= .05: return 'no difference found'
         return 'raises' if self.mean > 0 else 'lowers'
 
-    def __str__(self):
-        low, high = self.interval()
-        return (f'{self.verdict}: {self.mean:+.3g} [{low:+.3g}, {high:+.3g}], '
-                f'up in {self.raised} of {self.number}, p = {self.p:.2g}')
+    def brief(
+        self,
+        digits: int = 2,  # after the point
+    ) -> str:  # for example '+4.25 [+3.01, +5.49], up in 2 of 2'
+        "Mean difference, interval of 95 %, and in how many cells it is above 0."
+        mean, low, high = (f'{x:+.{digits}f}' for x in (self.mean, *self.interval()))
+        return f'{mean} [{low}, {high}], up in {self.raised} of {self.number}'
+
+    def __str__(self): return f'{self.verdict}: {self.brief()}, p = {self.p:.2g}'
 
 # %% ../nbs/experiments/42_comparisons.ipynb #15280b62
 def compare_rows(

@@ -1,0 +1,52 @@
+"Comparisons of rows against SciPy's own tests, and where there is nothing to compare."
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from scipy.stats import ttest_1samp
+
+from largest_margins.comparisons import Comparison, compare_rows, ranking
+
+
+def finished(cells):
+    "Runs as a table has them: (setting, row) -> numbers, one for each seed."
+    def name(x): return SimpleNamespace(name=x)
+    return [(SimpleNamespace(setting=name(s), row=name(r), configuration=SimpleNamespace(seed=seed)),
+             dict(measured=dict(accuracy=x))) for (s, r), row in cells.items() for seed, x in enumerate(row)]
+
+
+@pytest.mark.parametrize('seeds', [2, 3, 10])
+def test_one_cell_is_student_s_test(seeds):
+    x = np.random.default_rng(seeds).normal(1, 2, seeds)
+    found, wanted = Comparison({('s', 'a', 'b'): x.tolist()}), ttest_1samp(x, 0)
+    assert found.p == pytest.approx(wanted.pvalue)
+    assert found.interval(.9) == pytest.approx(tuple(wanted.confidence_interval(.9)))
+
+
+def test_cells_weigh_alike_and_their_variances_add():
+    found = Comparison({('s', 'a', 'b'): [0., 2.], ('t', 'a', 'b'): [5., 6., 7., 8.]})
+    assert found.mean == (1 + 6.5) / 2 and found.raised == found.number == 2
+    assert found.standard_error == pytest.approx(np.sqrt(2 / 2 + (5 / 3) / 4) / 2)
+
+
+def test_without_a_spread_only_a_difference_of_zero_is_none():
+    assert Comparison({('s', 'a', 'b'): [0., 0.]}).verdict == 'no difference found'
+    assert Comparison({('s', 'a', 'b'): [-1., -1.]}).verdict == 'lowers'
+
+
+def test_seeds_are_paired_and_diverged_runs_left_out():
+    runs = finished({('s', 'a'): [1., None, 3., 4.], ('s', 'b'): [2., 9., 5., 7.], ('t', 'a'): [1.], ('t', 'b'): [2.]})
+    assert compare_rows(runs, [('a', 'b')], 'accuracy').cells == {('s', 'a', 'b'): [1., 2., 3.]}
+    for pairs, name in (([('a', 'c')], 'accuracy'), ([('a', 'b')], 'mAP')):
+        with pytest.raises(ValueError, match='two seeds or more'): compare_rows(runs, pairs, name)
+
+
+def test_a_ranking_compares_with_the_best_and_adjusts():
+    rng = np.random.default_rng(0)
+    runs = finished({('s', f'row {i}'): (i + rng.normal(0, .1, 5)).tolist() for i in range(4)}
+                    | {('s', 'twin'): (3 + rng.normal(0, .1, 5)).tolist(), ('s', 'alone'): [99.]})
+    order = ranking(runs, 'accuracy')
+    assert {s.row for s in order[:2]} == {'row 3', 'twin'} and all(s.ties for s in order[:2])
+    assert [s.row for s in order[2:]] == ['row 2', 'row 1', 'row 0'] and not any(s.ties for s in order[2:])
+    assert all(s.p >= s.behind.p for s in order[1:]) and order[0].behind is None
+    with pytest.raises(ValueError, match='two seeds of accuracy'): ranking(finished({('s', 'a'): [1.]}), 'accuracy')
