@@ -54,7 +54,8 @@ documents = ['CONTRIBUTING.md', 'CHANGELOG.md']
 foreign = {'MixedPrecision', 'distrib_ctx', 'fine_tune', 'lr_find'}    # fastai's
 # what Quarto's cell options say, as MyST-NB's tags
 tags = {('echo', 'false'): 'remove-input', ('output', 'false'): 'remove-output',
-        ('include', 'false'): 'remove-cell', ('code-fold', 'true'): 'hide-input'}
+        ('include', 'false'): 'remove-cell', ('code-fold', 'true'): 'hide-input',
+        ('code-fold', 'show'): 'hide-input'}      # nbdev's own mark of exported source, which here is folded
 
 
 # --- names ---
@@ -223,6 +224,22 @@ def markdown_outputs(cells):
             yield dict(cell_type='markdown', metadata={}, id=f'{cell["id"]}-{i}', source=text)
 
 
+def sources_last(cells):
+    "The cells, with an exported cell after the entries of all its names: nbdev puts it after the first."
+    waiting = None
+    for cell in cells:
+        text = ''.join(cell['source'])
+        if waiting and not text.startswith('show_doc('):
+            yield waiting
+            waiting = None
+        if text.startswith('#| code-fold: show'):   # so nbdev marks what `exports` exports
+            waiting = cell
+        else:
+            yield cell
+    if waiting:
+        yield waiting
+
+
 def convert(nb, cfg, syms):
     "One processed notebook, its Quarto directives turned into what MyST-NB understands."
     address = f'{cfg.doc_host}{cfg.doc_baseurl}/'
@@ -235,7 +252,7 @@ def convert(nb, cfg, syms):
         return f']({page_path(Path(match[1])).as_posix()}{match[2] or ""})'
 
     cells = []
-    for cell in markdown_outputs(nb['cells']):
+    for cell in markdown_outputs(sources_last(nb['cells'])):
         text = ''.join(cell['source'])
         if not text.strip() or text.startswith('<!-- WARNING'):
             continue
@@ -248,6 +265,10 @@ def convert(nb, cfg, syms):
         elif cell['cell_type'] == 'code':
             found, text = options(text)
             render = {}
+            if 'code-summary' in found:
+                render |= dict.fromkeys(('code_prompt_show', 'code_prompt_hide'), found['code-summary'])
+            if re.search(r'^register\(', text, re.M):     # what a claim is checked by is for all to see
+                found.pop('code-fold', None)
             if 'fig-alt' in found:
                 render['image'] = {'alt': found['fig-alt']}
             if 'fig-cap' in found:

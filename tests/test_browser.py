@@ -106,7 +106,7 @@ def test_search_finds_every_name_at_its_entry(browser):
             if not name.startswith('_') and '.' not in name:
                 entries.setdefault(name.lower(), set()).add(f'{page.split("#")[0]}#{full}')
     found = first_results(browser, sorted(entries))
-    assert len(entries) > 250
+    assert len(entries) > 200
     assert {name: at for name, at in found.items() if at not in entries[name]} == {}
 
 
