@@ -89,7 +89,9 @@ def plot_prototypes(
     if d == 2: return _on_circle(W, names, axes_for(ax, (3, 3), aspect='equal'))
     if d == 3: return _on_sphere(W, names, axes_for(ax, (3.5, 3.5), projection='3d'))
     angles = (W @ W.T).clamp(-1, 1).acos().rad2deg().fill_diagonal_(math.nan)
-    return _heat_map(angles, names, axes_for(ax, (4, 3.2)), 120, 'angle (degrees)')
+    ax = _heat_map(angles, names, axes_for(ax, (4, 3.2)), 120, 'angle (degrees)')
+    ax.set(xlabel='class', ylabel='class')
+    return ax
 
 
 def _names(names, k):
@@ -149,7 +151,8 @@ def plot_similarities(
     for rows, label, color in ((own, 'own', BLUE), (~own, 'others', ORANGE)):
         ax.hist(cosines[rows].numpy(), bins, density=True, alpha=.65, color=color,
                 label=label)
-    ax.set(xlabel='cosine', ylabel='density', xlim=(-1, 1))
+    ax.set(xlabel='cosine', ylabel='density', xlim=(-1, 1),
+           xticks=np.linspace(-1, 1, 5))
     _legend(ax)
     return ax
 
