@@ -337,7 +337,7 @@ def save_file(
         os.replace(aside, path)
     finally: aside.unlink(missing_ok=True)
 
-
+# %% ../nbs/training/23_callbacks.ipynb #824639d9
 def load_file(
     path: str | Path,  # a file that `save_file` wrote
     kind: str = 'a file of tensors and plain values',  # what it should be, for people

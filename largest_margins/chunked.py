@@ -371,7 +371,7 @@ def rows_at_once(
     even = -(-samples // chunks)
     return min(samples, most, -(-even // 16) * 16)
 
-
+# %% ../nbs/losses/14_chunked.ipynb #e367413d
 def chunked_loss(
     loss,  # a loss of cosines
     features: Tensor,  # features of any norm, [N, d]

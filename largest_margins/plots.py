@@ -33,7 +33,7 @@ def axes_for(
     ax: Axes | None = None,  # where to draw; None makes a figure
     size: tuple[float, float] = (4.5, 3.),  # of the new figure, inches
     **kwargs,  # passed to `Figure.add_subplot`
-) -> Axes:
+) -> Axes:  # those given, or new ones
     "The given axes, or new ones, with labels that read on white and on black."
     if ax is None:
         figure = plt.figure(figsize=size, facecolor='none', layout='tight')
@@ -156,7 +156,7 @@ def plot_similarities(
     _legend(ax)
     return ax
 
-
+# %% ../nbs/training/22_plots.ipynb #376cf036
 def plot_sample_margins(
     cosines: Tensor,  # cosines of samples and prototypes, [N, k]
     targets: Tensor,  # classes, [N]
