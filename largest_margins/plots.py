@@ -169,7 +169,8 @@ def plot_sample_margins(
     ax.hist(margins.numpy(), np.linspace(-1, 1.2, 89), color=GREEN, alpha=.75)
     ax.axvline(0, color=GREY, lw=.8)
     ax.axvline(mean, color=GREY, ls='--', lw=1, label=f'mean {mean:.3f}')
-    ax.set(xlabel='sample margin', ylabel='samples', xlim=(-1, 1.2))
+    ax.set(xlabel='sample margin', ylabel='samples', xlim=(-1, 1.2),
+           xticks=np.linspace(-1, 1, 5))
     _legend(ax)
     return ax
 
