@@ -49,7 +49,7 @@ register(Claim(
     'ME', '−γ_min ≥ (1/N) Σ R_sm(x_i, y_i)', 'as printed: a minimum is at most a mean',
     'always', (Check('exact', _me_exact, '≥'),)))
 
-
+# %% ../nbs/theory/09_sample_margin_loss.ipynb #57b2e986
 def _t7_exact(square=lambda k, S: Fraction(k * k - S) / (k - 1)**2):
     "The least (k²−‖S‖²)/(k−1)² − (mean margin)² on rational points with z = w, and 0."
     least = []
