@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_1samp
 
-from largest_margins.comparisons import Comparison, compare_rows, ranking
+from largest_margins.comparisons import Comparison, compare_rows, plot_comparisons, ranking
 
 
 def finished(cells):
@@ -32,6 +32,21 @@ def test_cells_weigh_alike_and_their_variances_add():
 def test_without_a_spread_only_a_difference_of_zero_is_none():
     assert Comparison({('s', 'a', 'b'): [0., 0.]}).verdict == 'no difference found'
     assert Comparison({('s', 'a', 'b'): [-1., -1.]}).verdict == 'lowers'
+
+
+def test_rounding_is_no_rise_and_a_minus_is_a_minus():
+    found = Comparison({('s', 'a', 'b'): [.222224, -.222218], ('t', 'a', 'b'): [-1., -2.]})
+    assert found.raised == 0 and found.brief(1).startswith('−0.7 [−')
+    assert Comparison({('s', 'a', 'b'): [.01, .02]}).raised == 1
+
+
+def test_a_picture_has_a_line_for_each_comparison():
+    spread = {'rise': [1., 1.1, 1.2], 'fall': [-1., -1.1, -1.2], 'nothing': [-1., 0., 1.]}
+    ax = plot_comparisons({name: Comparison({('s', 'a', 'b'): x}) for name, x in spread.items()})
+    assert [label.get_text() for label in ax.get_yticklabels()] == list(spread)
+    dots = [line for line in ax.lines if line.get_marker() == 'o']
+    assert [line.get_xdata()[0] for line in dots] == pytest.approx([1.1, -1.1, 0])
+    assert [line.get_mfc() == 'none' for line in dots] == [False, False, True]
 
 
 def test_seeds_are_paired_and_diverged_runs_left_out():
