@@ -59,7 +59,7 @@ def _log_energies(rows, points, first, t):
     distances = distances.index_put((itself, first + itself), infinite)
     return (-t * distances.log()).logsumexp(1)
 
-
+# %% ../nbs/theory/02_codes.ipynb #1392e3c7
 def riesz_energy(
     points: Tensor,  # unit rows, [k, d], k ≥ 2
     t: float,  # exponent, > 0
