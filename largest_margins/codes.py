@@ -257,7 +257,8 @@ class Packing:
     ) -> Tensor:  # indices of points, [r]
         "The points without a contact, which are free to move a little."
         held = self.contacts(tolerance).flatten()
-        return torch.tensor([i for i in range(len(self.points)) if i not in held])
+        free = [i for i in range(len(self.points)) if i not in held]
+        return torch.tensor(free, dtype=torch.long)
 
     def __repr__(self):
         k, d = self.points.shape
