@@ -275,7 +275,7 @@ def class_margin_bound(
         raise ArithmeticError(f'no {method} bound for k = {k}, d = {d} was certified')
     return min(bounds, key=lambda bound: bound.radians)
 
-
+# %% ../nbs/theory/05_bounds.ipynb #dcc37a54
 def min_sample_margin_bound(
     k: int,  # number of prototypes, ≥ 2
     d: int,  # dimension, ≥ 1

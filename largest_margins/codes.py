@@ -59,7 +59,7 @@ def _log_energies(rows, points, first, t):
     distances = distances.index_put((itself, first + itself), infinite)
     return (-t * distances.log()).logsumexp(1)
 
-
+# %% ../nbs/theory/02_codes.ipynb #1392e3c7
 def riesz_energy(
     points: Tensor,  # unit rows, [k, d], k ≥ 2
     t: float,  # exponent, > 0
@@ -257,7 +257,8 @@ class Packing:
     ) -> Tensor:  # indices of points, [r]
         "The points without a contact, which are free to move a little."
         held = self.contacts(tolerance).flatten()
-        return torch.tensor([i for i in range(len(self.points)) if i not in held])
+        free = [i for i in range(len(self.points)) if i not in held]
+        return torch.tensor(free, dtype=torch.long)
 
     def __repr__(self):
         k, d = self.points.shape
