@@ -180,13 +180,14 @@ def api_entry(name, syms):
     params = [p for p in sig.parameters.values() if not (kind == 'method' and p.name == 'self')]
     own = {p.name for p in params}
     result = type_name(sig.return_annotation) if kind != 'class' else ''
-    docs = docments(obj, full=True)
+    docs = docments(obj, full=True, args_kwargs=True)
     rows = []
     for p in params:
         text = (docs[p.name].docment or '') if p.name in docs else ''
         kind_of = type_name(p.annotation)
-        rows += [f':param {p.name}: {linked(text, syms, own)}'] if text or kind_of else []
-        rows += [f':type {p.name}: {kind_of}'] if kind_of else []
+        written = {p.VAR_POSITIONAL: r'\*', p.VAR_KEYWORD: r'\*\*'}.get(p.kind, '') + p.name
+        rows += [f':param {written}: {linked(text, syms, own)}'] if text or kind_of else []
+        rows += [f':type {written}: {kind_of}'] if kind_of else []
     if result and docs.get('return') and docs['return'].docment:
         rows.append(f":returns: {linked(docs['return'].docment, syms, own)}")
     raised = errors(obj, mod.split('.')[0])
@@ -425,19 +426,12 @@ def write(path, text):
     path.write_text(text, encoding='utf-8')
 
 
-
 def copy_mathjax(dest):
     "MathJax 3 and its fonts, so that a page asks nobody else for them."
     found = next(f for f in files('sphinx-mathjax-offline') if f.name == 'tex-chtml-full.js')
     mathjax, fonts = found.locate().parent, 'output/chtml/fonts/woff-v2'
     shutil.copytree(mathjax/fonts, dest/fonts)
     shutil.copy(mathjax/'tex-chtml-full.js', dest)
-
-
-def copy_d3(dest):
-    "D3, which the widgets draw with, from the package that brings it."
-    found = next(f for f in files('mpld3') if f.name == 'd3.v5.min.js')
-    shutil.copy(found.locate(), dest)
 
 
 def main():
@@ -476,7 +470,6 @@ def main():
     with open(source/'contributing.md', 'a', encoding='utf-8') as file:
         file.write('\n' + toctree(['changelog']) + '\n')
     copy_mathjax(source/'_static/mathjax')
-    copy_d3(source/'_static/widgets/d3.min.js')
     done = subprocess.run([sys.executable, '-m', 'sphinx', '-W', '--keep-going', '-q', '-E', '-b', 'html',
                            '-d', str(work/'doctrees'), str(source), str(html)], cwd=root)
     if done.returncode:

@@ -23,6 +23,7 @@ html_extra_path = ['extra']                 # llms.txt and the pages as Markdown
 
 nb_execution_mode = 'off'          # outputs are the notebooks' own, made by `nbdev-test --save`
 nb_merge_streams = True
+nb_code_prompt_show = nb_code_prompt_hide = 'Code'    # of cells that are folded
 myst_enable_extensions = ['dollarmath', 'amsmath', 'colon_fence', 'attrs_inline', 'deflist', 'fieldlist']
 myst_heading_anchors = 3
 myst_url_schemes = ['http', 'https', 'mailto']

@@ -79,8 +79,9 @@ def _u_boundary():
 
 register(Claim(
     'U', 'exp(s·cos(m1θ+m2) − m3), with cos(m1θ+m2) ≤ cos m2 · cos θ',
-    'm3 is inside: exp(s(cos(m1θ+m2) − m3)); for m1 > 1 the inequality needs the '
-    'monotone ψ', 'cos m2 ≥ 1/2; m1 ≥ 1 with ψ; equality at θ = 0',
+    'exp(s(cos(m1θ+m2) − m3)), with ψ(m1θ+m2) ≤ cos m2 · cos θ; only for m1 = 1 may '
+    'the cosine stand where ψ, its monotone continuation, does',
+    'cos m2 ≥ 1/2; m1 ≥ 1 with ψ; equality at θ = 0',
     (Check('exact', _u_exact, '='), Check('certified', _u_certified, '='),
      Check('optimised', _u_optimised, '≤', 1e-12),
      Check('boundary', _u_boundary, '>'))))
@@ -154,8 +155,8 @@ def _t5_boundary(alpha=.38, k=6):
 register(Claim(
     'T5', 'balanced, k ≤ d+1, α1 ≥ 1/2, α2 ≤ α1: the optimum of GM-Softmax is the '
     'simplex with z = w; L* = log[e^{s(α1+β1−α2−β2)} + (k−1) e^{−s(−1/(k−1)+α1+β1)}]',
-    'α1 ≥ (k−2)/(2(k−1)) suffices and is sharp; '
-    'L* = log[e^{s(α2+β2−α1−β1)} + (k−1) e^{−s(1/(k−1)+α1+β1)}]',
+    'for α1 ≥ (k−2)/(2(k−1)), which is sharp, the optimum of GM-Softmax is the simplex '
+    'with z = w; L* = log[e^{s(α2+β2−α1−β1)} + (k−1) e^{−s(1/(k−1)+α1+β1)}]',
     'balanced, k ≤ d+1, α2 ≤ α1',
     (Check('exact', _t5_exact, '='), Check('certified', _t5_certified, '=', 1e-30),
      Check('optimised', _t5_reached, '=', 1e-10),

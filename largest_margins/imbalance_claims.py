@@ -92,8 +92,9 @@ def _t8_boundary_alpha(alpha=-.5, k=6):
 register(Claim(
     'T8', 'any n_j, k ≤ d+1, Σ w = 0, α1 ≥ 1/2: the optimum of GM-Softmax is the '
     'simplex with z = w',
-    'α1 > −1/(k−1) is enough, and the bound L* holds for each sample; a finite λ in '
-    'R_W only approaches it', 'any n_j, k ≤ d+1, Σ w = 0, α2 ≤ α1',
+    'for α1 > −1/(k−1) the optimum of GM-Softmax is the simplex with z = w, and L* '
+    'bounds the loss of each sample; a finite λ in R_W only approaches it',
+    'any n_j, k ≤ d+1, Σ w = 0, α2 ≤ α1',
     (Check('exact', _t8_exact, '='),
      Check('optimised', _t8_optimised, '=', .05, quick=False),
      Check('boundary', _t8_boundary_lambda, '<'),

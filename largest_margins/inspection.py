@@ -15,6 +15,7 @@ import math
 import os
 import re
 import struct
+import textwrap
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -269,7 +270,8 @@ class Inspection:
     def __str__(self):
         lines = [f'{label:20}  {text}' for label, text in self.numbers().items()]
         pairs = [f'  {apart:>8}  {i}, {j}' for i, j, apart in self.closest()]
-        return '\n'.join([*lines, 'closest pairs', *pairs, '', self.verdict])
+        verdict = textwrap.fill(self.verdict, 80)
+        return '\n'.join([*lines, 'closest pairs', *pairs, '', verdict])
 
 
 def _degrees(radians): return f'{math.degrees(radians):.2f}°'

@@ -85,8 +85,8 @@ def _lm_optimised(aggregation='logsumexp', k=8, d=3):
 
 register(Claim(
     'LM', 'learning with LM-Softmax maximises γ_min for any d, k and balance',
-    'R_sm ≤ L ≤ R_sm + log(k−1)/s: it maximises the mean sample margin; the '
-    'log-sum-exp over samples maximises γ_min as s → ∞', 'every d and k',
+    'R_sm ≤ L ≤ R_sm + log(k−1)/s: learning with LM-Softmax maximises the mean sample '
+    'margin; its log-sum-exp over samples maximises γ_min as s → ∞', 'every d and k',
     (Check('certified', _lm_certified, '<'),
      Check('optimised', _lm_sandwich, '≤', 1e-12),
      Check('optimised', _lm_optimised, '=', 1e-2), Check('boundary', _lm_boundary, '<'),
@@ -132,7 +132,7 @@ def _je_boundary(k=4, scale=10.):
 
 register(Claim(
     'JE', '(1/s) log ΣΣ e^{s(c_j−c_y)} ≥ (1/(sN)) Σ L_i + (1/s) log N',
-    '… ≥ (1/N) Σ L_i + (1/s) log N: L_i has its 1/s already; and minimising the right '
-    'side bounds nothing', 'every W, Z and s',
+    '(1/s) log ΣΣ e^{s(c_j−c_y)} ≥ (1/N) Σ L_i + (1/s) log N, L_i having its 1/s '
+    'already; minimising the right side bounds nothing', 'every W, Z and s',
     (Check('exact', _je_exact, '='), Check('optimised', _je_optimised, '≥', 1e-12),
      Check('boundary', _je_boundary, '<'))))

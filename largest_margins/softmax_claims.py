@@ -67,7 +67,8 @@ def _t4_boundary(degrees=80., k=5, d=2):
 register(Claim(
     'T4', '(also Theorem 0) for every ε in (0, π/2) there are prototypes that reach '
     'the infimum of the softmax loss and have class margin ε',
-    'for every ε in (0, δ*], δ* the largest class margin of k points; the infimum 0 is '
-    'approached as norms grow, never reached', 'all of (0, π/2) if and only if k ≤ 2d',
+    'for every ε in (0, δ*], δ* the largest class margin of k points, there are '
+    'prototypes of class margin ε with which the softmax loss approaches its infimum '
+    '0, as norms grow, and never reaches it', 'all of (0, π/2) if and only if k ≤ 2d',
     (Check('exact', _t4_exact, '='), Check('optimised', _t4_optimised, '≤'),
      Check('boundary', _t4_boundary, '<'))))

@@ -1,6 +1,5 @@
 "Every page in a real Chromium: loaded, read in both themes, on a phone, and by keyboard."
 import json
-import shutil
 
 import pytest
 from chromium import Chromium
@@ -10,14 +9,6 @@ from largest_margins.plots import BLUE, GREEN, GREY, ORANGE
 
 # WCAG 2.2, level AA: text, and what one must see in a figure
 text, graphics = 4.5, 3
-
-
-@pytest.fixture(scope='session')
-def browser(site, tmp_path_factory):
-    assert shutil.which('chromium'), 'the tests of the site need Chromium: apt-get install chromium'
-    opened = Chromium(site, tmp_path_factory.mktemp('profile'))
-    yield opened
-    opened.close()
 
 
 @pytest.mark.parametrize('page', pages + made)

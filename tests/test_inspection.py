@@ -301,7 +301,8 @@ def test_verdicts(weight, classes, verdict):
         assert 'are 66.15° apart; 10 prototypes in 3 dimensions cannot all be more than 68.62° apart.' in found.verdict
         assert 'at most 68.62° (delsarte)' in str(found)
     else: assert found.verdict == verdict
-    assert str(found).endswith(found.verdict)
+    assert ' '.join(str(found).split()).endswith(found.verdict)
+    assert max(map(len, str(found).splitlines())) <= 80
 
 
 def test_bad_arguments():

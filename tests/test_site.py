@@ -141,26 +141,29 @@ def test_every_backticked_name_is_a_link(site):
 
 
 def test_every_name_is_shown_at_work():
-    "In a cell that is no export, by itself or through what such a cell calls."
+    "Where it is exported: in code that the reader sees, or in what that prints."
     missing = []
     for notebook in notebooks:
-        code = [''.join(c['source']) for c in cells(notebook) if c['cell_type'] == 'code']
-        exported = [text for text in code if re.search(r'^#\|\s*export', text, re.M)]
-        waiting = [text for text in code if text not in exported]
-        defined = {}
-        for node in (node for text in exported for node in ast.parse(text).body):
-            lines = ast.unparse(node)
-            if isinstance(node, ast.FunctionDef | ast.ClassDef):
-                defined[node.name] = lines
-            elif not isinstance(node, ast.Import | ast.ImportFrom):
-                waiting.append(lines)       # a claim names its checks, and is shown
-        at_work = set()
-        while waiting:
-            words = set(re.findall(r'\w+', waiting.pop())) & set(defined) - at_work
-            waiting += [defined[name] for name in words]
-            at_work |= words
-        missing += [f'{notebook}: {name}' for name in set(defined) - at_work if not name.startswith('_')]
+        names, seen = set(), set()
+        for cell in (c for c in cells(notebook) if c['cell_type'] == 'code'):
+            text = ''.join(cell['source'])
+            if re.search(r'^#\|\s*export', text, re.M):
+                names |= {x.name for x in ast.parse(text).body if isinstance(x, ast.FunctionDef | ast.ClassDef)}
+            elif not re.search(r'^#\|\s*hide', text, re.M):
+                printed = [o.get('text') or o.get('data', {}).get('text/plain', '') for o in cell['outputs']]
+                imports = r'^\s*(from \S+ )?import (\([^)]*\)|.*)$'
+                seen |= set(re.findall(r'\w+', re.sub(imports, '', text, flags=re.M) + ''.join(map(''.join, printed))))
+        missing += [f'{notebook}: {name}' for name in names - seen if not name.startswith('_')]
     assert not missing
+
+
+def test_every_numbered_equation_is_cited():
+    prose = '\n'.join(''.join(c['source']) for notebook in notebooks for c in cells(notebook)
+                      if c['cell_type'] == 'markdown')
+    numbered = re.findall(r'\$\$ \((eq-[\w-]+)\)', prose)
+    assert len(numbered) == len(set(numbered)) > 30
+    cited = re.findall(r'(?<!\$\$ )\((eq-[\w-]+)\)|\{eq\}`(eq-[\w-]+)`', prose)
+    assert set(numbered) == {a or b for a, b in cited}
 
 
 def test_every_theorem_is_referred_to(site):

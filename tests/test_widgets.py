@@ -1,43 +1,25 @@
 "What moves on the site, in a browser: the spheres, the scale, the calculator, and the home page's figure."
-import fcntl
+import hashlib
 import json
 import math
 import re
-import shutil
-import subprocess
-import sys
-import threading
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from queue import Queue
 
 import pytest
 import torch
+from pages import root
 
 from largest_margins.bounds import class_margin_bound
 from largest_margins.lm_softmax_claims import on_circle
 from largest_margins.losses import ArcFaceLoss, CosFaceLoss, LMSoftmaxLoss, NormFaceLoss, suggest_scale
 
-root = Path(__file__).parent.parent
 page = 'theory/explore.html'
 
-# What the driver page can do to the page in its frame; a test's script says what, and returns what it saw.
-driver = '''<!doctype html><link rel="icon" href="data:,"><body style="margin:0">
-<iframe width="%(width)d" height="900" style="border:0"></iframe>
-<script type="module">
-const frame = document.querySelector('iframe'), errors = [];
-const tell = what => fetch('/seen', {method: 'POST', body: JSON.stringify(what)});
+# what the scripts below do to the page
+tools = '''
+const all = (selector, from = document) => [...from.querySelectorAll(selector)];
 const pause = time => new Promise(done => setTimeout(done, time));
-let page;
-frame.src = '/%(page)s';
-await new Promise(done => frame.addEventListener('load', done));
-page = frame.contentDocument;
-frame.contentWindow.addEventListener('error', event => errors.push(event.message));
-frame.contentWindow.console.error = (...what) => errors.push(what.join(' '));
-const all = (selector, from = page) => [...from.querySelectorAll(selector)];
 async function widget(name) {
-  const found = page.querySelector(`[data-widget=${name}]`);
+  const found = document.querySelector(`[data-widget=${name}]`);
   found.scrollIntoView();
   while (!found.dataset.state) await pause(50);
   if (found.dataset.state !== 'ready') throw Error(found.textContent);
@@ -46,102 +28,62 @@ async function widget(name) {
 function put(input, value) {
   input.value = value;
   input.dispatchEvent(new Event('input', {bubbles: true}));
-}
-const press = (what, key) => what.dispatchEvent(new KeyboardEvent('keydown', {key, bubbles: true, cancelable: true}));
-try {
-  const seen = await (async () => { %(script)s })();
-  tell({seen, errors});
-} catch (error) {
-  tell({errors: [...errors, String(error)]});
-}
-</script>'''
+}'''
 
 
-@pytest.fixture(scope='module')
-def built():
-    "The folder of the built site; `make test` has built it, pytest alone builds it if it is not there."
-    with open(root/'docs/build.py') as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (root/'_docs'/page).exists():
-            subprocess.run([sys.executable, root/'docs/build.py', '--check'], check=True)
-    return root/'_docs'
-
-
-@pytest.fixture(scope='module')
-def visit(built, tmp_path_factory):
-    "Runs a script on a page in Chromium, which may load from this site only, and returns what the script saw."
-    assert shutil.which('chromium'), 'the tests of the site need Chromium: apt-get install chromium'
-    profile, document, failed, told = tmp_path_factory.mktemp('profile'), {}, [], Queue()
-
-    class Handler(SimpleHTTPRequestHandler):
-        def do_GET(self):
-            if self.path != '/driver.html':
-                return super().do_GET()
-            self.send_response(200)
-            self.send_header('Content-Type', 'text/html; charset=utf-8')
-            self.end_headers()
-            self.wfile.write(document['text'].encode())
-
-        def do_POST(self):
-            said = self.rfile.read(int(self.headers['Content-Length'])).decode()
-            told.put(json.loads(said)) if self.path == '/seen' else failed.append(said)
-            self.send_response(204)
-            self.end_headers()
-
-        def end_headers(self):
-            self.send_header('Content-Security-Policy', "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; "
-                                                        'report-uri /outside')
-            super().end_headers()
-
-        def log_request(self, code=200, size=0):
-            if code >= 400:
-                failed.append(self.path)
-
-        def log_error(self, *args):
-            pass
-
-    server = ThreadingHTTPServer(('127.0.0.1', 0), partial(Handler, directory=built))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-
+@pytest.fixture
+def visit(browser):
+    "Runs a script on the page in a window of some width, and returns what the script saw."
     def run(script, width=1000):
-        document['text'] = driver % dict(width=width, page=page, script=script)
-        failed.clear()
-        with open(profile/'log', 'w+') as log:
-            opened = subprocess.Popen([
-                'chromium', '--headless=new', '--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage',
-                '--no-first-run', '--disable-background-networking', '--enable-logging=stderr',
-                '--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1', f'--user-data-dir={profile}',
-                '--window-size=1100,1000', f'http://127.0.0.1:{server.server_port}/driver.html'], stderr=log)
-            try:
-                found = told.get(timeout=120)
-            finally:
-                opened.terminate()
-                opened.wait(20)
-            log.seek(0)
-            assert not re.findall('.*(?:ERROR|WARNING):CONSOLE.*', log.read())
-        assert found['errors'] == failed == []
-        return found['seen']
-    yield run
-    server.shutdown()
+        browser.open(page, width)
+        seen = browser.run(f'(async () => {{ {tools}; {script} }})()')
+        assert browser.outside == browser.missing == browser.complaints == []
+        return seen
+    return run
 
 
 # --- the spheres ---
 
-def test_sphere_turns_by_slider_arrow_key_and_drag(visit):
+def test_sphere_turns_by_slider_arrow_key_and_drag(visit, browser):
+    visit("await widget('sphere')")
+    sphere = "document.querySelector('[data-widget=sphere] svg')"
+
+    def look():
+        circles = f"[...{sphere}.querySelectorAll('.front circle.prototype')]"
+        return browser.run(f"{circles}.map(c => c.getAttribute('cx')).join()")
+
+    def mouse(kind, x, y, **more):
+        browser.call('Input.dispatchMouseEvent', type=kind, x=x, y=y, **more)
+
+    looks = [look()]
+    for name in 'turn', 'tilt':
+        browser.run(f"document.querySelector('[data-widget=sphere] [name={name}]').focus()")
+        browser.press('ArrowRight', 5, code='ArrowRight', windowsVirtualKeyCode=39)
+        looks.append(look())
+    browser.run(f'{sphere}.focus()')
+    for key in 'ArrowRight', 'ArrowUp':
+        browser.press(key)
+        looks.append(look())
+    x, y = browser.run(f'(() => {{ {sphere}.scrollIntoView({{block: "center"}}); '
+                       f'const box = {sphere}.getBoundingClientRect(); return [box.x + 100, box.y + 100]; }})()')
+    mouse('mousePressed', x, y, button='left', clickCount=1)
+    mouse('mouseMoved', x + 40, y + 10, button='left', buttons=1)
+    looks.append(look())
+    mouse('mouseReleased', x + 40, y + 10, button='left', clickCount=1)
+    mouse('mouseMoved', x, y)
+    browser.press('a')
+    assert len(set(looks)) == 6
+    assert look() == looks[-1]      # nothing turns without a button pressed, or by other keys
+
+
+def test_sphere_keeps_turning_until_told_to_stop(visit):
     seen = visit('''
-        const spheres = await widget('sphere'), sphere = spheres.querySelector('svg');
-        const form = spheres.querySelector('form');
-        const look = () => all('.front circle.prototype', sphere).map(c => c.getAttribute('cx')).join();
-        const looks = [look()];
-        put(form.elements.turn, 40); looks.push(look());
-        put(form.elements.tilt, -50); looks.push(look());
-        press(sphere, 'ArrowRight'); looks.push(look());
-        press(sphere, 'ArrowUp'); looks.push(look());
-        sphere.dispatchEvent(new PointerEvent('pointermove', {buttons: 1, movementX: 30})); looks.push(look());
-        press(sphere, 'a'); looks.push(look());
-        return looks''')
-    assert len(set(seen[:6])) == 6
-    assert seen[6] == seen[5]
+        const spheres = await widget('sphere'), {spin, turn} = spheres.querySelector('form').elements;
+        const at = [turn.value];
+        spin.click(); await pause(300); at.push(turn.value);
+        spin.click(); await pause(100); at.push(turn.value); await pause(200);
+        return [...at, turn.value]''')
+    assert seen[0] != seen[1] and seen[2] == seen[3]
 
 
 def test_spheres_say_and_show_what_was_chosen(visit):
@@ -220,22 +162,40 @@ def test_calculator_for_eight_classes_in_three_dimensions(visit):
     seen = visit('''
         const calculator = await widget('calculator'), {k, d} = calculator.querySelector('form').elements;
         const said = () => all('dd', calculator).map(x => x.textContent), rows = [said()];
-        for (const [dimensions, classes] of [[16, 10], [10, 100], [3, '']]) {
+        for (const [dimensions, classes] of [[16, 10], [10, 90], [512, 2000], [3, '']]) {
           put(d, dimensions); put(k, classes); rows.push(said());
         }
         return rows''')
-    eight, simplex, hundred, empty = seen
+    eight, simplex, ninety, outside, empty = seen
     assert eight[0].startswith('74.858°') and eight[1].startswith('76.164°') and eight[2].startswith('1.306°')
     assert eight[4] == f'{suggest_scale(8):.2f}'
     assert simplex[0].startswith('96.379°') and simplex[2] == '0.000°'
-    assert 'largest-margins prototypes 100 10' in hundred[0] and hundred[2] == 'unknown'
-    assert len(empty) == 1 and empty[0].startswith('classes k')
+    assert ninety[0].startswith('at least ') and 'found for 100 classes in 10 dimensions' in ninety[0]
+    assert 'largest-margins prototypes 90 10' in ninety[0] and ninety[2].startswith('at most ')
+    assert len(outside) == len(empty) == 1
+    assert outside[0].startswith('classes k') and empty[0].startswith('classes k')
+
+
+def test_calculator_margins_are_of_packings_and_below_the_bounds(visit):
+    "The gap is never negative, more classes never have a larger margin, more dimensions never a smaller one."
+    ks, ds = (2, 3, 7, 8, 20, 41, 70, 100, 333, 1000), (2, 3, 4, 5, 8, 9, 33, 100, 300, 512)
+    seen = visit(f'''
+        const data = JSON.parse(document.querySelector('[data-widget=calculator] script').textContent);
+        const {{margins}} = await import('/_static/widgets/calculator.js');
+        return {json.dumps(ks)}.map(k => {json.dumps(ds)}.map(d => {{
+          const {{best, bound}} = margins(data, k, d);
+          return [best.degrees, bound.degrees];
+        }}))''')
+    best, bound = torch.tensor(seen, dtype=torch.float64).unbind(-1)
+    assert (bound - best).min() > -1e-3
+    assert best.diff(dim=0).max() < 1e-3 and bound.diff(dim=0).max() < 1e-3
+    assert best.diff(dim=1).min() > -1e-3 and bound.diff(dim=1).min() > -1e-3
 
 
 def test_calculator_bounds_are_bounds_of_the_library(visit):
     pairs = [(2, 2), (5, 2), (4, 3), (6, 3), (12, 3), (40, 3), (7, 5), (10, 5), (16, 5), (100, 10), (275, 22), (40, 18)]
     seen = visit(f'''
-        const data = JSON.parse(page.querySelector('[data-widget=calculator] script').textContent);
+        const data = JSON.parse(document.querySelector('[data-widget=calculator] script').textContent);
         const {{margins}} = await import('/_static/widgets/calculator.js');
         return {json.dumps(pairs)}.map(([k, d]) => margins(data, k, d).bound.degrees)''')
     for (k, d), found in zip(pairs, seen):
@@ -246,23 +206,29 @@ def test_calculator_bounds_are_bounds_of_the_library(visit):
 
 # --- everywhere ---
 
+def test_the_drawing_library_is_as_its_authors_published_it():
+    d3 = (root/'docs/_static/vendor/d3.min.js').read_bytes()
+    assert d3.startswith(b'// https://d3js.org v7.9.2 ')
+    assert hashlib.sha256(d3).hexdigest() == '912111098ea99503a6f4967361d2bbdc9dbf58cf9c678c8e27e5b02d1a07f0c1'
+
+
 def test_everything_is_reached_by_keyboard_and_has_a_name(visit):
     seen = visit('''
         for (const name of ['sphere', 'scale', 'calculator']) await widget(name);
         return all('[data-widget] :is(input, select, button, svg[tabindex])').map(x => {
           x.focus();
           const name = x.labels?.length ? x.labels[0].textContent : x.getAttribute('aria-label') || x.textContent;
-          return [page.activeElement === x && x.tabIndex === 0, name.trim().length > 0];
+          return [document.activeElement === x && x.tabIndex === 0, name.trim().length > 0];
         })''')
     assert len(seen) >= 15
     assert all(reached and named for reached, named in seen)
 
 
-@pytest.mark.parametrize('width', [360, 390])
+@pytest.mark.parametrize('width', [320, 360, 390])
 def test_a_phone_need_not_scroll_sideways(visit, width):
     seen = visit('''
         for (const name of ['sphere', 'scale', 'calculator']) await widget(name);
-        return [page.documentElement.scrollWidth, ...all('[data-widget] *').filter(x => !x.closest('svg'))
+        return [document.documentElement.scrollWidth, ...all('[data-widget] *').filter(x => !x.closest('svg'))
                 .map(x => Math.ceil(x.getBoundingClientRect().right))]''', width=width)
     assert max(seen) <= width
 
@@ -271,9 +237,9 @@ def test_colours_follow_the_theme(visit):
     seen = visit('''
         const spheres = await widget('sphere'), rows = [];
         for (const theme of ['light', 'dark']) {
-          page.documentElement.dataset.theme = theme;
+          document.documentElement.dataset.theme = theme;
           rows.push(['circle.prototype', 'text', 'path.contact'].map(what => {
-            const look = frame.contentWindow.getComputedStyle(spheres.querySelector(`.front ${what}`));
+            const look = getComputedStyle(spheres.querySelector(`.front ${what}`));
             return look.fill + look.stroke;
           }));
         }
@@ -281,26 +247,26 @@ def test_colours_follow_the_theme(visit):
     assert all(light != dark for light, dark in zip(*seen))
 
 
-def test_without_a_script_pictures_and_numbers_stay(built):
-    text = (built/page).read_text(encoding='utf-8')
+def test_without_a_script_pictures_and_numbers_stay(site):
+    text = (site/page).read_text(encoding='utf-8')
     still = re.sub(r'<script.*?</script>', '', text, flags=re.S)
     assert still.count('data-widget=') == 3
     assert still.count('<img alt="Eight prototypes on three spheres') == 1
     assert '74.858°' in still
 
 
-def test_only_pages_with_widgets_load_them(built):
-    loads = [p.relative_to(built).as_posix() for p in built.rglob('*.html')
+def test_only_pages_with_widgets_load_them(site):
+    loads = [p.relative_to(site).as_posix() for p in site.rglob('*.html')
              if 'widgets.js' in p.read_text(encoding='utf-8')]
     assert loads == [page]
 
 
 # --- the home page ---
 
-def test_home_figure_moves_and_stands_still_if_asked_to(built):
-    home = (built/'index.html').read_text(encoding='utf-8')
+def test_home_figure_moves_and_stands_still_if_asked_to(site):
+    home = (site/'index.html').read_text(encoding='utf-8')
     name = re.search(r'<img alt="Prototypes move apart[^>]*src="([^"]+\.svg)"', home)[1]
-    svg = (built/name).read_text(encoding='utf-8')
+    svg = (site/name).read_text(encoding='utf-8')
     assert svg == (root/'docs/_static/readme/figure-1.svg').read_text(encoding='utf-8')
     assert len(svg.encode()) < 600_000
     assert svg.count('<animate ') > 300 and 'prefers-reduced-motion:reduce' in svg

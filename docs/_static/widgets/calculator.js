@@ -23,17 +23,28 @@ function tableBound({classes, bounds}, k, d) {
   return least;
 }
 
+// What was found for more classes or fewer dimensions can be had here too; of those take the largest.
+const tablePacking = ({best}, k, d) => best
+  .map(([classes, dimensions, found]) => ({k: classes, d: dimensions, degrees: found}))
+  .filter(found => found.k >= k && found.d <= d)
+  .reduce((most, found) => most && most.degrees >= found.degrees ? most : found, null);
+
+// where a number of the table stands, if not just here
+const borrowed = (found, k, d, otherwise) => found.k === k && found.d === d ? null
+  : `for ${found.k} classes in ${found.d} dimensions, and so for ${otherwise}`;
+
 export function margins(data, k, d) {
-  const [method, radians] = closedBounds(k, d), found = tableBound(data, k, d);
+  const [method, radians] = closedBounds(k, d), table = tableBound(data, k, d);
   const bound = {degrees: degrees(radians), source: `${method}, a closed form`};
-  if (found && found.degrees < bound.degrees) {
-    bound.degrees = found.degrees;
-    bound.source = found.k === k && found.d === d ? 'certified, from the table' : `certified for ${found.k} classes in ` +
-      `${found.d} dimensions, and so for more classes or fewer dimensions`;
+  if (table && table.degrees < bound.degrees) {
+    bound.degrees = table.degrees;
+    bound.source = `certified ${borrowed(table, k, d, 'more classes or fewer dimensions') ?? 'by the table'}`;
   }
-  const closed = closedMargin(k, d), searched = data.best[d]?.[k];
-  const best = closed ? {degrees: degrees(closed[1]), source: `${closed[0]}, exact`}
-    : searched ? {degrees: searched, source: 'best packing found'} : null;
+  const closed = closedMargin(k, d);
+  if (closed) return {best: {degrees: degrees(closed[1]), source: `${closed[0]}, exact`}, bound};
+  const found = tablePacking(data, k, d), from = found && borrowed(found, k, d, 'fewer classes or more dimensions');
+  const best = found && {degrees: found.degrees, source: `found${from ? ` ${from}` : ', the best packing known here'}`,
+                         least: Boolean(from)};
   return {best, bound};
 }
 
@@ -52,11 +63,14 @@ export default function draw(widget, data) {
     const {best, bound} = margins(data, k, d);
     const angle = x => `${x.toFixed(3)}°`;
     const most = 1 - Math.cos(bound.degrees * Math.PI / 180);
+    const search = `<code>largest-margins prototypes ${k} ${d}</code>`;
+    const gap = best && angle(Math.max(0, bound.degrees - best.degrees));
     const rows = [
-      ['largest class margin known here', best ? `${angle(best.degrees)} (${best.source})`
-        : `not computed on this page; the command <code>largest-margins prototypes ${k} ${d}</code> searches`],
+      ['best class margin', !best ? `not in the table; ${search} searches`
+        : `${best.least ? 'at least ' : ''}${angle(best.degrees)} (${best.source})` +
+          (best.least ? `; ${search} searches for more` : '')],
       ['no arrangement exceeds', `${angle(bound.degrees)} (${bound.source})`],
-      ['gap', best ? angle(Math.max(0, bound.degrees - best.degrees)) : 'unknown'],
+      ['gap', best ? (best.least ? `at most ${gap}` : gap) : 'unknown'],
       ['smallest sample margin at most', most.toFixed(4)],
       ['suggested scale, at least', p > 1 / k ? suggestedScale(k, p).toFixed(2) : 'none: p must exceed 1/k'],
     ];
