@@ -130,6 +130,8 @@ def parameter(p):
     named = getattr(default, '__name__', None)
     if p.default is not p.empty and named:
         return f'{p.name}={named}'
+    if ' at 0x' in repr(default):     # where something is in memory says nothing, and changes
+        return f'{p.name}={type(default).__name__}(…)'
     return str(p.replace(annotation=p.empty))
 
 

@@ -314,7 +314,7 @@ class Result:
         configuration = Configuration(**content.pop('configuration'))
         return cls(configuration, **content)
 
-
+# %% ../nbs/experiments/31_experiments.ipynb #2c10ab3d
 def machine() -> dict:
     "Versions and hardware, for the foot of a table."
     import fastai

@@ -26,6 +26,7 @@ from largest_margins.experiments import LOSSES, Configuration, train
 from largest_margins.recipes import TABLES, choose, printed, printed_numbers
 from largest_margins.tables import (
     COLUMNS,
+    _shown,
     aggregate,
     comma_separated,
     execute,
@@ -36,7 +37,6 @@ from largest_margins.tables import (
     plan,
     read_record,
     run_one,
-    shown,
     summarise,
 )
 
@@ -280,13 +280,13 @@ def test_mean_and_std_are_numpy_s(made_up):
         ours = [f['measured'] for run, f in made_up if (run.setting, run.row) == (x.setting, x.row)]
         for name in COLUMNS:
             numbers = [m[name] for m in ours if m[name] is not None]
-            if not numbers: assert math.isnan(x.mean(name)) and shown(x, name) == '—'
+            if not numbers: assert math.isnan(x.mean(name)) and _shown(x, name) == '—'
             else:
                 assert x.mean(name) == pytest.approx(np.mean(numbers)) and x.runs == 3
                 assert x.std(name) == pytest.approx(np.std(numbers, ddof=1))
         assert x.diverged == (x.row.name == 'ce')
     single, = aggregate(TWO, made_up[:1])
-    assert math.isnan(single.std('accuracy')) and shown(single, 'accuracy').endswith(' ± –')
+    assert math.isnan(single.std('accuracy')) and _shown(single, 'accuracy').endswith(' ± –')
 
 
 class Cells(HTMLParser):

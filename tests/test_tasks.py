@@ -17,7 +17,7 @@ from largest_margins.glyphs import write_glyph_market, write_glyph_pairs
 from largest_margins.identities import IdentityConfiguration, pairs_task, reid_folder, reidentify, train_identities
 from largest_margins.margins import class_margin, min_sample_margin
 from largest_margins.recipes import TABLES, choose, printed, printed_numbers
-from largest_margins.tables import COLUMNS, aggregate, grid, make_table, plan, read_record, read_records
+from largest_margins.tables import COLUMNS, _grid, aggregate, make_table, plan, read_record, read_records
 from largest_margins.tasks import FreeFeatures, place
 from largest_margins.verification import read_pairs
 
@@ -55,7 +55,7 @@ def faces(tmp_path_factory):
 def test_the_command_lists_every_table_without_pytorch():
     assert list(printed_numbers()['titles']) == ['1', '2', '3', 'scale', 'verification', 'sphere']
     assert set(TABLES) == set(printed_numbers()['titles'])
-    code = 'import sys; from largest_margins.cli import parser; print(parser().parse_args(sys.argv[1:]).table); ' \
+    code = 'import sys; from largest_margins.cli import _parser; print(_parser().parse_args(sys.argv[1:]).table); ' \
            'assert "torch" not in sys.modules'
     for name in TABLES:
         done = subprocess.run([sys.executable, '-c', code, 'table', name], capture_output=True, text=True, check=True)
@@ -219,7 +219,7 @@ def test_a_small_gap_is_best_and_losses_are_not_compared():
     recipe, runs = TABLES['sphere'], plan(TABLES['sphere'], rows=['normface-20', 'lm-softmax-20'])[:2]
     finished = [(r, dict(diverged=False, measured=dict(class_margin=70. + i, gap=4. - i, min_sample_margin=.7,
                                                        final_loss=1. - i))) for i, r in enumerate(runs)]
-    heads, rows = grid(recipe, aggregate(recipe, finished), None)
+    heads, rows = _grid(recipe, aggregate(recipe, finished), None)
     bold = {head: [row[j][1] for row in rows] for j, head in enumerate(heads)}
     assert bold['gap to the best packing°'] == bold['class margin°'] == [False, True]
     assert bold['final loss'] == [False, False] and bold['min sample margin'] == [True, True]
