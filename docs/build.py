@@ -14,7 +14,7 @@ from base64 import b64decode
 from importlib import import_module
 from importlib.metadata import files
 from pathlib import Path
-from textwrap import dedent
+from textwrap import dedent, fill
 from typing import NamedTuple
 
 import yaml
@@ -227,6 +227,27 @@ def markdown_outputs(cells):
             yield dict(cell_type='markdown', metadata={}, id=f'{cell["id"]}-{i}', source=text)
 
 
+def within_the_page(text, width=88):
+    "Printed text with its long lines broken, except those of tables, which have columns to keep."
+    def broken(line):
+        line = line.rstrip()
+        if len(line) <= width or re.search(r'\S {2,}\S|\t', line):
+            return line
+        return fill(line, width, subsequent_indent='  ', break_long_words=False, break_on_hyphens=False)
+    return '\n'.join(map(broken, text.split('\n')))
+
+
+def printed(output):
+    "One output of a cell, its text within the page."
+    if 'text' in output:
+        return dict(output, text=within_the_page(''.join(output['text'])))
+    data = output.get('data', {})
+    if 'text/plain' in data:
+        data = data | {'text/plain': within_the_page(''.join(data['text/plain']))}
+        return dict(output, data=data)
+    return output
+
+
 def sources_last(cells):
     "The cells, with an exported cell after the entries of all its names: nbdev puts it after the first."
     waiting = None
@@ -276,7 +297,8 @@ def convert(nb, cfg, syms):
                 render['image'] = {'alt': found['fig-alt']}
             if 'fig-cap' in found:
                 render['figure'] = {'caption': found['fig-cap']}
-            cell = dict(cell, metadata={'tags': [tags[o] for o in found.items() if o in tags], 'mystnb': render})
+            cell = dict(cell, metadata={'tags': [tags[o] for o in found.items() if o in tags], 'mystnb': render},
+                        outputs=[printed(o) for o in cell['outputs']])
         else:
             text = re.sub(rf'\[`([^`]+)`\]\({re.escape(address)}([^)]+)\)', reference, text)
             text = linked(re.sub(r'\]\(([\w./-]+\.ipynb)(#[^)]*)?\)', page_link, text), syms)

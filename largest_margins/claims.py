@@ -144,7 +144,8 @@ def typeset(
     text = re.sub(r'([*|<>\[\]])', r'\\\1', statement)
     text = re.sub(r'_(\w+′?)', r'<sub>\1</sub>', text)
     text = re.sub(r'_\{([^{}]*)\}', r'<sub>\1</sub>', text)
-    text = re.sub(r'\^\{([^{}]*)\}|\^\(([^()]*)\)|\^(−?\w+)', r'<sup>\1\2\3</sup>', text)
+    exponent = r'\^\{([^{}]*)\}|\^\(([^()]*)\)|\^(−?\w+)'
+    text = re.sub(exponent, r'<sup>\1\2\3</sup>', text)
     return re.sub(r'(?<=[αβm])(\d)', r'<sub>\1</sub>', text)
 
 # %% ../nbs/theory/00_claims.ipynb #e249720d

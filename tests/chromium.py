@@ -11,6 +11,10 @@ from pathlib import Path
 audit = (Path(__file__).parent/'audit.js').read_text(encoding='utf-8')
 
 
+class Refused(Exception):
+    "What Chromium could not do, in its words."
+
+
 class Chromium:
     """One browser with one tab. `failed` is what went wrong since the last `open`: errors in the console, exceptions,
     requests to anybody but the server (`outside`), and what the server lacks (`missing`)."""
@@ -75,7 +79,8 @@ class Chromium:
         while (message := self.receive()).get('id') != number:
             if 'method' in message:
                 self.events.append(message)
-        assert 'error' not in message, message
+        if 'error' in message:
+            raise Refused(message['error']['message'])
         return message['result']
 
     def call(self, method, **params):
@@ -106,9 +111,18 @@ class Chromium:
 
     def wait_for(self, condition, seconds=90):
         end = time.monotonic() + seconds
-        while not self.run(f'location.href != "about:blank" && Boolean({condition})'):
+        while not self.holds(f'location.href != "about:blank" && Boolean({condition})'):
             assert time.monotonic() < end, f'not within {seconds} s: {condition}'
             time.sleep(.01)
+
+    def holds(self, condition):
+        "Whether the page that is there fulfils a condition; one that is just being left does not."
+        try:
+            return self.run(condition)
+        except Refused as refused:
+            if 'navigated' not in str(refused):
+                raise
+            return False
 
     def press(self, key, times=1, **more):
         "A key, `times` times in one go."

@@ -152,7 +152,8 @@ def test_every_name_is_shown_at_work():
             elif not re.search(r'^#\|\s*hide', text, re.M):
                 printed = [o.get('text') or o.get('data', {}).get('text/plain', '') for o in cell['outputs']]
                 imports = r'^\s*(from \S+ )?import (\([^)]*\)|.*)$'
-                seen |= set(re.findall(r'\w+', re.sub(imports, '', text, flags=re.M) + ''.join(map(''.join, printed))))
+                shown = [re.sub(imports, '', text, flags=re.M), *map(''.join, printed)]
+                seen |= set(re.findall(r'\w+', '\n'.join(shown)))
         missing += [f'{notebook}: {name}' for name in names - seen if not name.startswith('_')]
     assert not missing
 
@@ -263,6 +264,15 @@ def test_errors_are_those_raised_and_those_of_the_checks():
     losses = import_module('largest_margins.losses')
     assert 'ValueError' in build.errors(losses.ArcFaceLoss, 'largest_margins')
     assert ':raises: TypeError, ValueError' in build.api_entry('class_margin', syms)
+
+
+def test_long_lines_that_are_printed_are_broken_but_not_those_of_tables():
+    sentence, table = 'word ' * 30, 'name' + ' ' * 90 + '1.00'
+    assert max(map(len, build.within_the_page(sentence).splitlines())) <= 88
+    assert build.within_the_page(sentence).split() == sentence.split()
+    assert build.within_the_page(f'{table}\nshort\n') == f'{table}\nshort\n'
+    output = dict(output_type='stream', name='stdout', text=[sentence])
+    assert build.printed(output)['text'] == build.within_the_page(sentence)
 
 
 def test_names_that_no_code_mentions_are_reported():
