@@ -301,13 +301,12 @@ def _bp_optimised(root=lambda t: 1 / t, k=8, d=3):
     return math.exp(lowest), 1 / (2 * math.sin(packing.class_margin / 2))
 
 
-def _bp_boundary(equator=((1, 0), (Fraction(-3, 5), Fraction(4, 5)),
-                         (Fraction(-3, 5), Fraction(-4, 5)))):
-    "E_2 of an uneven best packing of five points in space, and of the even one."
-    W = [(*p, 0) for p in equator] + [(0, 0, 1), (0, 0, -1)]
-    squares, even = _squares(W), 3 * [Fraction(3)] + 6 * [Fraction(2)] + [Fraction(4)]
-    if min(squares) != min(even): raise ArithmeticError('not a best packing')
-    return 2 * sum(1 / q for q in squares), 2 * sum(1 / q for q in even)
+def _bp_boundary(half=25, height=Fraction(1, 14)):
+    "E_50 of the even best packing of five points in space, and of a pyramid, less."
+    even = [(2, 6), (3, 3), (4, 1)]  # squared distances, and how many pairs have them
+    pyramid = [(2 + 2 * height, 4), (2 - 2 * height**2, 4), (4 - 4 * height**2, 2)]
+    return [2 * sum(count / Fraction(square)**half for square, count in pairs) * 2**half
+            for pairs in (even, pyramid)]
 
 
 register(Claim(
@@ -397,8 +396,8 @@ def _t2_exact(margin=1):
 register(Claim(
     'T2', 'γ_min is maximal iff W maximises m_c and z_i is the normalised difference '
     'of w_y and the centroid of its nearest prototypes',
-    'γ_min is maximal for a best packing with z = w; z = w is the only choice at every '
-    'point that has a contact; the centroid formula is false', 'every d and k',
+    'γ_min is maximal for a best packing with z = w; z = w is the only choice at the '
+    'points that their contacts hold; the centroid formula is false', 'every d and k',
     (Check('exact', _t2_exact, '='), Check('boundary', _t2_boundary, '='))))
 
 # %% ../nbs/theory/06_sample_margins.ipynb #a95c3913
@@ -433,7 +432,7 @@ def _t2b_optimised(margin=lambda delta: 1 - math.cos(delta)):
 register(Claim(
     'T2b', '(ours: what Theorem 2 says of W, as an equation)',
     'max γ_min = 1 − cos δ*, δ* the largest class margin of k points in d dimensions',
-    'every d ≥ 2 and k ≥ 2, any numbers of samples',
+    'every d ≥ 2 and k ≥ 2, any n_j ≥ 1',
     (Check('exact', _t2b_exact, '='), Check('certified', _t2b_certified, '=', 1e-9),
      Check('optimised', _t2b_optimised, '=', 1e-4, quick=False))))
 

@@ -86,7 +86,9 @@ def _lm_optimised(aggregation='logsumexp', k=8, d=3):
 register(Claim(
     'LM', 'learning with LM-Softmax maximises γ_min for any d, k and balance',
     'R_sm ≤ L ≤ R_sm + log(k−1)/s: learning with LM-Softmax maximises the mean sample '
-    'margin; its log-sum-exp over samples maximises γ_min as s → ∞', 'every d and k',
+    'margin up to that difference; its log-sum-exp over samples maximises γ_min as '
+    's → ∞',
+    'every d and k',
     (Check('certified', _lm_certified, '<'),
      Check('optimised', _lm_sandwich, '≤', 1e-12),
      Check('optimised', _lm_optimised, '=', 1e-2), Check('boundary', _lm_boundary, '<'),

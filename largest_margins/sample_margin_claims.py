@@ -1,4 +1,4 @@
-"""Minimising the mean of R_sm gives both largest margins when classes are balanced and few, and only then
+"""Minimising the mean of R_sm gives both largest margins when classes are balanced and few, and not in general otherwise
 
 Docs: https://largest-margins.github.io/largest-margins/theory/sample_margin_loss.html.md"""
 
@@ -90,8 +90,8 @@ def _t7_boundary_imbalanced(counts=(8, 1, 1)):
 
 register(Claim(
     'T7', 'balanced, k ≤ d+1: learning with R_sm maximises class and sample margin',
-    'as printed, and only there: beyond k = d+1, or with imbalanced classes, the mean '
-    'of R_sm prefers to stack classes', 'balanced, k ≤ d+1',
+    'as printed; beyond k = d+1, or with imbalanced classes, it can fail: the mean of '
+    'R_sm may prefer to stack classes', 'balanced, k ≤ d+1',
     (Check('exact', _t7_exact, '≥'), Check('optimised', _t7_optimised, '=', 1e-6),
      Check('boundary', _t7_boundary_many, '>'),
      Check('boundary', _t7_boundary_imbalanced, '>'))))
