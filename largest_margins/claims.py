@@ -302,10 +302,10 @@ def _bp_optimised(root=lambda t: 1 / t, k=8, d=3):
 
 
 def _bp_boundary(half=25, height=Fraction(1, 14)):
-    "E_50 of the even best packing of five points in space, and of a pyramid, less."
+    "2^25·E_50 of the even best packing of five points in space; of a pyramid, less."
     even = [(2, 6), (3, 3), (4, 1)]  # squared distances, and how many pairs have them
     pyramid = [(2 + 2 * height, 4), (2 - 2 * height**2, 4), (4 - 4 * height**2, 2)]
-    return [2 * sum(count / Fraction(square)**half for square, count in pairs) * 2**half
+    return [2 * sum(count * (2 / Fraction(square))**half for square, count in pairs)
             for pairs in (even, pyramid)]
 
 

@@ -338,8 +338,9 @@ def _inspect_arguments(p):
                    'wrote: a state_dict, a checkpoint of fastai or timm, a run of ours')
     p.add_argument('--key', metavar='NAME', help='the classifier’s weight, such as '
                    'fc.weight; default: the obvious one')
-    p.add_argument('--transposed', action='store_true',
-                   help='the weight is [d, k]: its columns are the classes')
+    p.add_argument('--transposed', action=argparse.BooleanOptionalAction,
+                   help='the weight is [d, k]: its columns are the classes; default: '
+                   'if it is named kernel; --no-transposed: never')
     p.add_argument('--pairs', type=int, default=5, metavar='N',
                    help='how many of the closest pairs to name; default 5')
     p.add_argument('--classes', metavar='FILE', help='names of the classes, one a line')

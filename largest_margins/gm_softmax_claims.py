@@ -155,8 +155,9 @@ def _t5_boundary(alpha=.38, k=6):
 register(Claim(
     'T5', 'balanced, k ≤ d+1, α1 ≥ 1/2, α2 ≤ α1: the optimum of GM-Softmax is the '
     'simplex with z = w; L* = log[e^{s(α1+β1−α2−β2)} + (k−1) e^{−s(−1/(k−1)+α1+β1)}]',
-    'for α1 ≥ (k−2)/(2(k−1)), which is sharp, the optimum of GM-Softmax is the simplex '
-    'with z = w; L* = log[e^{s(α2+β2−α1−β1)} + (k−1) e^{−s(1/(k−1)+α1+β1)}]',
+    'for α1 ≥ (k−2)/(2(k−1)), which is sharp for α2 = α1, the simplex with z = w is '
+    'optimal for GM-Softmax; '
+    'L* = log[e^{s(α2+β2−α1−β1)} + (k−1) e^{−s(1/(k−1)+α1+β1)}]',
     'balanced, k ≤ d+1, α2 ≤ α1',
     (Check('exact', _t5_exact, '='), Check('certified', _t5_certified, '=', 1e-30),
      Check('optimised', _t5_reached, '=', 1e-10),

@@ -62,8 +62,8 @@ def _from_torch(path):
         if what is None:
             raise ValueError(f'{path} is damaged, or not a file of tensors') from e
         raise ValueError(
-            f'{path} holds {what[1] or what[2]}, which is code and not a tensor, and '
-            'was not opened: save torch.save(model.state_dict(), FILE) instead') from e
+            f'{path} holds {what[1] or what[2]}, which is no tensor and could be code, so '
+            'it was not opened: save torch.save(model.state_dict(), FILE)') from e
 
 
 def _from_safetensors(path):
@@ -118,8 +118,10 @@ def find_classifier(
         found = [key] if key in tensors else [
             name for name in tensors if name.endswith(f'.{key}')]
         if len(found) == 1: return found[0]
+        likely = sorted(reversed(tensors),  # matrices first, the last layers on top
+                        key=lambda name: not _may_classify(name, tensors[name]))
         raise ValueError(f'key must name one tensor of the file, got {key!r}; it has '
-                         f'{_listed(tensors, found or tensors)}')
+                         f'{_listed(tensors, found or likely)}')
     matrices = [name for name, t in tensors.items() if _may_classify(name, t)]
     if not matrices:
         raise ValueError('tensors must hold a classifier, a matrix [k, d] of floats; '
@@ -164,10 +166,11 @@ def _listed(tensors, names, most=12):
 def as_prototypes(
     weight: Tensor,  # [k, d], or a convolution's [k, d, 1, 1]
     name: str = 'weight',  # what to call it in an error
-    transposed: bool = False,  # whether it is [d, k] instead
+    transposed: bool | None = None,  # whether it is [d, k]; None: if named 'kernel'
 ) -> Tensor:  # in at least float32, [k, d]
     "A classifier's weight with one row for each class, checked."
     if weight.ndim == 4 and weight.shape[2:] == (1, 1): weight = weight.flatten(1)
+    if transposed is None: transposed = name.split('.')[-1] == 'kernel'
     if transposed and weight.ndim == 2: weight = weight.T.contiguous()
     if weight.is_floating_point() and weight.element_size() < 4: weight = weight.float()
     check_prototypes(weight, name)
@@ -178,7 +181,7 @@ def read_classifier(
     path: str | Path,  # a file of safetensors (by its suffix) or of `torch.save`
     key: str | None = None,  # the tensor's name, or how it ends; None: the obvious one
     *,
-    transposed: bool = False,  # whether it is [d, k]
+    transposed: bool | None = None,  # whether it is [d, k]; None: if named 'kernel'
 ) -> Tensor:  # in at least float32, [k, d]
     "The weight of a saved classifier, one row for each class."
     tensors = read_tensors(path)

@@ -141,7 +141,7 @@ def test_ambiguous_keys():
         find_classifier(towers)
     with pytest.raises(ValueError, match=r"got 'fc\.weight'; it has a\.fc\.weight \[5, 7\], b\.fc\.weight \[5, 7\]$"):
         find_classifier(towers, 'fc.weight')
-    with pytest.raises(ValueError, match="got 'c'; it has a.fc.weight"): find_classifier(towers, 'c')
+    with pytest.raises(ValueError, match="got 'c'; it has b.fc.weight"): find_classifier(towers, 'c')
     assert find_classifier(towers, 'b.fc.weight') == 'b.fc.weight'
     assert find_classifier({'model.b.fc.weight': W, **towers}, 'b.fc.weight') == 'b.fc.weight'
     with pytest.raises(ValueError, match='and 88 more'): find_classifier({f'{i}x.weight': W for i in range(100)})
@@ -182,7 +182,7 @@ def test_harmless_objects_stay_empty(tmp_path):
 
 def test_modules_and_programs_are_refused(tmp_path):
     torch.save(nn.Linear(D, K), tmp_path/'module.pth')
-    with pytest.raises(ValueError, match=r'holds torch\.nn\.modules\.linear\.Linear, which is code .*state_dict'):
+    with pytest.raises(ValueError, match=r'holds torch\.nn\.modules\.linear\.Linear, which is no tensor .*state_dict'):
         read_tensors(tmp_path/'module.pth')
     torch.jit.trace(nn.Linear(D, K), torch.rand(2, D)).save(tmp_path/'program.pt')
     with pytest.raises(ValueError, match='holds TorchScript, which is code'): read_tensors(tmp_path/'program.pt')
@@ -337,8 +337,16 @@ def test_key_and_transposed(tmp_path, capsys):
     torch.save({'a.kernel': W.T, 'b.kernel': W}, tmp_path/'file.pth')
     code, out, err = run(capsys, 'inspect', tmp_path/'file.pth')
     assert (code, out, err.count('\n')) == (2, '', 1) and 'a.kernel [7, 5], b.kernel [5, 7]' in err
-    code, out, _ = run(capsys, 'inspect', tmp_path/'file.pth', '--key', 'a.kernel', '--transposed')
+    for how in [], ['--transposed']:
+        code, out, _ = run(capsys, 'inspect', tmp_path/'file.pth', '--key', 'a.kernel', *how)
+        assert code == 0 and str(inspect_prototypes(W)) in out
+    code, out, _ = run(capsys, 'inspect', tmp_path/'file.pth', '--key', 'b.kernel', '--no-transposed')
     assert code == 0 and str(inspect_prototypes(W)) in out
+
+
+def test_a_wrong_key_is_told_of_the_matrices_first():
+    tensors = {f'bn{i}.running_mean': torch.zeros(3) for i in range(30)} | {'fc.weight': W, 'fc.bias': W[0]}
+    with pytest.raises(ValueError, match=r'it has fc\.weight \[5, 7\]'): find_classifier(tensors, 'nope')
 
 
 @pytest.mark.parametrize('argv', [
