@@ -62,8 +62,8 @@ def _from_torch(path):
         if what is None:
             raise ValueError(f'{path} is damaged, or not a file of tensors') from e
         raise ValueError(
-            f'{path} holds {what[1] or what[2]}, which is no tensor and could be code, so '
-            'it was not opened: save torch.save(model.state_dict(), FILE)') from e
+            f'{path} holds {what[1] or what[2]}, which is no tensor and could be code, '
+            'and was not opened: save torch.save(model.state_dict(), FILE)') from e
 
 
 def _from_safetensors(path):

@@ -185,7 +185,7 @@ def test_modules_and_programs_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r'holds torch\.nn\.modules\.linear\.Linear, which is no tensor .*state_dict'):
         read_tensors(tmp_path/'module.pth')
     torch.jit.trace(nn.Linear(D, K), torch.rand(2, D)).save(tmp_path/'program.pt')
-    with pytest.raises(ValueError, match='holds TorchScript, which is code'): read_tensors(tmp_path/'program.pt')
+    with pytest.raises(ValueError, match='holds TorchScript, which is no tensor'): read_tensors(tmp_path/'program.pt')
 
 
 @pytest.mark.parametrize('name', ['file.pth', 'old.pth', 'file.safetensors'])
