@@ -165,6 +165,9 @@ class ClassificationLoss(nn.Module):
     in_radians: ClassVar = ()  # arguments that are angles
 
 # %% ../nbs/losses/12_losses.ipynb #a3995ab2
+_ANY_NUMBER = Number()
+
+
 class CosineLoss(ClassificationLoss):
     "A loss of each sample's own cosine and one reduction over the others."
     angular = False  # whether the hook reads `own.angle`
@@ -241,7 +244,7 @@ class CosineLoss(ClassificationLoss):
             attribute = self.numbers[name]
             if attribute in found: raise TypeError(f'{name} is given twice')
             value = per_sample(name, value, len(x), x.device,
-                               getattr(type(self), attribute, Number()))
+                               getattr(type(self), attribute, _ANY_NUMBER))
             dtype = torch.promote_types(x.dtype, torch.float32)
             found[attribute] = value.to(dtype) if isinstance(value, Tensor) else (
                 x.new_full((len(x),), value, dtype=dtype))
