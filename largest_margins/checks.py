@@ -128,6 +128,19 @@ class Number:
                       at_most=self.at_most, below=self.below)
 
 
+class Flag:
+    "An attribute that holds True or False, whenever it is set."
+
+    def __set_name__(self, owner, name): self.name = name
+
+    def __get__(self, instance, owner=None) -> bool:
+        if instance is None: return self
+        return instance.__dict__[self.name]
+
+    def __set__(self, instance, value: bool):
+        instance.__dict__[self.name] = flag(self.name, value)
+
+
 class Choice:
     "An attribute that holds one of some strings, whenever it is set."
 
@@ -147,7 +160,15 @@ def values_are_cheap(
     x: Tensor,  # what one would like to look at
 ) -> bool:  # whether its values are here, without waiting for a device
     "Values are looked at on an eager CPU only: no GPU waits, no graph breaks."
-    return x.is_cpu and type(x) in (Tensor, torch.nn.Parameter) and not is_traced()
+    return (x.is_cpu and type(x) in (Tensor, torch.nn.Parameter)
+            and not is_traced() and not _is_fake())
+
+
+def _is_fake():
+    "Whether tensors now stand for values that nobody has: fake ones, or `make_fx`."
+    if not torch._C._len_torch_dispatch_stack(): return False
+    modes = torch._C._TorchDispatchModeKey
+    return any(torch._C._get_dispatch_mode(m) for m in (modes.FAKE, modes.PROXY))
 
 
 def is_traced() -> bool:
@@ -182,6 +203,9 @@ def plain(
     "The tensor itself: subclasses cost time, and may return the subclass again."
     if type(x) is Tensor or is_traced(): return x
     if isinstance(x, torch._subclasses.FakeTensor): return x
+    if hasattr(x, 'full_tensor'):
+        raise TypeError('a DTensor holds a part of the numbers only: give its '
+                        'full_tensor(), or call the module that FSDP wrapped')
     return x.as_subclass(Tensor)
 
 
@@ -300,13 +324,21 @@ def check_prototypes(
     if not values_are_cheap(prototypes): return
     values = plain(prototypes.detach())
     largest = torch.maximum(-values.amin(1), values.amax(1))
-    if not largest.isfinite().all():
-        raise NotFinite(f'{name} must be finite, row '
-                        f'{largest.isfinite().logical_not().nonzero()[0].item()} '
-                        'is not')
+    if not largest.isfinite().all(): check_finite(name, values)
     if not largest.all():
         raise ValueError(f'{name} must have a direction, row '
                          f'{largest.eq(0).nonzero()[0].item()} is zero')
+
+
+def check_finite(
+    name: str,  # what it is called
+    rows: Tensor,  # [n, d]
+):
+    "Refuse rows with nan or infinity, on a CPU."
+    if not values_are_cheap(rows): return
+    wrong = ~rows.detach().isfinite().all(1)
+    if wrong.any():
+        raise NotFinite(f'{name} must be finite, row {wrong.nonzero()[0].item()} is not')
 
 
 def check_features(
@@ -380,7 +412,7 @@ def check_scores(
     if scores.ndim != 2 or scores.shape[0] < 1 or scores.shape[1] < 2:
         raise ValueError(f'{name} must be [N, k] with N ≥ 1 and k ≥ 2, '
                          f'got shape {tuple(scores.shape)}')
-    if values_are_cheap(scores):
+    if values_are_cheap(plain(scores)):
         low, high = (v.item() for v in plain(scores).detach().aminmax())
         if not (math.isfinite(low) and math.isfinite(high)):
             raise NotFinite(f'{name} must be finite, got {low:.4g} to {high:.4g}')

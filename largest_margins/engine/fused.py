@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..checks import (
-    check_features, check_integers, check_range, integer, plain, values_are_cheap)
+from largest_margins.checks import (
+    check_features, check_finite, check_integers, check_range, integer, plain,
+    values_are_cheap)
 from ..margins import moderate, row_blocks, row_norms, unit_rows
 from .cosines import angle_from_cosine, full_precision
 from .shards import ClassShards, OwnRows, all_ranks, one_process
@@ -231,6 +232,8 @@ class _Pass:
         x, w = (v if v.dtype == dtype else v.to(dtype) for v in (features, prototypes))
         norms = [torch.linalg.vector_norm(v, dim=1, keepdim=True) for v in (x, w)]
         usual = moderate(torch.cat(norms))
+        if not usual:
+            for name, v in (('features', x), ('prototypes', w)): check_finite(name, v)
         self.x = _Rows(x, norms[0], usual)
         self.w = _Rows(w, norms[1], usual, divided=w.numel() <= 2**18)
         to_logits = loss.scale or 1.
@@ -336,11 +339,14 @@ class _Engine(torch.autograd.Function):
     @staticmethod
     def slope(ctx, tensors, slope, run, differentiable):
         "The gradients by each of the tensors that wants one, in their order."
-        if torch.is_grad_enabled():  # somebody wants the gradient of a gradient
-            wanted = [t for n, t in zip(ctx.names, tensors) if n in ctx.wanted]
-            found = dict(zip(ctx.wanted, torch.autograd.grad(
-                differentiable(), wanted, slope, create_graph=True,
-                materialize_grads=True)))
+        twice = torch.is_grad_enabled()  # somebody wants the gradient of a gradient
+        if twice or _many_at_once(slope):
+            with torch.enable_grad():  # of views: one may depend on another
+                views = {n: t.view_as(t) for n, t in zip(ctx.names, tensors)}
+                wanted = [views[n] for n in ctx.wanted]
+                found = dict(zip(ctx.wanted, torch.autograd.grad(
+                    differentiable(*views.values()), wanted, slope, create_graph=twice,
+                    materialize_grads=True)))
         else:
             found, ctx.gradients = ctx.gradients, None
             by_sample = ctx.loss.reduction == 'none'
@@ -350,6 +356,12 @@ class _Engine(torch.autograd.Function):
             if not by_sample and not (values_are_cheap(slope) and slope.item() == 1):
                 for gradient in found.values(): gradient.mul_(slope)
         return [_like(found.get(n), t) for n, t in zip(ctx.names, tensors)]
+
+
+def _many_at_once(slope):
+    "Whether many slopes are asked for together, as `is_grads_batched` does."
+    functorch = torch._C._functorch
+    return functorch.is_legacy_batchedtensor(slope) or functorch.is_batchedtensor(slope)
 
 
 def _like(gradient, tensor):
@@ -376,7 +388,7 @@ class _OfFeatures(_Engine):
     @staticmethod
     def backward(ctx, slope):
         features, prototypes, targets, *numbers = ctx.saved_tensors
-        def differentiable():
+        def differentiable(features, prototypes, *numbers):
             if ctx.shards.alone: return ctx.loss.of_matrix(
                 features, prototypes, targets, ctx.valid,
                 dict(zip(ctx.names[2:], numbers)))
@@ -415,7 +427,7 @@ class _OfCosines(_Engine):
     @staticmethod
     def backward(ctx, slope):
         cosines, targets, *numbers = ctx.saved_tensors
-        def differentiable(): return ctx.loss.of_cosines(
+        def differentiable(cosines, *numbers): return ctx.loss.of_cosines(
             cosines, own_of(ctx.loss, cosines, targets, ctx.resolution), ctx.valid,
             dict(zip(ctx.names[1:], numbers)))
         by_cosines, *by_numbers = _Engine.slope(
@@ -501,6 +513,9 @@ def fused_loss(
     "What `loss.linear` returns."
     if chunk_size != 'auto': chunk_size = integer('chunk_size', chunk_size, at_least=1)
     features, prototypes = plain(features), plain(prototypes)
+    if not torch.is_grad_enabled():  # no gradient is made in vain
+        features, prototypes = features.detach(), prototypes.detach()
+        numbers = {name: v.detach() for name, v in numbers.items()}
     shards = one_process(prototypes.shape[0])
     if group is not None:
         features, targets, numbers, shards = all_ranks(
