@@ -464,8 +464,10 @@ register(Claim(
     'T2', "Sample margins and class margins, the slides' Theorem 2", 'mended',
     'γ_min is maximal iff W maximises m_c and z_i is the normalised difference '
     'of w_y and the centroid of its nearest prototypes',
-    'γ_min is maximal for a best packing with z = w; z = w is the only choice at the '
-    'points that their contacts hold; the centroid formula is false', 'every d and k',
+    'γ_min is maximal for a best packing with z = w; wherever it is maximal, the '
+    'normalised w + z are a best packing, and z = w at each of its contacts, which for '
+    'k ≤ 2d and for d = 2 leaves nothing else; the centroid formula is false',
+    'every d and k',
     (Check('exact arithmetic', _t2_exact, '='),
      Check('counter-example', _t2_boundary, '='))))
 
@@ -479,6 +481,26 @@ def _t2b_exact(factor=lambda S, g: (4 - S) * (2 * g - S)):
     left = [sympy.expand((w - w2) * (z - z2) - squares),
             sympy.expand(algebra).subs(g**2, a * b)]
     return sum(len(sympy.Add.make_args(x)) for x in left if x != 0), 0
+
+
+def _t2b_pair(share=Fraction(1, 2), reflect=True):
+    "How far share·(ρ_ij + ρ_ji) is below 1 − û_i·û_j at least, in squares, and 0."
+    slack = []
+    for seed in range(300):
+        w, z, w2, z2 = rational_points(4, 2 + seed % 4, seed)
+        if seed % 3 == 0: z, z2 = w, w2  # equality
+        if reflect: z, z2 = _reflected(w, z), _reflected(w2, z2)
+        u, u2 = ([a + b for a, b in zip(*pair)] for pair in ((w, z), (w2, z2)))
+        leads = dot(w, z) - dot(w2, z) + dot(w2, z2) - dot(w, z2)
+        cosine, most = dot(u, u2), 1 - share * leads
+        slack.append(most * abs(most) * dot(u, u) * dot(u2, u2) - cosine * abs(cosine))
+    return min(slack), 0
+
+
+def _reflected(w, z):
+    "The feature, on its prototype's side."
+    below = min(dot(w, z), 0)
+    return [a - 2 * below * b for a, b in zip(z, w)]
 
 
 def _t2b_certified(margin=lambda delta: 1 - math.cos(delta), k=8, d=3):
@@ -503,6 +525,7 @@ register(Claim(
     'max γ_min = 1 − cos δ*, δ* the largest class margin of k points in d dimensions',
     'every d ≥ 2 and k ≥ 2, any n_j ≥ 1',
     (Check('symbolic identity', _t2b_exact, '='),
+     Check('exact arithmetic', _t2b_pair, '≥'),
      Check('certificate', _t2b_certified, '=', 1e-9),
      Check('search', _t2b_optimised, '=', 1e-4, quick=False))))
 

@@ -93,7 +93,7 @@ register(Claim(
     'T7', "Balanced and few classes, the slides' Theorem 7", 'holds',
     'balanced, k ≤ d+1: learning with R_sm maximises class and sample margin',
     'as printed; beyond k = d+1, or with imbalanced classes, it can fail: the mean of '
-    'R_sm may prefer to stack classes', 'balanced, k ≤ d+1',
+    'R_sm prefers to stack k ≥ 7 classes on the circle', 'balanced, k ≤ d+1',
     (Check('exact arithmetic', _t7_exact, '≥'),
      Check('search', _t7_optimised, '=', 1e-6),
      Check('counter-example', _t7_boundary_many, '>'),
