@@ -17,9 +17,9 @@ import torch
 from .claims import (
     Check, Claim, descend, dot, endpoints, rational_points, register)
 from .codes import simplex
-from largest_margins.losses import (
-    ArcFaceLoss, CosFaceLoss, GMSoftmaxLoss, LMSoftmaxLoss, NormFaceLoss, SphereFaceLoss,
-    falling_cosine)
+from .losses import (
+    ArcFaceLoss, CosFaceLoss, GMSoftmaxLoss, LMSoftmaxLoss, NormFaceLoss,
+    SphereFaceLoss, falling_cosine)
 from .margins import class_margin, unit_rows
 
 # %% ../nbs/theory/08_gm_softmax.ipynb #1c5e90af
@@ -276,9 +276,9 @@ def _gm_boundary(alpha=.42, k=6):
 
 register(Claim(
     'GM', 'The GM identity: total collapse, and stability', 'ours', '',
-    'for α1 = α2 < (k−2)/(2(k−1)) the unique optimum is total collapse, all w equal and '
-    'z = −w, for every k, d, s and β; for α1 > (k−2)/(2(k−1)) the class-mean loss bounds '
-    '‖Σw‖, the distances ‖w − z‖ and the spread of the other cosines',
+    'for α1 = α2 < (k−2)/(2(k−1)) the unique optimum is total collapse, all w equal '
+    'and z = −w, for every k, d, s and β; for α1 > (k−2)/(2(k−1)) the class-mean loss '
+    'bounds ‖Σw‖, the distances ‖w − z‖ and the spread of the other cosines',
     'balanced or averaged per class, α2 ≤ α1',
     (Check('symbolic identity', _gm_symbolic, '='),
      Check('exact arithmetic', _gm_exact, '='),

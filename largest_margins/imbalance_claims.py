@@ -90,8 +90,8 @@ def _t8_boundary_alpha(alpha=-.5, k=6):
 
 
 register(Claim(
-    'T8', "With zero centroid, balance does not matter, the slides' Theorem 8", 'mended',
-    'any n_j, k ≤ d+1, Σ w = 0, α1 ≥ 1/2: the optimum of GM-Softmax is the '
+    'T8', "With zero centroid, balance does not matter, the slides' Theorem 8",
+    'mended', 'any n_j, k ≤ d+1, Σ w = 0, α1 ≥ 1/2: the optimum of GM-Softmax is the '
     'simplex with z = w',
     'for α1 > −1/(k−1) the optimum of GM-Softmax is the simplex with z = w, and L* '
     'bounds the loss of each sample; a finite λ in R_W only approaches it',
