@@ -1,4 +1,4 @@
-"""What the paper states, what is true, and checks that can fail
+"""What the slides state, what is true, and checks that can fail
 
 Docs: https://largest-margins.github.io/largest-margins/theory/claims.html.md"""
 
@@ -78,7 +78,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Claim:
-    "A statement of the paper, as printed and as it should read."
+    "A statement of the slides, as printed and as it should read, or one of ours."
     id: str  # its name in the ledger
     title: str  # of the theorem on the page, with the number that the slides give it
     verdict: str  # on the printed statement: 'holds', 'mended'; 'ours' if there is none
