@@ -26,7 +26,7 @@ from .margins import class_margin, unit_rows
 def largest_angular_margin(
     k: int,  # number of classes, ≥ 2
 ) -> float:  # radians, above π/3 and at most π/2
-    "The largest m2 for which ArcFace's optimum is the simplex, arccos((k−2)/(2(k−1)))."
+    "Up to which m2 ArcFace's optimum is the simplex: arccos((k−2)/(2(k−1)))."
     if k < 2: raise ValueError(f'k must be at least 2, got {k}')
     return math.acos((k - 2) / (2 * (k - 1)))
 
