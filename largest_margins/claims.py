@@ -82,7 +82,7 @@ class Claim:
     id: str  # its name in the ledger
     title: str  # of the theorem on the page, with the number that the slides give it
     verdict: str  # on the printed statement: 'holds', 'mended'; 'ours' if there is none
-    printed: str  # as the slides print it; '' if it is ours
+    printed: str  # as the slides print it; '(ours)' if they do not
     corrected: str  # as it should read; 'as printed' stands for what is printed
     valid_for: str  # the range in which the corrected statement holds
     checks: tuple[Check, ...]  # from strong to weak
@@ -98,13 +98,12 @@ class Claim:
         return self.corrected.replace('as printed', self.printed, 1)
 
     def __str__(self):
-        parts = [('printed', self.printed), ('true', self.corrected),
-                 ('valid for', self.valid_for)]
-        lines = [f'{self.id}: {self.title} ({self.verdict})']
-        for name, text in parts:
-            if text: lines.append(textwrap.fill(text, 79, initial_indent=f'  {name:10}',
-                                                subsequent_indent=12 * ' '))
-        return '\n'.join(lines)
+        parts = dict(printed=self.printed, true=self.corrected)
+        if self.verdict == 'ours': del parts['printed']
+        parts['valid for'] = self.valid_for
+        lines = [textwrap.fill(text, 79, initial_indent=f'  {name:10}',
+                               subsequent_indent=12 * ' ') for name, text in parts.items()]
+        return '\n'.join([f'{self.id}: {self.title} ({self.verdict})', *lines])
 
 
 @dataclass(frozen=True)
@@ -521,7 +520,7 @@ def _t2b_optimised(margin=lambda delta: 1 - math.cos(delta)):
 
 
 register(Claim(
-    'T2b', 'Sample margins and class margins, as an equation', 'ours', '',
+    'T2b', 'Sample margins and class margins, as an equation', 'ours', '(ours)',
     'max γ_min = 1 − cos δ*, δ* the largest class margin of k points in d dimensions',
     'every d ≥ 2 and k ≥ 2, any n_j ≥ 1',
     (Check('symbolic identity', _t2b_exact, '='),

@@ -136,7 +136,7 @@ def _sy_boundary(k=8, d=3, scale=5.):
 
 
 register(Claim(
-    'SY', 'Symmetrisation: LM-Softmax and Gaussian energy', 'ours', '',
+    'SY', 'Symmetrisation: LM-Softmax and Gaussian energy', 'ours', '(ours)',
     'the least of Σ_{i≠j} φ((w_i − w_j)·z_i), φ convex and decreasing, is the least of '
     'Σ_{i≠j} φ(1 − u_i·u_j), at z = w; so the log-sum-exp form of LM-Softmax has least '
     'Gaussian energy at every scale, and a best packing at every scale where a code is '

@@ -275,7 +275,7 @@ def _gm_boundary(alpha=.42, k=6):
 
 
 register(Claim(
-    'GM', 'The GM identity: total collapse, and stability', 'ours', '',
+    'GM', 'The GM identity: total collapse, and stability', 'ours', '(ours)',
     'for α1 = α2 < (k−2)/(2(k−1)) the unique optimum is total collapse, all w equal '
     'and z = −w, for every k, d, s and β; for α1 > (k−2)/(2(k−1)) the class-mean loss '
     'bounds ‖Σw‖, the distances ‖w − z‖ and the spread of the other cosines',

@@ -129,7 +129,7 @@ def _t5b_boundary(reduction='mean'):
 
 
 register(Claim(
-    'T5b', 'Class-balanced averaging', 'ours', '',
+    'T5b', 'Class-balanced averaging', 'ours', '(ours)',
     'with the average taken per class first, T5 and T7 hold for any n_j, without the '
     'zero centroid', 'any n_j, k ≤ d+1, α1 ≥ (k−2)/(2(k−1)), α2 ≤ α1',
     (Check('exact arithmetic', _t5b_exact, '='),

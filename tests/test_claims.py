@@ -31,8 +31,8 @@ def test_all_claims_hold():
 def test_the_ledger_is_whole_and_each_claim_has_its_kinds_of_check():
     assert {c.id for c in claims()} == ROWS
     assert [c.id for c in claims()] == sorted(ROWS)
-    assert all(c.title and c.corrected and c.valid_for for c in claims())
-    assert all(bool(c.printed) == (c.verdict != 'ours') for c in claims())
+    assert all(c.title and c.printed and c.corrected and c.valid_for for c in claims())
+    assert all((c.printed == '(ours)') == (c.verdict == 'ours') for c in claims())
     assert all(c.corrected.startswith('as printed') for c in claims() if c.verdict == 'holds')
     kinds = {c.id: {check.kind for check in c.checks} for c in claims()}
     assert all('exact' in found or c == 'LM' for c, found in kinds.items())
