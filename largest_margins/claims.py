@@ -102,7 +102,8 @@ class Claim:
         if self.verdict == 'ours': del parts['printed']
         parts['valid for'] = self.valid_for
         lines = [textwrap.fill(text, 79, initial_indent=f'  {name:10}',
-                               subsequent_indent=12 * ' ') for name, text in parts.items()]
+                               subsequent_indent=12 * ' ', break_on_hyphens=False)
+                 for name, text in parts.items()]
         return '\n'.join([f'{self.id}: {self.title} ({self.verdict})', *lines])
 
 

@@ -47,7 +47,7 @@ def _me_exact(smallest=min):
 
 register(Claim(
     'ME', 'A minimum is at most a mean', 'holds',
-    '−γ_min ≥ (1/N) Σ R_sm(x_i, y_i)', 'as printed', 'always',
+    '−γ_min ≥ (1/N) Σ R_sm(x_i, y_i)', 'as printed', 'all prototypes and features',
     (Check('exact arithmetic', _me_exact, '≥'),)))
 
 # %% ../nbs/theory/09_sample_margin_loss.ipynb #57b2e986
