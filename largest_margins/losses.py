@@ -6,8 +6,9 @@ Docs: https://largest-margins.github.io/largest-margins/losses/losses.html.md"""
 
 # %% auto #0
 __all__ = ['ClassificationLoss', 'CosineLoss', 'MarginSoftmaxLoss', 'NormFaceLoss', 'CosFaceLoss', 'falling_cosine',
-           'CombinedMarginLoss', 'ArcFaceLoss', 'SphereFaceLoss', 'LDAMLoss', 'class_balanced_weights', 'GMSoftmaxLoss',
-           'LMSoftmaxLoss', 'SampleMarginLoss', 'ElasticFaceLoss', 'AdaFaceLoss', 'FocalLoss', 'suggest_scale']
+           'CombinedMarginLoss', 'ArcFaceLoss', 'SphereFaceLoss', 'LDAMLoss', 'class_balanced_weights',
+           'ElasticFaceLoss', 'AdaFaceLoss', 'GMSoftmaxLoss', 'LMSoftmaxLoss', 'SampleMarginLoss', 'FocalLoss',
+           'suggest_scale']
 
 # %% ../nbs/losses/12_losses.ipynb #cf0220aa
 import math
@@ -151,7 +152,7 @@ class ClassificationLoss(nn.Module):
     def extra_repr(self) -> str:
         "The first argument, and each that differs from its default."
         shown = []
-        for i, (name, p) in enumerate(signature(type(self)).parameters.items()):
+        for name, p in signature(type(self)).parameters.items():
             value = vars(self).get(f'_{name}', getattr(self, name, p.default))
             if isinstance(value, Tensor): value = f'[{len(value)}]'
             elif value == p.default and name not in self.always_shown: continue
@@ -176,7 +177,7 @@ class CosineLoss(ClassificationLoss):
     scale: float | None = None  # s of the log-sum-exp; None: only the largest counts
     label_smoothing = 0.  # of the matrix of cosines only
     numbers: ClassVar[dict[str, str]] = {}  # per sample: its name, and what it replaces
-    sample_margin = Number(at_least=0, at_most=1e6)  # λ of the λ·R_sm that is added
+    sample_margin = Number(at_least=0, at_most=1e6, default=0.)  # λ of the λ·R_sm that is added
 
     def per_sample(
         self,
@@ -679,116 +680,6 @@ def class_balanced_weights(
     weights = 1 / -torch.expm1(counts * math.log(beta))
     return (weights * len(counts) / weights.sum()).float()
 
-# %% ../nbs/losses/12_losses.ipynb #74135abf
-class GMSoftmaxLoss(MarginSoftmaxLoss):
-    "num = α1·c + β1, den = α2·c + β2 (Zhou et al. 2022, generalised margin softmax)."
-    numbers: ClassVar = {n: n for n in ('alpha1', 'alpha2', 'beta1', 'beta2')}
-    always_shown: ClassVar = ('scale', *numbers)
-
-    def __init__(
-        self,
-        scale: float = 20.,  # s > 0
-        alpha1: float | Tensor = 1.,  # slope of the numerator, a number or [k]
-        alpha2: float | Tensor = 1.,  # slope of the denominator, a number or [k]
-        beta1: float | Tensor = 0.,  # offset of the numerator, a number or [k]
-        beta2: float | Tensor = 0.,  # offset of the denominator, a number or [k]
-        *,
-        sample_margin: float = 0.,  # λ ≥ 0 of the λ·R_sm that is added
-        weight: Tensor | Iterable[float] | None = None,  # of each class, ≥ 0, [k]
-        reduction: str = 'mean',  # 'mean', 'sum', 'none' or 'class-mean'
-        ignore_index: int = -100,  # samples with this target do not count
-        prior: Tensor | Iterable[float] | None = None,  # counts or shares, > 0, [k]
-    ):
-        super().__init__(scale, sample_margin=sample_margin, weight=weight, prior=prior,
-                         reduction=reduction, ignore_index=ignore_index)
-        self.alpha1, self.alpha2, self.beta1, self.beta2 = alpha1, alpha2, beta1, beta2
-
-    def __setattr__(self, name, value):
-        "A number for all classes, or a buffer with one for each."
-        if name not in self.numbers: return super().__setattr__(name, value)
-        one = not getattr(value, 'ndim', 0) and not isinstance(value, (list, tuple))
-        value = number(name, value) if one else per_class(name, value)
-        self._buffers.pop(name, None)
-        self.__dict__.pop(name, None)
-        if one: super().__setattr__(name, value)
-        else: self.register_buffer(name, value, persistent=False)
-
-    def curves(self, own, alpha1, alpha2, beta1, beta2):
-        return alpha1 * own.cosine + beta1, alpha2 * own.cosine + beta2
-
-    def with_slopes(self, own, alpha1, alpha2, beta1, beta2):
-        return *self.curves(own, alpha1, alpha2, beta1, beta2), alpha1, alpha2
-
-# %% ../nbs/losses/12_losses.ipynb #4df3080f
-class LMSoftmaxLoss(MarginSoftmaxLoss):
-    "num = c, no den, divided by s (Zhou et al. 2022, largest-margin softmax)."
-    aggregation = Choice('mean', 'logsumexp')
-
-    def __init__(
-        self,
-        scale: float = 20.,  # s > 0
-        aggregation: str = 'mean',  # 'mean' as published, or 'logsumexp'
-        *,
-        tilt: float | None = None,  # t > 0 of the log-sum-exp over samples; None: s
-        sample_margin: float = 0.,  # λ ≥ 0 of the λ·R_sm that is added
-        weight: Tensor | Iterable[float] | None = None,  # of each class, ≥ 0, [k]
-        reduction: str = 'mean',  # 'mean', 'sum', 'none' or 'class-mean'
-        ignore_index: int = -100,  # samples with this target do not count
-        prior: Tensor | Iterable[float] | None = None,  # counts or shares, > 0, [k]
-    ):
-        super().__init__(scale, sample_margin=sample_margin, weight=weight, prior=prior,
-                         reduction=reduction, ignore_index=ignore_index)
-        self.aggregation, self.tilt = aggregation, tilt
-
-    @property
-    def tilt(self) -> float:
-        "t of the log-sum-exp over samples; s, as it is now, where none was given."
-        return self.scale if self._tilt is None else self._tilt
-
-    @tilt.setter
-    def tilt(self, value: float | None):
-        if value is None:
-            self._tilt = None
-            return
-        if self.aggregation == 'mean':
-            raise ValueError(f'tilt must be None with a mean, got {value!r}')
-        self._tilt = number('tilt', value, at_least=1e-6, at_most=1e6)
-
-    def curves(self, own): return own.cosine, None
-
-    def with_slopes(self, own): return own.cosine, None, 1., None
-
-    def log_shares(self, targets, valid, num_classes, dtype):
-        if self.aggregation == 'mean' or self.reduction == 'none': return None
-        shares = self.shares(targets, valid, num_classes, dtype)
-        if not isinstance(shares, Tensor):
-            shares = torch.ones_like(targets, dtype=dtype)
-        elif self.reduction != 'sum':
-            shares = shares * (len(targets) if valid is None else valid.sum())
-        return shares.log()
-
-    def total(self, losses, leads, shares, logs=None):
-        if logs is None: return super().total(losses, leads, shares)
-        some = logs.amax() > -math.inf  # else no sample counts
-        value = torch.where(some, logs, 0) + self.tilt * losses
-        value = torch.where(some, value.logsumexp(0) / self.tilt, 0)
-        if leads is None: return value
-        return value + self.sample_margin * self.aggregate(leads, shares)
-
-# %% ../nbs/losses/12_losses.ipynb #1393f799
-class SampleMarginLoss(CosineLoss):
-    "R_sm, the negative sample margin, max_{j≠y} c_j − c_y (Zhou et al. 2022, §3.3)."
-
-    def __init__(
-        self,
-        *,
-        weight: Tensor | Iterable[float] | None = None,  # of each class, ≥ 0, [k]
-        reduction: str = 'mean',  # 'mean', 'sum', 'none' or 'class-mean'
-        ignore_index: int = -100,  # samples with this target do not count
-    ):
-        super().__init__(weight=weight, reduction=reduction, ignore_index=ignore_index)
-        self.sample_margin = 1.
-
 # %% ../nbs/losses/12_losses.ipynb #4412ccad
 class ElasticFaceLoss(MarginSoftmaxLoss):
     "A margin drawn anew for each sample (Boutros et al. 2022, ElasticFace)."
@@ -911,6 +802,116 @@ class AdaFaceLoss(MarginSoftmaxLoss):
         inside = (theta >= 0) & (theta <= math.pi)
         slope = torch.where(inside, -theta.sin(), 0)
         return *self.curves(own, quality), slope, slope
+
+# %% ../nbs/losses/12_losses.ipynb #74135abf
+class GMSoftmaxLoss(MarginSoftmaxLoss):
+    "num = α1·c + β1, den = α2·c + β2 (Zhou et al. 2022, generalised margin softmax)."
+    numbers: ClassVar = {n: n for n in ('alpha1', 'alpha2', 'beta1', 'beta2')}
+    always_shown: ClassVar = ('scale', *numbers)
+
+    def __init__(
+        self,
+        scale: float = 20.,  # s > 0
+        alpha1: float | Tensor = 1.,  # slope of the numerator, a number or [k]
+        alpha2: float | Tensor = 1.,  # slope of the denominator, a number or [k]
+        beta1: float | Tensor = 0.,  # offset of the numerator, a number or [k]
+        beta2: float | Tensor = 0.,  # offset of the denominator, a number or [k]
+        *,
+        sample_margin: float = 0.,  # λ ≥ 0 of the λ·R_sm that is added
+        weight: Tensor | Iterable[float] | None = None,  # of each class, ≥ 0, [k]
+        reduction: str = 'mean',  # 'mean', 'sum', 'none' or 'class-mean'
+        ignore_index: int = -100,  # samples with this target do not count
+        prior: Tensor | Iterable[float] | None = None,  # counts or shares, > 0, [k]
+    ):
+        super().__init__(scale, sample_margin=sample_margin, weight=weight, prior=prior,
+                         reduction=reduction, ignore_index=ignore_index)
+        self.alpha1, self.alpha2, self.beta1, self.beta2 = alpha1, alpha2, beta1, beta2
+
+    def __setattr__(self, name, value):
+        "A number for all classes, or a buffer with one for each."
+        if name not in self.numbers: return super().__setattr__(name, value)
+        one = not getattr(value, 'ndim', 0) and not isinstance(value, (list, tuple))
+        value = number(name, value) if one else per_class(name, value)
+        self._buffers.pop(name, None)
+        self.__dict__.pop(name, None)
+        if one: super().__setattr__(name, value)
+        else: self.register_buffer(name, value, persistent=False)
+
+    def curves(self, own, alpha1, alpha2, beta1, beta2):
+        return alpha1 * own.cosine + beta1, alpha2 * own.cosine + beta2
+
+    def with_slopes(self, own, alpha1, alpha2, beta1, beta2):
+        return *self.curves(own, alpha1, alpha2, beta1, beta2), alpha1, alpha2
+
+# %% ../nbs/losses/12_losses.ipynb #4df3080f
+class LMSoftmaxLoss(MarginSoftmaxLoss):
+    "num = c, no den, divided by s (Zhou et al. 2022, largest-margin softmax)."
+    aggregation = Choice('mean', 'logsumexp')
+
+    def __init__(
+        self,
+        scale: float = 20.,  # s > 0
+        aggregation: str = 'mean',  # 'mean' as published, or 'logsumexp'
+        *,
+        tilt: float | None = None,  # t > 0 of the log-sum-exp over samples; None: s
+        sample_margin: float = 0.,  # λ ≥ 0 of the λ·R_sm that is added
+        weight: Tensor | Iterable[float] | None = None,  # of each class, ≥ 0, [k]
+        reduction: str = 'mean',  # 'mean', 'sum', 'none' or 'class-mean'
+        ignore_index: int = -100,  # samples with this target do not count
+        prior: Tensor | Iterable[float] | None = None,  # counts or shares, > 0, [k]
+    ):
+        super().__init__(scale, sample_margin=sample_margin, weight=weight, prior=prior,
+                         reduction=reduction, ignore_index=ignore_index)
+        self.aggregation, self.tilt = aggregation, tilt
+
+    @property
+    def tilt(self) -> float:
+        "t of the log-sum-exp over samples; s, as it is now, where none was given."
+        return self.scale if self._tilt is None else self._tilt
+
+    @tilt.setter
+    def tilt(self, value: float | None):
+        if value is None:
+            self._tilt = None
+            return
+        if self.aggregation == 'mean':
+            raise ValueError(f'tilt must be None with a mean, got {value!r}')
+        self._tilt = number('tilt', value, at_least=1e-6, at_most=1e6)
+
+    def curves(self, own): return own.cosine, None
+
+    def with_slopes(self, own): return own.cosine, None, 1., None
+
+    def log_shares(self, targets, valid, num_classes, dtype):
+        if self.aggregation == 'mean' or self.reduction == 'none': return None
+        shares = self.shares(targets, valid, num_classes, dtype)
+        if not isinstance(shares, Tensor):
+            shares = torch.ones_like(targets, dtype=dtype)
+        elif self.reduction != 'sum':
+            shares = shares * (len(targets) if valid is None else valid.sum())
+        return shares.log()
+
+    def total(self, losses, leads, shares, logs=None):
+        if logs is None: return super().total(losses, leads, shares)
+        some = logs.amax() > -math.inf  # else no sample counts
+        value = torch.where(some, logs, 0) + self.tilt * losses
+        value = torch.where(some, value.logsumexp(0) / self.tilt, 0)
+        if leads is None: return value
+        return value + self.sample_margin * self.aggregate(leads, shares)
+
+# %% ../nbs/losses/12_losses.ipynb #1393f799
+class SampleMarginLoss(CosineLoss):
+    "R_sm, the negative sample margin, max_{j≠y} c_j − c_y (Zhou et al. 2022, §3.3)."
+
+    def __init__(
+        self,
+        *,
+        weight: Tensor | Iterable[float] | None = None,  # of each class, ≥ 0, [k]
+        reduction: str = 'mean',  # 'mean', 'sum', 'none' or 'class-mean'
+        ignore_index: int = -100,  # samples with this target do not count
+    ):
+        super().__init__(weight=weight, reduction=reduction, ignore_index=ignore_index)
+        self.sample_margin = 1.
 
 # %% ../nbs/losses/12_losses.ipynb #bd76fbce
 class FocalLoss(ClassificationLoss):
