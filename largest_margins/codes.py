@@ -285,7 +285,7 @@ def _search(k, d, rng, starts, deadline, bound, progress):
     best, top, highest, ends = None, 2., 2., []
     energies = {p: [] for p in _EXPONENTS}
     for m in count(1):
-        hops, crowded = m > 6 and m % 2 == 0, m % 6 == 5
+        hops, crowded = m > 6 and m % 6 == 3, m % 6 == 5
         points = _hop(best, rng) if hops else _normalised(
             rng.standard_normal((k + crowded, d)))
         first = 3 if hops else _FIRST[(m - 1) % 6] if k * d <= 10_000 else 2
@@ -302,11 +302,11 @@ def _search(k, d, rng, starts, deadline, bound, progress):
         if not known and all(abs(end - other) > 2e-6 for other in ends):
             ends.append(end)
             highest = min(highest, end)
-            if math.acos(end) > .9995 * math.acos(highest):
+            if math.acos(end) > (.98 if d == 3 else .9995) * math.acos(highest):
                 points = _polish(points, deadline, tilt=False)
                 if (now := _largest_cosine(points)) < top: best, top = points, now
         if progress: progress(m, starts if starts < math.inf else m, math.acos(top))
-        random, w = m if m < 7 else 3 + (m + 1) // 2, len(ends)
+        random, w = m - max(0, (m + 3) // 6 - 1), len(ends)
         rest = random - w - 2
         all_seen = m > 7 and rest > 0 and w * (random - 1) < (w + .5) * rest
         if _attained(top, bound) or m >= starts or time.monotonic() > deadline: break
