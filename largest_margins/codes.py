@@ -311,7 +311,7 @@ def _search(k, d, rng, starts, deadline, bound, progress):
         all_seen = m > 7 and rest > 0 and w * (random - 1) < (w + .5) * rest
         if _attained(top, bound) or m >= starts or time.monotonic() > deadline: break
         if all_seen and deadline == math.inf: break
-    return _release(_polish(best, deadline))
+    return best if time.monotonic() > deadline else _release(_polish(best, deadline))
 
 # %% ../nbs/theory/03_packing.ipynb #5fd10332
 def _escape(pulls):
@@ -382,12 +382,12 @@ class Packing:
     @cached_property
     def certificate(self) -> dict | None:
         "A proof for `verify_jammed` that this is a local optimum, if we have one."
-        if self.points.numel() > 1000: return None
+        if self.points.numel() > _PROGRAMMES: return None
         return jammed_certificate(self.points.numpy(), self.contacts().numpy())
 
     @cached_property
     def rigidity(self) -> str:
-        "'jammed' with a certificate, 'flexible' if it moves and stays as good, 'unknown'."
+        "'jammed' (proved), 'flexible' if it moves and stays as good, 'unknown'."
         if self.certificate: return 'jammed'
         flexes = self.points.numel() <= _PROGRAMMES and _flexes(self.points.numpy())
         return 'flexible' if flexes else 'unknown'
@@ -458,7 +458,7 @@ def best_packing(
     return max(found, known or found, key=lambda packing: packing.class_margin)
 
 
-_SMALL = 10**7  # multiplications in a product of all pairs, for which one thread is best
+_SMALL = 10**7  # multiplications for all pairs, up to which one thread is best
 
 
 def _is(value, kind): return isinstance(value, kind) and not isinstance(value, bool)

@@ -84,8 +84,9 @@ def _trace(q):
 
 def _words(forms):
     "Signs of each form plus each affine function on m bits, [words, 2^m]."
-    bits = np.arange(forms.shape[1])[:, None] >> np.arange(len(forms[0]).bit_length()) & 1
-    words = (forms[:, None] + bits @ bits.T).reshape(-1, len(bits)) % 2
+    length = forms.shape[1]
+    bits = np.arange(length)[:, None] >> np.arange(length.bit_length()) & 1
+    words = (forms[:, None] + bits @ bits.T).reshape(-1, length) % 2
     return 1 - 2 * np.concatenate([words, 1 - words])
 
 
@@ -238,7 +239,7 @@ class Construction:
     k: int  # number of points
     d: int  # dimension
     cosine: Fraction | float  # the largest of two points, ≥ 0
-    rows: Callable  # makes them, all of one norm; integers where the cosine is a fraction
+    rows: Callable  # makes them, all of one norm; integers if the cosine is a fraction
 
     def points(self) -> Tensor:  # unit rows, float64, [k, d]
         "The points in as many dimensions as they span."
@@ -306,13 +307,15 @@ def _on_designs():
 
 def _codes():
     "Binary codes, shortened, and Kerdock's with the axes: name, k, d, cosine, rows."
-    kerdock, long_kerdock, bch = partial(_kerdock, 4), partial(_kerdock, 6), partial(_bch, 5)
+    kerdock, long_kerdock = partial(_kerdock, 4), partial(_kerdock, 6)
     for name, code, n, k, distance, least, most in (
-            ('Kerdock', kerdock, 16, 2**8, 6, 1, 3), ('BCH', bch, 32, 2**11, 12, 0, 4),
+            ('Kerdock', kerdock, 16, 2**8, 6, 1, 3),
+            ('BCH', partial(_bch, 5), 32, 2**11, 12, 0, 4),
             ('Kerdock', long_kerdock, 64, 2**12, 28, 1, 5),
             ('Golay', lambda: 1 - 2 * _golay(), 24, 2**12, 8, 1, 6)):
         for cut in range(least, most + 1):
-            yield f'{name} code', k >> cut, n - cut, 1 - Fraction(2 * distance, n - cut), (
+            cosine = 1 - Fraction(2 * distance, n - cut)
+            yield f'{name} code', k >> cut, n - cut, cosine, (
                 lambda code=code, cut=cut: _shortened(code(), cut))
     for code, n in ((kerdock, 16), (long_kerdock, 64)):
         yield 'Kerdock code and axes', n * n + 2 * n, n, Fraction(1, math.isqrt(n)), (

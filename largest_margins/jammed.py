@@ -7,8 +7,9 @@ Docs: https://largest-margins.github.io/largest-margins/theory/jammed.html.md"""
 # %% auto #0
 __all__ = ['verify_jammed', 'jammed_certificate']
 
-# %% ../nbs/theory/03b_jammed.ipynb #89504859
+# %% ../nbs/theory/03b_jammed.ipynb #74bde62d
 import math
+import re
 from fractions import Fraction
 
 import numpy as np
@@ -84,8 +85,9 @@ def _quadratic(points, cosine, contacts, stress):
                    for i, j in contacts))
     eta, L_a, L_n = _inverse_bounds(points, contacts)
     L_a *= Fraction(total, weakest)
+    lengths = sum(x * y for x, y in zip(mu, epsilon))
     return (L_a * (1 + max(mu) / 2) + L_n / 2, 1 - eta - L_a * delta,
-            L_a * (2 * tau + sum(map(Fraction.__mul__, mu, epsilon))) + L_n * sum(epsilon))
+            L_a * (2 * tau + lengths) + L_n * sum(epsilon))
 
 # %% ../nbs/theory/03b_jammed.ipynb #56ffe180
 def verify_jammed(
@@ -97,11 +99,19 @@ def verify_jammed(
         return False
 
 
+def _fraction(text):
+    if not re.fullmatch('[0-9]{1,400}(/[0-9]{1,400})?', text):
+        raise ValueError("a distance must be like '1/3', of at most 400 digits")
+    return Fraction(text)
+
+
 def _proved(certificate):
-    keys = 'kind', 'points', 'cosine', 'contacts', 'stress', 'nearest', 'radius', 'sha256'
-    if set(certificate) != set(keys) or certificate['kind'] != 'jammed': return False
+    lists = 'points', 'contacts', 'stress'
+    if set(certificate) != {'kind', 'cosine', 'nearest', 'radius', 'sha256', *lists}:
+        return False
+    if certificate['kind'] != 'jammed': return False
     if certificate['sha256'] != checksum(certificate): return False
-    points, contacts, stress = (certificate[key] for key in keys[1:5] if key != 'cosine')
+    points, contacts, stress = (certificate[key] for key in lists)
     k, d, m = len(points), len(points[0]), len(contacts)
     numbers = [x for row in points for x in row] + stress + [certificate['cosine']]
     if not (k * d <= _MOST[0] and len(stress) == m <= _MOST[1]
@@ -110,7 +120,7 @@ def _proved(certificate):
             and min(stress) > 0 and abs(certificate['cosine']) < _UNIT): return False
     if not all(type(i) is type(j) is int and 0 <= i < j < k for i, j in contacts):
         return False
-    near, far = (Fraction(certificate[key]) for key in ('nearest', 'radius'))
+    near, far = (_fraction(certificate[key]) for key in ('nearest', 'radius'))
     if not 0 < near < far or len({tuple(pair) for pair in contacts}) < m: return False
     points = np.array(points, object)
     if not _no_cosine_above(points @ points.T, certificate['cosine']): return False
@@ -126,7 +136,8 @@ def _stress(points, contacts):
     total = np.append(np.ones(m), np.zeros(k + 1))
     below = np.hstack([-np.eye(m), np.zeros((m, k)), np.ones((m, 1))])
     found = linprog(np.append(np.zeros(m + k), -1), A_ub=below, b_ub=np.zeros(m),
-                    A_eq=np.vstack([balance, total]), b_eq=np.append(np.zeros(k * d), 1),
+                    A_eq=np.vstack([balance, total]),
+                    b_eq=np.append(np.zeros(k * d), 1),
                     bounds=[(0, None)] * m + [(None, None)] * k + [(0, None)],
                     method='highs')
     if found.x is None: return None
