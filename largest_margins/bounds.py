@@ -191,6 +191,9 @@ def _levenshtein(k, d):
     return low, [*np.repeat(nodes, 2), *[-1.] * even]
 
 # %% ../nbs/theory/05_bounds.ipynb #989260ab
+_DEGREE = 30  # of the polynomials in the linear programme
+
+
 _EXACT = {f'{side}_feasibility_tolerance': 1e-10 for side in ('primal', 'dual')}
 
 
@@ -270,14 +273,20 @@ def _levenshtein_bound(k, d):
     return _certify(k, d, s, polynomial)
 
 
+def _delsarte_bound(k, d):
+    return _delsarte_of(min(k, _design_size(d, _DEGREE + 1), 10**9), d)
+
+
 @cache
-def _delsarte_bound(k, d, degree=30):
-    s = _delsarte(k, d, degree)
+def _delsarte_of(k, d):
+    s = _delsarte(k, d, _DEGREE)
     if s is None: return None
     def polynomial(cosine):
-        c = _programme(d, float(cosine), degree, rounds=30)
+        c = _programme(d, float(cosine), _DEGREE, rounds=30)
         if c is None: return None
-        return [Fraction(x) if x > 1e-11 else Fraction(0) for x in c]
+        c = [Fraction(x) if x > 1e-11 else Fraction(0) for x in c]
+        while not c[-1]: c.pop()
+        return c
     return _certify(k, d, s, polynomial)
 
 # %% ../nbs/theory/05_bounds.ipynb #915ad9f1
@@ -391,6 +400,7 @@ def min_sample_margin_bound(
 ) -> float:  # in [0, 2], rounded up
     "1 − cos of the class margin bound: no γ_min is larger."
     bound = class_margin_bound(k, d)
-    exact = {'simplex': Fraction(bound.k, bound.k - 1), 'rankin': Fraction(1)}
-    most = exact.get(bound.method) or 1 - cosine_bounds(Fraction(bound.radians))[0]
+    if k <= d + 1: most = Fraction(bound.k, bound.k - 1)  # simplex
+    elif k <= 2 * d: most = Fraction(1)  # 90°
+    else: most = 1 - cosine_bounds(Fraction(bound.radians))[0]
     return float(most) if Fraction(float(most)) >= most else math.nextafter(most, 3)

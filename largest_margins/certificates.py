@@ -150,7 +150,7 @@ def _delsarte(certificate):
     "No `k` points in `d` dimensions are more than `radians` apart."
     _only(certificate, 'k', 'd', 'cosine', 'radians', 'coefficients')
     k, d, cosine = _claim(certificate)
-    c, common = _over_one_denominator(certificate['coefficients'], _DEGREE + 1)
+    c, _ = _over_one_denominator(certificate['coefficients'], _DEGREE + 1)
     return (c[0] > 0 and min(c) >= 0 and (k - 1) * c[0] <= sum(c) < k * c[0]
             and _nowhere_positive(_powers(d, c), Fraction(-1), cosine))
 
@@ -158,9 +158,9 @@ def _delsarte(certificate):
 _KINDS = {'delsarte': _delsarte}
 
 # %% ../nbs/theory/04_certificates.ipynb #8310354b
-_FRACTION = re.compile(r'-?[0-9]{1,400}(/[0-9]{1,400})?')
+_FRACTION = re.compile(r'-?[0-9]{1,399}(/[0-9]{1,400})?')
 _DEGREE = 64  # the largest degree that is looked at
-_NUMBERS = 300_000  # in one list, at most
+_NUMBERS = 200_000  # in one list, at most
 
 
 def _only(certificate, *keys):
@@ -183,10 +183,10 @@ def _integer(value, low=-10**40, high=10**40):
 def _fraction(text, digits=400):
     if not isinstance(text, str) or not _FRACTION.fullmatch(text):
         raise ValueError("a number must be a string like '-1/3', of at most 400 digits")
-    number = Fraction(text)
-    if max(abs(number.numerator), number.denominator) > 10**digits:
+    parts = text.split('/')
+    if max(map(len, parts)) > digits:
         raise ValueError(f'there must be a number of at most {digits} digits')
-    return number
+    return Fraction(*map(int, parts))
 
 
 def _claim(certificate):
@@ -201,9 +201,9 @@ def _claim(certificate):
 def _over_one_denominator(texts, most):
     "Integers, and the denominator of at most 400 digits that they have in common."
     numbers, common = [_fraction(text) for text in _list(texts, 1, most)], 1
-    for x in numbers:
-        common = lcm(common, x.denominator)
-        if common > 10**400: raise ValueError('no common denominator')
+    for denominator in {x.denominator for x in numbers}:
+        common = lcm(common, denominator)
+        if common >> 1328: raise ValueError('no common denominator')  # 400 digits
     return [x.numerator * (common // x.denominator) for x in numbers], common
 
 
@@ -239,39 +239,40 @@ def _hull(certificate):
 
 _KINDS['hull'] = _hull
 
-# %% ../nbs/theory/04_certificates.ipynb #ba5d7f15
-_PRODUCTS = 2 * 10**7  # k²d, at most
+# %% ../nbs/theory/04_certificates.ipynb #2aa4a42e
+_PRODUCTS = 2 * 10**7  # k²(d + 8), at most
 
 
 def _code(certificate):
     "These `k` points in `d` dimensions are at least `radians` apart."
     _only(certificate, 'k', 'd', 'radians', 'points')
-    k, d = (_integer(certificate[key], 2, 10**9) for key in 'kd')
+    k, d = _integer(certificate['k'], 2), _integer(certificate['d'], 1)
     c, points = cosine_bounds(_fraction(certificate['radians'], 40))[0], []
-    if k * k * d > _PRODUCTS: return False
+    if k * k * (d + 8) > _PRODUCTS: return False
     for row in _list(certificate['points'], k, k):
         points.append([_integer(x) for x in _list(row, d, d)])
     squares = [sum(map(mul, x, x)) for x in points]
     return min(squares) > 0 and all(
-        _at_most(sum(map(mul, points[i], points[j])), c, squares[i] * squares[j])
+        _at_most(c, sum(map(mul, points[i], points[j])), squares[i] * squares[j])
         for i in range(k) for j in range(i))
 
 
-def _at_most(x, c, square):
-    "x ≤ c·√square."
-    if c >= 0: return x <= 0 or x * x <= c * c * square
-    return x < 0 and x * x >= c * c * square
+def _at_most(c, x, square):
+    "x ≤ c·√square, in integers."
+    left, right = (x * c.denominator)**2, c.numerator**2 * square
+    return x <= 0 or left <= right if c >= 0 else x < 0 and left >= right
 
 
 _KINDS['code'] = _code
 
-# %% ../nbs/theory/04_certificates.ipynb #abc9c5b6
+# %% ../nbs/theory/04_certificates.ipynb #2ad92c3e
 def _product(p, q):
-    "The product of two polynomials, {(i, j, l): coefficient of uⁱ vʲ tˡ}."
+    "The product of two polynomials, {(i, j, m): coefficient of uⁱ vʲ tᵐ}."
     total = {}
-    for (i, j, l), x in p.items():
+    for (i, j, m), x in p.items():
         for (a, b, c), y in q.items():
-            total[i + a, j + b, l + c] = total.get((i + a, j + b, l + c), 0) + x * y
+            e = i + a, j + b, m + c
+            total[e] = total.get(e, 0) + x * y
     return total
 
 
@@ -315,9 +316,9 @@ def _never_positive(kernel, multiplier, degree, cosine):
     D = _substituted(_dense(_DETERMINANT, 2), 2, 3, low, cosine)
     scale = common * cosine.denominator**(3 * (n - 2))  # total's, over that of D
     for orders, q in zip(combinations_with_replacement(range(n - 1), 3), multiplier):
-        for i, j, l in set(permutations(orders)):
+        for i, j, m in set(permutations(orders)):
             for (a, b, c), x in zip(product(range(3), repeat=3), D):
-                total[((i + a) * (n + 1) + j + b) * (n + 1) + l + c] += scale * q * x
+                total[((i + a) * (n + 1) + j + b) * (n + 1) + m + c] += scale * q * x
     return _no_box_positive(_bernstein(total, n, 3), n, 3)
 
 # %% ../nbs/theory/04_certificates.ipynb #ff3beb4d

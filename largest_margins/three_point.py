@@ -76,7 +76,7 @@ class _Programme:
         zero, one = np.zeros_like(X[0]), np.ones_like(X[0])
         basis = [[math.comb(r, i) * z**i * (1 - z)**(r - i) for i in range(r + 1)]
                  for z in y]
-        q = [sum(basis[0][i] * basis[1][j] * basis[2][l] for i, j, l in set(
+        q = [sum(basis[0][i] * basis[1][j] * basis[2][m] for i, j, m in set(
             permutations(order))) for order in self.orders]
         D = 1 + 2 * X.prod(0) - (X**2).sum(0)
         matrices = _kernels(self.d, self.degree, *X)
@@ -91,7 +91,17 @@ class _Programme:
                                             for i, j in _triangle(self.sizes[0])]
         return row
 
-# %% ../nbs/theory/04b_three_point.ipynb #7f90a17f
+# %% ../nbs/theory/04b_three_point.ipynb #0cd3d84b
+def _chebyshev(number):
+    "Points of [0, 1], dense at the ends."
+    return (1 - np.cos(np.linspace(0, math.pi, number))) / 2
+
+
+def _ordered(axis):
+    "All triples of a grid with u ≤ v ≤ t, [3, N]."
+    return np.array(list(combinations_with_replacement(axis, 3))).T
+
+
 _SPARE = 1e-6  # how far the number of points stays below k
 
 
@@ -119,17 +129,7 @@ def _solve(programme, pairs, triples):
     return np.array(clarabel.DefaultSolver(free, -unit[end], A, limits, cones,
                                            settings).solve().x)
 
-# %% ../nbs/theory/04b_three_point.ipynb #0cd3d84b
-def _chebyshev(number):
-    "Points of [0, 1], dense at the ends."
-    return (1 - np.cos(np.linspace(0, math.pi, number))) / 2
-
-
-def _ordered(axis):
-    "All triples of a grid with u ≤ v ≤ t, [3, N]."
-    return np.array(list(combinations_with_replacement(axis, 3))).T
-
-
+# %% ../nbs/theory/04b_three_point.ipynb #cddf47cc
 def _interpolation(nodes, at):
     "The matrix from values at the nodes to values elsewhere, [*at.shape, nodes]."
     others = [x - np.delete(nodes, i) for i, x in enumerate(nodes)]
@@ -149,8 +149,8 @@ def _maxima(programme, x, grid=48, most=400):
         for order in permutations(e): values[order] = y
     M = _interpolation(nodes, at)
     V = np.einsum('ai,bj,cl,ijl->abc', M, M, M, values, optimize=True)
-    i, j, l = np.indices(V.shape)
-    top, padded = (i <= j) & (j <= l), np.pad(V, 1, mode='edge')
+    i, j, m = np.indices(V.shape)
+    top, padded = (i <= j) & (j <= m), np.pad(V, 1, mode='edge')
     for axis, step in product(range(3), (1, -1)):
         top &= V >= np.roll(padded, step, axis)[1:-1, 1:-1, 1:-1]
     X = at[np.argwhere(top)[np.argsort(-V[top])][:most]]
@@ -239,17 +239,18 @@ def three_point_certificate(
         raise ValueError(f'k > 2d ≥ 6, degree 3 to 10 are needed, got k = {k}, '
                          f'd = {d}, degree = {degree}')
     pairs, triples = _chebyshev(40), _ordered(_chebyshev(12))
-    angle, tried = radians, []
-    while len(tried) < 8:
+    angle, above, below = radians, None, None
+    for _ in range(12):
         programme = _Programme(k, d, degree, angle)
         x, pairs, triples = _with_cuts(programme, pairs, triples, rounds=3)
-        tried.append((angle, x[-1]))
-        if len(tried) == 1: angle *= .99
-        elif .7 * room < x[-1] < 1.5 * room: break
-        else:
-            (a, y), (b, z) = sorted(tried, key=lambda pair: abs(pair[1] - room))[:2]
+        if .7 * room < x[-1] < 1.5 * room: break
+        if x[-1] > room: above = angle, x[-1]
+        elif above: below = angle, x[-1]
+        else: return None  # there is no room at the angle that we had
+        if below:  # where the chord has the room that we want
+            (a, y), (b, z) = above, below
             angle = a + (room - y) * (b - a) / (z - y)
-        if not 0 < angle < radians: return None
+        else: angle *= .985
     for _ in range(5):
         programme = _Programme(k, d, degree, angle)
         x, pairs, triples = _with_cuts(programme, pairs, triples, rounds=15)
