@@ -327,7 +327,7 @@ def test_what_does_not_belong_is_an_error(market, split, name, message):
 
 
 @pytest.mark.parametrize('clutter', ['._0002_c1s1_000451_03.jpg', 'desktop.ini', 'Desktop.ini', 'Thumbs.db',
-                                     '.DS_Store', '.ipynb_checkpoints/0002_c1s1_000451_03.jpg', '@eaDir/0002_c1s1_000451_03.jpg'])
+                                     '.DS_Store', '.ipynb_checkpoints/0002_c1s1_000451_03.jpg', '@eaDir/a.jpg'])
 def test_what_systems_leave_behind_is_passed_over(market, clutter):
     expected = repr(market_folder(market))
     for split in ('query', 'bounding_box_test', 'bounding_box_train'):
