@@ -30,11 +30,12 @@ from torch import Tensor
 from .bodies import BODIES, make_body
 from .bounds import class_margin_bound
 from .callbacks import Checkpoint
+from .checks import plain
 from .data import ImageData, RandomAffine, class_folders
 from .experiments import Configuration
 from .glyphs import write_glyph_market, write_glyph_pairs
 from .images import ImageFiles
-from .margins import class_margin, plain
+from .margins import class_margin
 from .reid import (
     ReIDData, cosine_distances, duke_folder, embed, evaluate, market_folder,
     reid_learner, resnet50_body)

@@ -29,12 +29,12 @@ from matplotlib.axes import Axes
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
+from .checks import plain
 from .data import ImageData, ImageDataset, ImageLoader
+from .engine.cosines import cosine_matrix
 from .images import ImageFiles, is_clutter, read_image
 from .learner import margin_learner
-from .margins import plain
 from .plots import BLUE, GREEN, GREY, ORANGE, axes_for
-from .reduction import cosine_matrix
 from .verification import check_alive, unit_features
 
 # %% ../nbs/experiments/34_reid.ipynb #43ff2573

@@ -34,8 +34,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from .checks import at_least_float32
 from .images import read_image
-from .margins import at_least_float32, unit_rows
+from .margins import unit_rows
 
 # %% ../nbs/experiments/35_verification.ipynb #a00f988f
 @dataclass(frozen=True, eq=False)
