@@ -533,10 +533,11 @@ def _list_beside(train):
 def _read_list(path, root):
     "The files and labels of a list, after a look whether they are there."
     files, labels, root = [], [], Path(path.parent if root is None else root)
-    for number, line in enumerate(path.read_text(encoding='utf-8-sig').split('\n'), 1):
+    lines = path.read_text(encoding='utf-8-sig').split('\n')
+    for i, line in enumerate(lines, 1):
         if not line.strip(): continue
         found = re.fullmatch(r'\s*(\S.*?)[\s,]+([0-9]{1,9})\s*', line)
-        if not found: raise ValueError(f'{path}, line {number}: wanted "path label", '
+        if not found: raise ValueError(f'{path}, line {i}: wanted "path label", '
                                        f'got {line.strip()!r}')
         files.append(root/found[1])
         labels.append(int(found[2]))

@@ -667,15 +667,15 @@ def unit_features(
     if features.ndim != 2:
         raise ValueError(f'{name} must be [n, d], got shape {tuple(features.shape)}')
     features = at_least_float32(features)
-    largest = features.detach().abs().amax(1, keepdim=True)
-    wrong = (~largest.isfinite()).flatten().nonzero()
+    largest = features.detach().abs().amax(1)
+    wrong = (~largest.isfinite()).nonzero()
     if len(wrong):
         raise ValueError(f'{name} must be finite, row {wrong[0].item()} is not')
     zeros = (largest == 0).sum().item()
     if zeros:
         warnings.warn(f'{zeros} of {len(features)} {name} are zero, thus like nobody: '
                       'their cosines count as 0', stacklevel=3)
-    return unit_rows(features / largest.masked_fill(largest == 0, 1))
+    return unit_rows(features)
 
 # %% ../nbs/experiments/35_verification.ipynb #b2bb4aa3
 class DeadNetwork(ValueError):
