@@ -6,7 +6,7 @@ Docs: https://largest-margins.github.io/largest-margins/training/data.html.md"""
 
 # %% auto #0
 __all__ = ['DATASETS', 'ImageData', 'ImageDataset', 'ImageLoader', 'show_images', 'rotate_images', 'RandomAffine', 'digits',
-           'mnist_5k', 'class_folders', 'image_folder', 'image_list', 'load', 'imbalanced_counts', 'imbalanced_indices']
+           'mnist_5k', 'image_folder', 'image_list', 'load', 'imbalanced_counts', 'imbalanced_indices']
 
 # %% ../nbs/training/21_data.ipynb #745f9b47
 import gzip

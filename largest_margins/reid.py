@@ -35,7 +35,7 @@ from .engine.cosines import cosine_matrix
 from .images import ImageFiles, is_clutter, read_image
 from .learner import margin_learner
 from .plots import BLUE, GREEN, GREY, ORANGE, axes_for
-from .verification import check_alive, unit_features
+from .verification import as_int64, check_alive, unit_features
 
 # %% ../nbs/experiments/34_reid.ipynb #43ff2573
 _NAME = re.compile(r'(-1|\d{1,9})_c(\d{1,9})(?:s\d+)?_(f?)\d+(?:_\d+)?'
@@ -333,7 +333,7 @@ def _match_ranks(distances, labels, junk):
 def _junk(junk):
     "The persons that are junk, int64."
     junk = [junk] if isinstance(junk, Integral) else junk
-    return np.array([] if junk is None else _integers('junk', list(junk)), np.int64)
+    return np.array([] if junk is None else as_int64('junk', list(junk)), np.int64)
 
 
 def _judge(rows, ranks, Q, ap, unmatched, max_rank):
@@ -375,22 +375,11 @@ def _check_rankings(distances, *labels):
     checked, (Q, G) = [], distances.shape
     names = 'query_ids', 'query_cameras', 'gallery_ids', 'gallery_cameras'
     for name, values, n in zip(names, labels, (Q, Q, G, G), strict=True):
-        values = _integers(name, values)
+        values = as_int64(name, values)
         if values.shape != (n,):
             raise ValueError(f'{name} must be [{n}], got {tuple(values.shape)}')
         checked.append(torch.from_numpy(values))
     return distances, checked
-
-
-def _integers(name, values):
-    "Integers of any width, signed or not, as an array of int64."
-    if isinstance(values, Tensor): values = values.detach().cpu()
-    values = np.asarray(values)
-    if values.dtype.kind not in 'iu' and values.size:
-        raise TypeError(f'{name} must be integers, got {values.dtype}')
-    if values.dtype.kind == 'u' and values.size and values.max() >= 2**63:
-        raise ValueError(f'{name} must be below 2**63, got {values.max()}')
-    return values.astype(np.int64)
 
 # %% ../nbs/experiments/34_reid.ipynb #b668a988
 class PKSampler(Sampler):
@@ -403,10 +392,9 @@ class PKSampler(Sampler):
         images: int = 4,  # K, images of each, ≥ 1
         seed: int = 0,  # of the order, ≥ 0; each epoch has its own
     ):
-        persons = np.asarray(persons)
-        if persons.ndim != 1 or persons.dtype.kind not in 'iu':
-            raise ValueError('persons must be integers [N], got '
-                             f'{persons.dtype} {persons.shape}')
+        persons = as_int64('persons', persons)
+        if persons.ndim != 1:
+            raise ValueError(f'persons must be [N], got shape {persons.shape}')
         for name, value in (('people', people), ('images', images)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f'{name} must be an int ≥ 1, got {value!r}')

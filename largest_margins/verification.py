@@ -7,9 +7,9 @@ Docs: https://largest-margins.github.io/largest-margins/experiments/verification
 # %% auto #0
 __all__ = ['KFoldResult', 'kfold_accuracy', 'TARResult', 'tar_at_far', 'plot_roc', 'Pair', 'read_pairs', 'write_pairs',
            'read_pair_list', 'read_cfp_pairs', 'identity_overlap', 'read_bin', 'write_bin', 'decode_image',
-           'unit_features', 'DeadNetwork', 'check_alive', 'embed_images', 'pair_distances', 'VerificationResult',
-           'evaluate_pairs', 'plot_pair_distances', 'Templates', 'template_features', 'read_template_media',
-           'read_template_pairs', 'template_scores']
+           'DeadNetwork', 'embed_images', 'pair_distances', 'VerificationResult', 'evaluate_pairs',
+           'plot_pair_distances', 'Templates', 'template_features', 'read_template_media', 'read_template_pairs',
+           'template_scores']
 
 # %% ../nbs/experiments/35_verification.ipynb #2c4ef020
 import codecs
@@ -92,6 +92,20 @@ def _labels(same, count):
         raise ValueError('same must hold 0 and 1 only, got '
                          f'{np.setdiff1d(same, (0, 1))[0]}')
     return same.astype(bool)
+
+# %% ../nbs/experiments/35_verification.ipynb #66089b7d
+def as_int64(
+    name: str,  # what it is called
+    values,  # integers of any width, signed or not, any shape
+) -> np.ndarray:  # int64, same shape
+    "Integers as int64; what does not fit is refused."
+    if isinstance(values, Tensor): values = values.detach().cpu()
+    values = np.asarray(values)
+    if values.dtype.kind not in 'iu' and values.size:
+        raise TypeError(f'{name} must be integers, got {values.dtype}')
+    if values.dtype.kind == 'u' and values.size and values.max() >= 2**63:
+        raise ValueError(f'{name} must be below 2**63, got {values.max()}')
+    return values.astype(np.int64)
 
 # %% ../nbs/experiments/35_verification.ipynb #8767eeec
 def kfold_accuracy(
@@ -482,13 +496,15 @@ _VALUES = {'INT', 'BININT', 'BININT1', 'BININT2', 'LONG', 'LONG1', 'LONG4',
            'SHORT_BINBYTES', 'BINBYTES', 'BINBYTES8', 'UNICODE', 'STRING',
            'SHORT_BINUNICODE', 'BINUNICODE', 'BINUNICODE8'}
 
+_OPCODES = {opcode.code: opcode for opcode in pickletools.opcodes}
+
 
 def _opcodes(content):
     "As `pickletools.genops`, but strings of Python 2 (protocol 0) are bytes."
     file = io.BytesIO(content)
     while True:
         position, code = file.tell(), file.read(1)
-        opcode = pickletools.code2op.get(code.decode('latin1'))
+        opcode = _OPCODES.get(code.decode('latin1'))
         if opcode is None: raise ValueError(f'it is damaged at byte {position}')
         if opcode.name == 'STRING': value = _python_2_string(file.readline())
         else: value = opcode.arg and opcode.arg.reader(file)
@@ -681,7 +697,7 @@ def unit_features(
 class DeadNetwork(ValueError):
     "A network has one feature for all images."
 
-
+# %% ../nbs/experiments/35_verification.ipynb #26eb53fb
 def check_alive(
     features: Tensor,  # unit rows of different images, or zeros, [n, d]
 ):
@@ -769,18 +785,18 @@ def pair_distances(
 ) -> Tensor:  # squared distances of the unit features, in [0, 4], [N]
     "Equation (eq-verification), a chunk of pairs at a time; 2 if a feature is zero."
     z = unit_features(features)
-    rows = [torch.as_tensor(x) for x in (first, second)]
+    rows = [torch.from_numpy(as_int64(name, x)).to(z.device)
+            for name, x in (('first', first), ('second', second))]
     for name, x in zip(('first', 'second'), rows, strict=True):
-        if x.is_floating_point() or x.ndim != 1 or x.shape != rows[0].shape:
-            raise ValueError('first and second must be integers [N], got '
-                             f'{x.dtype} of shape {tuple(x.shape)} for {name}')
+        if x.ndim != 1 or x.shape != rows[0].shape:
+            raise ValueError('first and second must be [N], got shape '
+                             f'{tuple(x.shape)} for {name}')
         if len(x) and not 0 <= x.min() <= x.max() < len(features):
             raise ValueError(f'{name} must be in 0..{len(features) - 1}, '
                              f'got {x.min()} to {x.max()}')
     zero, distances = ~z.any(1), z.new_empty(len(rows[0]))
     chunks = (x.split(chunk_size) for x in (distances, *rows))
     for out, i, j in zip(*chunks, strict=True):
-        i, j = i.long(), j.long()
         torch.sum((z[i] - z[j]).square(), 1, out=out)
         out.masked_fill_(zero[i] | zero[j], 2)
     return distances
@@ -872,11 +888,10 @@ def template_features(
         raise ValueError('features must be [M, d], M ≥ 1, finite, '
                          f'got shape {tuple(features.shape)}')
     features = at_least_float32(features)
-    keys = [np.asarray(x) for x in (templates, media)]
+    keys = [as_int64('templates', templates), as_int64('media', media)]
     for name, key in zip(('templates', 'media'), keys, strict=True):
-        if key.shape != (count,) or key.dtype.kind not in 'iu':
-            raise ValueError(f'{name} must be {count} integers, got {key.dtype} '
-                             f'{key.shape}')
+        if key.shape != (count,):
+            raise ValueError(f'{name} must be {count} integers, got shape {key.shape}')
     keys = np.stack(keys, 1)
     if flipped is not None:
         if flipped.shape != features.shape:
@@ -896,7 +911,7 @@ def template_features(
     means /= torch.as_tensor(sizes).to(means)[:, None]
     ids, template = np.unique(groups[:, 0], return_inverse=True)
     sums = _sums(means, template, len(ids))
-    return Templates(ids.astype(np.int64), unit_features(sums, 'templates'))
+    return Templates(ids, unit_features(sums, 'templates'))
 
 
 def _sums(rows, group, count):
@@ -943,7 +958,7 @@ def template_scores(
 ) -> Tensor:  # cosines, in [−1, 1], [N]
     "The cosine of each pair of templates, found by their numbers, in chunks."
     rows = []
-    for wanted in map(np.asarray, (first, second)):
+    for wanted in (as_int64('first', first), as_int64('second', second)):
         row = np.searchsorted(templates.ids, wanted).clip(max=len(templates.ids) - 1)
         missing = np.flatnonzero(templates.ids[row] != wanted)
         if len(missing):
