@@ -398,6 +398,16 @@ class MarginSoftmaxLoss(CosineLoss):
         "The hook: the two curves of equation (eq-family), which make the loss."
         return own.cosine, own.cosine
 
+    def curves_at(
+        self,
+        angle: Tensor,  # θ in radians, [n]
+        targets: Tensor | None = None,  # class of each, int64, [n]; None: class 0
+    ) -> tuple[Tensor, Tensor | None]:  # num and den, [n] each
+        "The two curves over the angle, for plots."
+        if targets is None: targets = torch.zeros_like(angle, dtype=torch.long)
+        numbers = self._filled(self.per_batch({}, None, targets), targets, angle.dtype)
+        return self.curves(Own(targets, angle=angle), **numbers)
+
     def with_slopes(
         self,
         own: Own,  # cosine, angle and class of each sample, [n] each
@@ -764,14 +774,13 @@ class AdaFaceLoss(MarginSoftmaxLoss):
         self.register_buffer('norm_mean', torch.tensor(20.))  # as in the authors' code
         self.register_buffer('norm_std', torch.tensor(100.))
 
-    def forward(self, cosines, targets, **given):
-        raise TypeError('AdaFaceLoss reads the norms of the features, which cosines do '
-                        'not have: use MarginHead(d, k, loss), or '
-                        'loss.linear(features, prototypes, targets)')
-
     @torch.no_grad()
     def per_batch(self, given, features, targets, group=None):
-        "Quality ẑ in [−1, 1] of each sample; in training the statistics move on."
+        "Quality q̂ in [−1, 1] of each sample; in training the statistics move on."
+        if features is None:
+            raise TypeError('AdaFaceLoss reads the norms of the features, which cosines '
+                            'do not have: use MarginHead(d, k, loss), or '
+                            'loss.linear(features, prototypes, targets)')
         norms = row_norms(plain(features.detach()).to(
             torch.promote_types(features.dtype, torch.float32)))[:, 0].clamp(1e-3, 100)
         counted = targets != self.ignore_index
