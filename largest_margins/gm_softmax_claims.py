@@ -14,7 +14,7 @@ from fractions import Fraction
 import torch
 
 from .claims import (
-    Check, Claim, descend, dot, rational_points, register)
+    Check, Claim, descend, dot, endpoints, rational_points, register)
 from .codes import simplex
 from .losses import (
     ArcFaceLoss, CosFaceLoss, GMSoftmaxLoss, NormFaceLoss, SphereFaceLoss)
@@ -72,19 +72,22 @@ def _u_optimised(curve=SphereFaceLoss.curve):
     return max(worst), 0
 
 
-def _u_boundary():
+def _u_boundary(m1=4):
     "cos(m1·θ) at m1 = 4, θ = π/2, against cos θ: the printed inequality fails."
-    return math.cos(4 * math.pi / 2), math.cos(math.pi / 2)
+    import sympy
+    return sympy.cos(m1 * sympy.pi / 2), sympy.cos(sympy.pi / 2)
 
 
 register(Claim(
-    'U', 'exp(s·cos(m1θ+m2) − m3), with cos(m1θ+m2) ≤ cos m2 · cos θ',
+    'U', 'The unified loss and the line below it', 'mended',
+    'exp(s·cos(m1θ+m2) − m3), with cos(m1θ+m2) ≤ cos m2 · cos θ',
     'exp(s(cos(m1θ+m2) − m3)), with ψ(m1θ+m2) ≤ cos m2 · cos θ; only for m1 = 1 may '
     'the cosine stand where ψ, its monotone continuation, does',
     'cos m2 ≥ 1/2; m1 ≥ 1 with ψ; equality at θ = 0',
-    (Check('exact', _u_exact, '='), Check('certified', _u_certified, '='),
-     Check('optimised', _u_optimised, '≤', 1e-12),
-     Check('boundary', _u_boundary, '>'))))
+    (Check('symbolic identity', _u_exact, '='),
+     Check('exact arithmetic', _u_certified, '='),
+     Check('search', _u_optimised, '≤', 1e-12),
+     Check('counter-example', _u_boundary, '>'))))
 
 # %% ../nbs/theory/08_gm_softmax.ipynb #e80f2041
 def _t5_exact(slope=lambda a, b, k: 2 * a / k - b):
@@ -102,7 +105,7 @@ def _t5_exact(slope=lambda a, b, k: 2 * a / k - b):
 
 
 def _t5_certified(constant=1, k=6):
-    "How far the risk at the simplex can be from L*, by interval arithmetic, and 0."
+    "How far the risk at the simplex can be from L*, by interval arithmetic; 10⁻³⁰."
     from mpmath import iv
     iv.prec = 120
     s, alpha1, alpha2, beta1, beta2 = map(iv.mpf, ('4', '0.9', '0.7', '-0.1', '0.2'))
@@ -111,8 +114,7 @@ def _t5_certified(constant=1, k=6):
     risk -= s * (alpha1 * own + beta1)
     formula = iv.log(iv.exp(s * (alpha2 + beta2 - alpha1 - beta1)) + (k - 1) * iv.exp(
         -s * (iv.mpf(constant) / (k - 1) + alpha1 + beta1)))
-    difference = risk - formula
-    return max(abs(float(difference.a)), abs(float(difference.b))), 0
+    return max(map(abs, endpoints(risk - formula))), Fraction(1, 10**30)
 
 
 def _t5_reached(constant=lambda k: 1 / (k - 1), k=6, s=4., alpha=(.9, .7),
@@ -153,24 +155,25 @@ def _t5_boundary(alpha=.38, k=6):
 
 
 register(Claim(
-    'T5', 'balanced, k ≤ d+1, α1 ≥ 1/2, α2 ≤ α1: the optimum of GM-Softmax is the '
+    'T5', "The optimum of generalised margin softmax, the slides' Theorem 5", 'mended',
+    'balanced, k ≤ d+1, α1 ≥ 1/2, α2 ≤ α1: the optimum of GM-Softmax is the '
     'simplex with z = w; L* = log[e^{s(α1+β1−α2−β2)} + (k−1) e^{−s(−1/(k−1)+α1+β1)}]',
     'for α1 ≥ (k−2)/(2(k−1)), which is sharp for α2 = α1, the simplex with z = w is '
     'optimal for GM-Softmax; '
     'L* = log[e^{s(α2+β2−α1−β1)} + (k−1) e^{−s(1/(k−1)+α1+β1)}]',
     'balanced, k ≤ d+1, α2 ≤ α1',
-    (Check('exact', _t5_exact, '='), Check('certified', _t5_certified, '=', 1e-30),
-     Check('optimised', _t5_reached, '=', 1e-10),
-     Check('optimised', _t5_optimised, '≥', 1e-12),
-     Check('boundary', _t5_boundary, '<'))))
+    (Check('exact arithmetic', _t5_exact, '='), Check('interval', _t5_certified, '≤'),
+     Check('search', _t5_reached, '=', 1e-10),
+     Check('search', _t5_optimised, '≥', 1e-12),
+     Check('counter-example', _t5_boundary, '<'))))
 
 # %% ../nbs/theory/08_gm_softmax.ipynb #66a12541
-def _p6_exact():
-    "1/2 minus the sharp condition, times 2(k−1); positive, so cos m2 ≥ 1/2 suffices."
+def _p6_exact(slope=Fraction(1, 2)):
+    "The least coefficient in n = k−1 of 2n·(cos m2 − (k−2)/2n) at cos m2 = 1/2, and 0."
     import sympy
-    k = sympy.symbols('k', positive=True)
-    room = sympy.Rational(1, 2) - (k - 2) / (2 * (k - 1))
-    return sympy.simplify(2 * (k - 1) * room), 0
+    n = sympy.symbols('n')
+    room = sympy.Poly(2 * n * sympy.Rational(slope) - (n - 1), n)
+    return min(room.all_coeffs()), 0
 
 
 def _p6_optimised(cosine=lambda k: -1 / (k - 1), k=6, d=8):
@@ -188,8 +191,10 @@ def _p6_boundary(m2=1.2, k=6):
 
 
 register(Claim(
-    'P6', 'NormFace, CosFace, ArcFace and A-Softmax (normalised) share the optimum',
+    'P6', "NormFace, CosFace, ArcFace, SphereFace, the slides' Proposition 6", 'mended',
+    'NormFace, CosFace, ArcFace and A-Softmax (normalised) share the optimum',
     'as printed, with ψ for A-Softmax and cos m2 ≥ (k−2)/(2(k−1)) for ArcFace',
     'balanced, k ≤ d+1',
-    (Check('exact', _p6_exact, '>'), Check('optimised', _p6_optimised, '=', 1e-3),
-     Check('boundary', _p6_boundary, '<'))))
+    (Check('symbolic identity', _p6_exact, '≥'),
+     Check('search', _p6_optimised, '=', 1e-3),
+     Check('counter-example', _p6_boundary, '<'))))
