@@ -12,7 +12,6 @@ import math
 from dataclasses import dataclass
 from numbers import Integral
 
-import numpy as np
 import torch
 from scipy.optimize import brentq, minimize
 from torch import Tensor

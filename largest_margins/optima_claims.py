@@ -15,8 +15,9 @@ from random import Random
 import torch
 
 from .bounds import min_sample_margin_bound
-from .claims import (
-    Check, Claim, annealed, descend, dot, rational_points, register, shares)
+from largest_margins.claims import (
+    Check, Claim, annealed, descend, dot, endpoints, rational_points, register,
+    shares)
 from .codes import simplex
 from .finite_scales import (
     admissible_margin, guaranteed_margin, residual_centroid)
@@ -47,7 +48,7 @@ def _go_exact(factor=4):
 
 
 def _go_certified(tilt=0., k=6, ratio=100, scale=2):
-    "How much lower than a descent's end the optimum can be, proved by intervals; 1e-6."
+    "By how much the optimum can be lower than a descent's end, and a millionth."
     from mpmath import iv
     iv.prec = 120
     weight = shares(k, ratio, 'step')
@@ -58,11 +59,10 @@ def _go_certified(tilt=0., k=6, ratio=100, scale=2):
         rows = [[iv.mpf(x) for x in row] for row in rows.tolist()]
         return [[x / iv.sqrt(sum(y * y for y in row)) for x in row] for row in rows]
     W, Z, n = unit(W), unit(Z), [iv.mpf(x) for x in (weight / weight.sum()).tolist()]
-    value, D = iv.mpf(0), []
+    D = []
     for y, z in enumerate(Z):
         terms = [iv.exp(scale * dot([a - b for a, b in zip(w, W[y])], z)) for w in W]
         terms[y] = iv.mpf(0)
-        value += n[y] * iv.log(sum(terms)) / scale
         D.append([n[y] * (x / sum(terms) - (j == y)) for j, x in enumerate(terms)])
     pulls = [[dot(row, column) for column in zip(*W)] for row in D]
     t = [iv.sqrt(dot(p, p)) / 2 for p in pulls]
@@ -77,7 +77,7 @@ def _go_certified(tilt=0., k=6, ratio=100, scale=2):
             times = left[j][i] / left[i][i]
             left[j] = [a - times * b for a, b in zip(left[j], left[i])]
     spent = sum(dot(row, [dot(w, z) for w in W]) for row, z in zip(D, Z))
-    return float((spent + sum(t) + sum(nu)).b), 1e-6
+    return endpoints(spent + sum(t) + sum(nu))[1], Fraction(1, 10**6)
 
 
 def _go_optimised(d=7, k=6, starts=3):
@@ -106,14 +106,15 @@ def _go_boundary(d=2, k=6, starts=6):
 
 
 register(Claim(
-    'GO', '(ours: the landscape of the losses on spheres)',
+    'GO', 'No spurious minima', 'ours', '',
     'for a loss that is convex in the cosines, depends on their differences and rises '
     'with those of other classes, plus λ·R_W: every point where the gradient vanishes '
     'and no second derivative is negative is a global minimum; smallest eigenvalue and '
     'gap of the dual matrix bound what any arrangement can gain',
     'd ≥ k+1, any weights of the samples',
-    (Check('exact', _go_exact, '≥'), Check('certified', _go_certified, '<'),
-     Check('optimised', _go_optimised, '<'), Check('boundary', _go_boundary, '>'))))
+    (Check('exact arithmetic', _go_exact, '≥'), Check('interval', _go_certified, '<'),
+     Check('search', _go_optimised, '<', quick=False),
+     Check('counter-example', _go_boundary, '>', quick=False))))
 
 # %% ../nbs/theory/18_optima_checks.ipynb #81829b2c
 def _mc_exact(sign=-1):
@@ -169,19 +170,21 @@ def _mc_boundary(reduction='class-mean'):
     loss = LMSoftmaxLoss(1., reduction=reduction)
     torch.manual_seed(0)
     start = torch.randn(2, 5, 6, dtype=torch.float64)
-    _, W, Z = descend(lambda W, Z: loss(Z[targets] @ W.T, targets), *start)
+    _, W, _ = descend(lambda W, Z: loss(Z[targets] @ W.T, targets), *start)
     return class_margin(W).rad2deg().item(), 90
 
 
 register(Claim(
-    'MC', '(ours: minority collapse on spheres, exactly)',
+    'MC', 'Where rare classes merge', 'ours', '',
     'with A classes of R samples and B ≥ 2 of one the rare prototypes coincide at the '
     'optimum of a mean for R > R̄ and not for R < R̄; for one frequent class R̄ is '
     'B((B+E)^2 − 2E^2)/(2E(B−1+E)) for LM-Softmax, with E = e^{−2s}; averaged per '
     'class they never do',
     'd > k; losses as in GO, a mean over samples',
-    (Check('exact', _mc_exact, '='), Check('optimised', _mc_above, '≤', .05),
-     Check('optimised', _mc_below, '>'), Check('boundary', _mc_boundary, '>'))))
+    (Check('symbolic identity', _mc_exact, '='),
+     Check('search', _mc_above, '≤', .05, quick=False),
+     Check('search', _mc_below, '>', quick=False),
+     Check('counter-example', _mc_boundary, '>'))))
 
 # %% ../nbs/theory/18_optima_checks.ipynb #90e46c62
 def _fs_exact(others=lambda k: k - 1, twice=2):
@@ -202,11 +205,10 @@ def _fs_optimised(times=1., k=8, d=3):
     slack, weight = [], shares(k, 10, 'long-tailed')
     best, _ = admissible_margin(k, d)
     for m in (0., .35):
-        for s in (10., 40., 150.):
+        for s in (10., 150.):
             loss, steps = CosFaceLoss(s, m, weight=weight), (5., 10., 40., 150.)
             steps = [x for x in steps if x <= s]
-            _, W, Z = min((annealed(loss, k, d, steps, seed, log=True)
-                           for seed in range(2)), key=lambda found: found[0])
+            _, W, Z = annealed(loss, k, d, steps, log=True)
             proved = guaranteed_margin(k, d, s, margin=m, class_counts=weight)
             reached = min_sample_margin(Z @ W.T, torch.arange(k)).item()
             slack.append(reached - best + times * (best - proved))
@@ -223,12 +225,13 @@ def _fs_boundary(aggregation='mean', s=150.):
 
 
 register(Claim(
-    'FS', '(ours: sample margins at a finite scale)',
+    'FS', 'Sample margins at a finite scale', 'ours', '',
     'every minimiser of NormFace or CosFace has γ_min ≥ ρ* − (1/s) log(2(k−1)/p), with '
     'ρ* = 1 − cos δ* and p the smallest share of a class',
     'every k, d and imbalance, m < ρ*, s ≥ log((k−1)/p)/(ρ*−m)',
-    (Check('exact', _fs_exact, '='), Check('optimised', _fs_optimised, '≥'),
-     Check('boundary', _fs_boundary, '<'))))
+    (Check('exact arithmetic', _fs_exact, '='),
+     Check('search', _fs_optimised, '≥', quick=False),
+     Check('counter-example', _fs_boundary, '<'))))
 
 # %% ../nbs/theory/18_optima_checks.ipynb #7b47377b
 def _am_exact(margin=Fraction(1, 2)):
@@ -263,13 +266,15 @@ def _am_boundary(margin=.5, s=200.):
 
 
 register(Claim(
-    'AM', '(ours: the margins that CosFace can ask for)',
+    'AM', "CosFace's admissible margin", 'ours', '',
     'for m < 1 − cos δ* the minimum of CosFace tends to 0 and the γ_min of its '
     'minimisers to 1 − cos δ* as s → ∞; for a larger m the loss is at least '
     'ps(m − 1 + cos δ*), and stacked classes can be better',
     'every k, d and imbalance',
-    (Check('exact', _am_exact, '<'), Check('certified', _am_certified, '≤'),
-     Check('optimised', _am_optimised, '=', .1), Check('boundary', _am_boundary, '<'))))
+    (Check('exact arithmetic', _am_exact, '<'),
+     Check('certificate', _am_certified, '≤', quick=False),
+     Check('search', _am_optimised, '=', .1),
+     Check('counter-example', _am_boundary, '<'))))
 
 # %% ../nbs/theory/18_optima_checks.ipynb #05090648
 def _rc_exact(square=lambda k, s: (k * s - 1) / (k - 1)):
@@ -311,10 +316,11 @@ def _rc_boundary(ratio=100, strength=100.):
 
 
 register(Claim(
-    'RC', '(ours: what a finite λ of the zero centroid leaves)',
+    'RC', 'What the regulariser leaves', 'ours', '',
     'for unequal shares p_j no finite λ in R_W makes the simplex the optimum; '
     'λ‖centroid‖ tends to gk/(2(k−1)) times the root of (kΣp_j^2 − 1)/(k−1), '
     'with g = 1 for LM-Softmax at every scale',
     '3 ≤ k ≤ d+1; for k = 2 every λ does',
-    (Check('exact', _rc_exact, '='), Check('optimised', _rc_optimised, '=', 1e-3),
-     Check('boundary', _rc_boundary, '<'))))
+    (Check('exact arithmetic', _rc_exact, '='),
+     Check('search', _rc_optimised, '=', 1e-3),
+     Check('counter-example', _rc_boundary, '<'))))

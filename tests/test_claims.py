@@ -11,11 +11,13 @@ from largest_margins import generalization_claims as general
 from largest_margins import gm_softmax_claims as gm
 from largest_margins import imbalance_claims as imbalance
 from largest_margins import lm_softmax_claims as lm
+from largest_margins import optima_claims as optima
 from largest_margins import sample_margin_claims as r_sm
 from largest_margins import softmax_claims as softmax
 from largest_margins.claims import Check, Claim, claims, descend, dot, prove, rational_points, register
 
-ROWS = {'T4', 'L1', 'BP', 'T2', 'T2b', 'P3', 'GB', 'U', 'T5', 'P6', 'T7', 'JE', 'LM', 'T8', 'T5b', 'ME'}
+ROWS = {'T4', 'L1', 'BP', 'T2', 'T2b', 'P3', 'GB', 'U', 'T5', 'P6', 'T7', 'JE', 'LM', 'T8', 'T5b', 'ME',
+        'GO', 'MC', 'FS', 'AM', 'RC'}
 
 
 def test_all_claims_hold():
@@ -185,7 +187,27 @@ WRONG = [
     ('GB', general._gb_exact, dict(power=2)),
     ('GB', general._gb_optimised, dict(exponent=.5)),
     ('GB', general._gb_falls, dict(larger=.5)),
-    ('GB', general._gb_boundary, dict(exponent=.25))]
+    ('GB', general._gb_boundary, dict(exponent=.25)),
+    ('GO', optima._go_exact, dict(factor=8)),
+    ('GO', optima._go_certified, dict(tilt=.1)),
+    ('GO', optima._go_optimised, dict(d=2)),
+    ('GO', optima._go_boundary, dict(d=7)),
+    ('MC', optima._mc_exact, dict(sign=1)),
+    ('MC', optima._mc_above, dict(factor=.98)),
+    ('MC', optima._mc_below, dict(factor=1.02)),
+    ('MC', optima._mc_boundary, dict(reduction='mean')),
+    ('FS', optima._fs_exact, dict(others=lambda k: k)),
+    ('FS', optima._fs_exact, dict(twice=1)),
+    ('FS', optima._fs_optimised, dict(times=.1)),
+    ('FS', optima._fs_boundary, dict(aggregation='logsumexp')),
+    ('AM', optima._am_exact, dict(margin=Fraction(2, 5))),
+    ('AM', optima._am_certified, dict(stretch=1.1)),
+    ('AM', optima._am_optimised, dict(margin=.6)),
+    ('AM', optima._am_boundary, dict(margin=.4)),
+    ('RC', optima._rc_exact, dict(square=lambda k, s: s / (k - 1))),
+    ('RC', optima._rc_optimised, dict(times=2.)),
+    ('RC', optima._rc_boundary, dict(ratio=1)),
+    ('RC', optima._rc_boundary, dict(strength=1e5))]
 
 
 @pytest.mark.parametrize('claim,run,wrong', WRONG, ids=lambda x: getattr(x, '__name__', None))
