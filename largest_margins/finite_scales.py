@@ -10,42 +10,23 @@ __all__ = ['admissible_margin', 'guaranteed_margin', 'scale_for_margin', 'residu
 # %% ../nbs/theory/17_finite_scales.ipynb #7c532d77
 import math
 from functools import cache
-from numbers import Integral, Real
 
 import numpy as np
 import torch
 from scipy.special import betaincinv
 
 from .bounds import min_sample_margin_bound
+from .checks import integer, number, per_class
 from .codes import best_packing, simplex
 
-# %% ../nbs/theory/17_finite_scales.ipynb #deac33fc
-def _check_size(num_classes, dimension):
-    "Refuse what is no number of classes or dimensions."
-    sizes = (('num_classes', num_classes), ('dimension', dimension))
-    for name, size in sizes:
-        if isinstance(size, bool) or not isinstance(size, Integral):
-            raise TypeError(f'{name} must be an int, got {size!r}')
-        if size < 2: raise ValueError(f'{name} must be ≥ 2, got {size}')
-    return int(num_classes), int(dimension)
-
-
-def _check_real(name, value, least=-math.inf, most=math.inf):
-    "Refuse what is no number between two others."
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f'{name} must be a number, got {value!r}')
-    if not least < value < most:
-        raise ValueError(f'{name} must be > {least:g} and < {most:g}, got {value!r}')
-    return float(value)
-
-
+# %% ../nbs/theory/17_finite_scales.ipynb #24864090
 def _smallest_share(num_classes, class_counts):
     "p, the share of the rarest class; equal shares if nothing is known."
     if class_counts is None: return 1 / num_classes
-    counts = torch.as_tensor(class_counts, dtype=torch.float64)
-    if counts.shape != (num_classes,) or not (counts > 0).all() or counts.isinf().any():
-        raise ValueError(f'class_counts must be {num_classes} positive numbers, '
-                         f'got {class_counts!r}')
+    counts = per_class('class_counts', class_counts, above=0).double()
+    if len(counts) != num_classes:
+        raise ValueError(f'class_counts must be [k] with k = {num_classes}, '
+                         f'got {len(counts)}')
     return (counts.min() / counts.sum()).item()
 
 
@@ -55,7 +36,8 @@ def admissible_margin(
     dimension: int,  # d ≥ 2
 ) -> tuple[float, float]:  # a margin that is reached, and one that nothing exceeds
     "The largest m that CosFace can ask for, 1 − cos δ*, between two bounds."
-    k, d = _check_size(num_classes, dimension)
+    k = integer('num_classes', num_classes, at_least=2)
+    d = integer('dimension', dimension, at_least=2)
     if k <= 2 * d or d == 2 or k * d <= 2000:  # closed, or a search of seconds
         packing = best_packing(k, d, starts=None if k * d <= 500 else 1)
         reached = 1 - math.cos(packing.class_margin)
@@ -73,10 +55,9 @@ def guaranteed_margin(
     class_counts=None,  # samples of each class, [k]; None: equally many
 ) -> float:  # at most 1 − cos δ*; below 0 it says nothing
     "The least γ_min of all minimisers of NormFace or CosFace, (eq-guarantee)."
-    k, d = _check_size(num_classes, dimension)
-    s = _check_real('scale', scale, 0)
-    m, p = _check_real('margin', margin), _smallest_share(k, class_counts)
-    best, _ = admissible_margin(k, d)
+    best, _ = admissible_margin(num_classes, dimension)
+    s, m = number('scale', scale, above=0), number('margin', margin)
+    k, p = int(num_classes), _smallest_share(num_classes, class_counts)
     log_x = math.log(k - 1) - s * (best - m)
     power = float(np.logaddexp(0, log_x)) / p  # the logarithm of (1 + x)^{1/p}
     if power > 1e-300: log_grown = power + math.log(-math.expm1(-power))
@@ -93,9 +74,9 @@ def scale_for_margin(
     class_counts=None,  # samples of each class, [k]; None: equally many
 ) -> float:  # s
     "The smallest scale at which `guaranteed_margin` is this fraction of 1 − cos δ*."
-    _check_real('fraction', fraction, 0, 1)
+    number('fraction', fraction, above=0, below=1)
     best, _ = admissible_margin(num_classes, dimension)
-    if not margin < best:
+    if not number('margin', margin) < best:
         raise ValueError(f'margin must be < {best:.4f}, the largest of {num_classes} '
                          f'classes in {dimension} dimensions, got {margin!r}')
     def enough(s):
@@ -114,12 +95,8 @@ def residual_centroid(
     class_counts,  # samples of each class, [k]
 ) -> float:  # λ·‖centroid‖; divide by λ
     "The centroid that λ·R_W leaves at the optimum, times λ, for large λ (eq-residual)."
-    counts = torch.as_tensor(class_counts, dtype=torch.float64)
-    if counts.ndim != 1 or len(counts) < 2:
-        raise ValueError('class_counts must be [k] with k ≥ 2, '
-                         f'got shape {tuple(counts.shape)}')
+    counts = per_class('class_counts', class_counts, above=0).double()
     k, p = len(counts), counts / counts.sum()
-    _smallest_share(k, counts)
     if k == 2: return 0.
     cosines = (simplex(k, k) @ simplex(k, k)[0])[None].requires_grad_()
     slope, = torch.autograd.grad(loss(cosines, torch.tensor([0])), cosines)

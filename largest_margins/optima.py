@@ -10,13 +10,14 @@ __all__ = ['Optimality', 'certify_optimum', 'collapse_ratio']
 # %% ../nbs/theory/16_optima.ipynb #667aca77
 import math
 from dataclasses import dataclass
-from numbers import Integral
 
 import torch
 from scipy.optimize import brentq, minimize
 from torch import Tensor
 
-from .margins import check_prototypes, check_targets, unit_rows
+from .checks import (
+    check_features, check_prototypes, check_targets, integer, number)
+from .margins import unit_rows
 
 # %% ../nbs/theory/16_optima.ipynb #2ded7393
 @dataclass(frozen=True)
@@ -43,11 +44,8 @@ def certify_optimum(
     "Bound what free prototypes and features could gain, equation (eq-certificate)."
     check_prototypes(prototypes)
     check_prototypes(features, 'features', least=1)
-    if prototypes.shape[1] != features.shape[1]:
-        raise ValueError('prototypes and features must have the same dimension, got '
-                         f'{prototypes.shape[1]} and {features.shape[1]}')
-    if not 0 <= centroid < math.inf:
-        raise ValueError(f'centroid must be ≥ 0 and finite, got {centroid!r}')
+    check_features(features, prototypes)
+    centroid = number('centroid', centroid, at_least=0)
     W, Z = (unit_rows(x.detach().cpu().double()) for x in (prototypes, features))
     k = len(W)
     if targets is None: targets = torch.arange(k)
@@ -99,12 +97,8 @@ def collapse_ratio(
     num_rare: int,  # B ≥ 2, classes of another; A … A + B − 1 for the loss
 ) -> float:  # samples of a frequent class over those of a rare one; inf: at none
     "The imbalance from which on rare prototypes coincide at the optimum, d > k."
-    sizes = (('num_frequent', num_frequent, 1), ('num_rare', num_rare, 2))
-    for name, size, least in sizes:
-        if isinstance(size, bool) or not isinstance(size, Integral):
-            raise TypeError(f'{name} must be an int, got {size!r}')
-        if size < least: raise ValueError(f'{name} must be ≥ {least}, got {size}')
-    A, B = int(num_frequent), int(num_rare)
+    A = integer('num_frequent', num_frequent, at_least=1)
+    B = integer('num_rare', num_rare, at_least=2)
     _refuse_unless_convex(loss, A + B)
     if getattr(loss, 'aggregation', 'mean') != 'mean':
         raise ValueError(f'loss must be a mean over samples, got {loss}')
