@@ -1,4 +1,4 @@
-"""What the paper states, what is true, and checks that can fail
+"""What the slides state, what is true, and checks that can fail
 
 Docs: https://largest-margins.github.io/largest-margins/theory/claims.html.md"""
 
@@ -27,6 +27,7 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from .margins import unit_rows
+from .threads import one_thread
 
 # %% ../nbs/theory/00_claims.ipynb #4d0945e0
 _KINDS = {'symbolic identity': 'exact', 'exact arithmetic': 'exact',
@@ -78,11 +79,11 @@ class Check:
 
 @dataclass(frozen=True)
 class Claim:
-    "A statement of the paper, as printed and as it should read."
+    "A statement of the slides, as printed and as it should read, or one of ours."
     id: str  # its name in the ledger
     title: str  # of the theorem on the page, with the number that the slides give it
     verdict: str  # on the printed statement: 'holds', 'mended'; 'ours' if there is none
-    printed: str  # as the slides print it; '' if it is ours
+    printed: str  # as the slides print it; '(ours)' if they do not
     corrected: str  # as it should read; 'as printed' stands for what is printed
     valid_for: str  # the range in which the corrected statement holds
     checks: tuple[Check, ...]  # from strong to weak
@@ -98,13 +99,13 @@ class Claim:
         return self.corrected.replace('as printed', self.printed, 1)
 
     def __str__(self):
-        parts = [('printed', self.printed), ('true', self.corrected),
-                 ('valid for', self.valid_for)]
-        lines = [f'{self.id}: {self.title} ({self.verdict})']
-        for name, text in parts:
-            if text: lines.append(textwrap.fill(text, 79, initial_indent=f'  {name:10}',
-                                                subsequent_indent=12 * ' '))
-        return '\n'.join(lines)
+        parts = dict(printed=self.printed, true=self.corrected)
+        if self.verdict == 'ours': del parts['printed']
+        parts['valid for'] = self.valid_for
+        lines = [textwrap.fill(text, 79, initial_indent=f'  {name:10}',
+                               subsequent_indent=12 * ' ', break_on_hyphens=False)
+                 for name, text in parts.items()]
+        return '\n'.join([f'{self.id}: {self.title} ({self.verdict})', *lines])
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def _run(claim, check):
     "One check, timed; compared before it is rounded."
     start, passed, floats, error = time.perf_counter(), False, 2 * [math.nan], ''
     try:
-        pair = check.run()
+        with one_thread(): pair = check.run()
         passed, floats = check.holds(*pair), [_float(x) for x in pair]
     except Exception as e: error = f'{type(e).__name__}: {e}'
     value, reference = floats
@@ -464,8 +465,10 @@ register(Claim(
     'T2', "Sample margins and class margins, the slides' Theorem 2", 'mended',
     'γ_min is maximal iff W maximises m_c and z_i is the normalised difference '
     'of w_y and the centroid of its nearest prototypes',
-    'γ_min is maximal for a best packing with z = w; z = w is the only choice at the '
-    'points that their contacts hold; the centroid formula is false', 'every d and k',
+    'γ_min is maximal for a best packing with z = w; wherever it is maximal, the '
+    'normalised w + z are a best packing, and z = w at each of its contacts, which for '
+    'k ≤ 2d and for d = 2 leaves nothing else; the centroid formula is false',
+    'every d and k',
     (Check('exact arithmetic', _t2_exact, '='),
      Check('counter-example', _t2_boundary, '='))))
 
@@ -479,6 +482,26 @@ def _t2b_exact(factor=lambda S, g: (4 - S) * (2 * g - S)):
     left = [sympy.expand((w - w2) * (z - z2) - squares),
             sympy.expand(algebra).subs(g**2, a * b)]
     return sum(len(sympy.Add.make_args(x)) for x in left if x != 0), 0
+
+
+def _t2b_pair(share=Fraction(1, 2), reflect=True):
+    "How far share·(ρ_ij + ρ_ji) is below 1 − û_i·û_j at least, in squares, and 0."
+    slack = []
+    for seed in range(300):
+        w, z, w2, z2 = rational_points(4, 2 + seed % 4, seed)
+        if seed % 3 == 0: z, z2 = w, w2  # equality
+        if reflect: z, z2 = _reflected(w, z), _reflected(w2, z2)
+        u, u2 = ([a + b for a, b in zip(*pair)] for pair in ((w, z), (w2, z2)))
+        leads = dot(w, z) - dot(w2, z) + dot(w2, z2) - dot(w, z2)
+        cosine, most = dot(u, u2), 1 - share * leads
+        slack.append(most * abs(most) * dot(u, u) * dot(u2, u2) - cosine * abs(cosine))
+    return min(slack), 0
+
+
+def _reflected(w, z):
+    "The feature, on its prototype's side."
+    below = min(dot(w, z), 0)
+    return [a - 2 * below * b for a, b in zip(z, w)]
 
 
 def _t2b_certified(margin=lambda delta: 1 - math.cos(delta), k=8, d=3):
@@ -499,10 +522,11 @@ def _t2b_optimised(margin=lambda delta: 1 - math.cos(delta)):
 
 
 register(Claim(
-    'T2b', 'Sample margins and class margins, as an equation', 'ours', '',
+    'T2b', 'Sample margins and class margins, as an equation', 'ours', '(ours)',
     'max γ_min = 1 − cos δ*, δ* the largest class margin of k points in d dimensions',
     'every d ≥ 2 and k ≥ 2, any n_j ≥ 1',
     (Check('symbolic identity', _t2b_exact, '='),
+     Check('exact arithmetic', _t2b_pair, '≥'),
      Check('certificate', _t2b_certified, '=', 1e-9),
      Check('search', _t2b_optimised, '=', 1e-4, quick=False))))
 

@@ -117,6 +117,7 @@ register(Claim(
     '+ ε_j(γ_j)), R_j the expected complexity, ≤ kRB/√n_j for prototypes; with a given '
     'sum, γ_j ∝ n_j^(−1/4) is best',
     'with probability 1 − δ, all γ_j in (0, M]',
-    (Check('exact arithmetic', _gb_exact, '='), Check('search', _gb_optimised, '=', 1e-5),
+    (Check('exact arithmetic', _gb_exact, '='),
+     Check('search', _gb_optimised, '=', 1e-5),
      Check('search', _gb_holds, '≤'), Check('search', _gb_falls, '<'),
      Check('counter-example', _gb_boundary, '>'))))

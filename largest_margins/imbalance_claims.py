@@ -113,9 +113,9 @@ def _t8_boundary_alpha(alpha=-.5, k=6):
 
 
 register(Claim(
-    'T8', "With zero centroid, balance does not matter, the slides' Theorem 8", 'mended',
-    'any n_j, k ≤ d+1, Σ w = 0, α_i1 ≥ 1/2: the optimum of GM-Softmax is the '
-    'simplex with z = w',
+    'T8', "With zero centroid, balance does not matter, the slides' Theorem 8",
+    'mended', 'any n_j, k ≤ d+1, Σ w = 0, α_i1 ≥ 1/2: the optimum of GM-Softmax is '
+    'the simplex with z = w',
     'for α_i1 > −1/(k−1), one for each sample, the optimum of GM-Softmax is the '
     'simplex with z = w, and L* bounds the loss of each sample; for k ≥ 3 and unequal '
     'n_j no finite λ in R_W attains it (RC), for k = 2 each does',
@@ -155,7 +155,7 @@ def _t5b_boundary(reduction='mean'):
 
 
 register(Claim(
-    'T5b', 'Class-balanced averaging', 'ours', '',
+    'T5b', 'Class-balanced averaging', 'ours', '(ours)',
     'with the average taken per class first, T5 and T7 hold for any n_j, without the '
     'zero centroid', 'any n_j, k ≤ d+1, α1 ≥ (k−2)/(2(k−1)), α2 ≤ α1',
     (Check('exact arithmetic', _t5b_exact, '='),

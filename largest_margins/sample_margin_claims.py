@@ -47,7 +47,7 @@ def _me_exact(smallest=min):
 
 register(Claim(
     'ME', 'A minimum is at most a mean', 'holds',
-    '−γ_min ≥ (1/N) Σ R_sm(x_i, y_i)', 'as printed', 'always',
+    '−γ_min ≥ (1/N) Σ R_sm(x_i, y_i)', 'as printed', 'all prototypes and features',
     (Check('exact arithmetic', _me_exact, '≥'),)))
 
 # %% ../nbs/theory/09_sample_margin_loss.ipynb #57b2e986
@@ -93,7 +93,7 @@ register(Claim(
     'T7', "Balanced and few classes, the slides' Theorem 7", 'holds',
     'balanced, k ≤ d+1: learning with R_sm maximises class and sample margin',
     'as printed; beyond k = d+1, or with imbalanced classes, it can fail: the mean of '
-    'R_sm may prefer to stack classes', 'balanced, k ≤ d+1',
+    'R_sm prefers to stack k ≥ 7 classes on the circle', 'balanced, k ≤ d+1',
     (Check('exact arithmetic', _t7_exact, '≥'),
      Check('search', _t7_optimised, '=', 1e-6),
      Check('counter-example', _t7_boundary_many, '>'),

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 
 from largest_margins import claims as ledger
+from largest_margins import energy_claims as energy
 from largest_margins import generalization_claims as general
 from largest_margins import gm_softmax_claims as gm
 from largest_margins import imbalance_claims as imbalance
@@ -16,7 +17,7 @@ from largest_margins import sample_margin_claims as r_sm
 from largest_margins import softmax_claims as softmax
 from largest_margins.claims import Check, Claim, claims, descend, dot, prove, rational_points, register
 
-ROWS = {'T4', 'L1', 'BP', 'T2', 'T2b', 'P3', 'GB', 'U', 'T5', 'P6', 'T7', 'JE', 'LM', 'T8', 'T5b', 'ME',
+ROWS = {'T4', 'L1', 'BP', 'T2', 'T2b', 'P3', 'GB', 'U', 'T5', 'P6', 'T7', 'JE', 'LM', 'T8', 'T5b', 'ME', 'GM', 'SY',
         'GO', 'MC', 'FS', 'AM', 'RC'}
 
 
@@ -32,8 +33,8 @@ def test_all_claims_hold():
 def test_the_ledger_is_whole_and_each_claim_has_its_kinds_of_check():
     assert {c.id for c in claims()} == ROWS
     assert [c.id for c in claims()] == sorted(ROWS)
-    assert all(c.title and c.corrected and c.valid_for for c in claims())
-    assert all(bool(c.printed) == (c.verdict != 'ours') for c in claims())
+    assert all(c.title and c.printed and c.corrected and c.valid_for for c in claims())
+    assert all((c.printed == '(ours)') == (c.verdict == 'ours') for c in claims())
     assert all(c.corrected.startswith('as printed') for c in claims() if c.verdict == 'holds')
     kinds = {c.id: {check.kind for check in c.checks} for c in claims()}
     assert all('exact' in found or c == 'LM' for c, found in kinds.items())
@@ -143,6 +144,8 @@ WRONG = [
     ('T2', ledger._t2_boundary, dict(square=Fraction(1))),
     ('T2', ledger._t2_exact, dict(margin=Fraction(9, 10))),
     ('T2b', ledger._t2b_exact, dict(factor=lambda S, g: (4 - S) * (2 * g + S))),
+    ('T2b', ledger._t2b_pair, dict(share=Fraction(51, 100))),
+    ('T2b', ledger._t2b_pair, dict(reflect=False)),
     ('T2b', ledger._t2b_certified, dict(margin=lambda delta: 1 - math.cos(delta) / 2)),
     ('T2b', ledger._t2b_optimised, dict(margin=lambda delta: 1 - math.cos(1.01 * delta))),
     ('T4', softmax._t4_exact, dict(sign=1)),
@@ -150,9 +153,8 @@ WRONG = [
     ('T4', softmax._t4_flow, dict(time=20.)),
     ('T4', softmax._t4_boundary, dict(degrees=70.)),
     ('U', gm._u_exact, dict(sign=1)),
-    ('U', gm._u_certified, dict(factor=-1)),
-    ('U', gm._u_optimised, dict(curve=lambda loss, theta: theta.cos() + .1)),
-    ('U', gm._u_optimised, dict(curve=lambda loss, theta: (loss.m1 * theta).cos())),
+    ('U', gm._u_search, dict(line=lambda m2, theta: m2.cos() * theta.cos() - 1e-3)),
+    ('U', gm._u_search, dict(line=lambda m2, theta: (theta + m2 + .1).cos())),
     ('T5', gm._t5_exact, dict(slope=lambda a, b, k: 2 * a / k + b)),
     ('T5', gm._t5_certified, dict(constant=-1)),
     ('T5', gm._t5_reached, dict(constant=lambda k: -1 / (k - 1))),
@@ -160,6 +162,15 @@ WRONG = [
     ('T5', gm._t5_optimised, dict(alpha=.38)),
     ('T5', gm._t5_boundary, dict(alpha=.42)),
     ('U', gm._u_boundary, dict(m1=1)),
+    ('GM', gm._gm_symbolic, dict(reached=lambda alpha: 1 + alpha)),
+    ('GM', gm._gm_exact, dict(slope=lambda a, b, k: 2 * a / k + b)),
+    ('GM', gm._gm_lowest, dict(below=-.05)),
+    ('GM', gm._gm_stability, dict(curvature=lambda s: s**2)),
+    ('GM', gm._gm_boundary, dict(alpha=.38)),
+    ('SY', energy._sy_symbolic, dict(trace=lambda k, d: k**2 / (d + 1))),
+    ('SY', energy._sy_interval, dict(share=Fraction(11, 10))),
+    ('SY', energy._sy_search, dict(shift=1e-6)),
+    ('SY', energy._sy_boundary, dict(k=6)),
     ('P6', gm._p6_exact, dict(slope=Fraction(49, 100))),
     ('P6', gm._p6_optimised, dict(cosine=lambda k: -1 / k)),
     ('P6', gm._p6_boundary, dict(m2=1.)),
@@ -225,6 +236,69 @@ def test_a_wrong_claim_fails(claim, run, wrong):
 
 def test_every_check_is_broken_above():
     assert {check.run for claim in claims() for check in claim.checks} == {run for _, run, _ in WRONG}
+
+
+# --- the rules ---
+
+def test_a_loss_bounds_the_distance_from_the_simplex():
+    import torch
+
+    from largest_margins.codes import simplex
+    from largest_margins.losses import ArcFaceLoss, CosFaceLoss, LMSoftmaxLoss, NormFaceLoss
+    from largest_margins.margins import class_margin, unit_rows
+    kinds = ((NormFaceLoss, {}), (lambda s: CosFaceLoss(s, .35), dict(offset=-.35)),
+             (lambda s: ArcFaceLoss(s, .5), dict(slope=math.cos(.5))), (LMSoftmaxLoss, dict(target_in_sum=False)))
+    generator = torch.Generator().manual_seed(0)
+    for n in range(200):
+        k, s = 2 + n % 5, (1., 8., 32.)[n % 3]
+        loss, options = kinds[n % 4]
+        noise = .3**(n % 7) * torch.randn(4, k, k, generator=generator, dtype=torch.float64)
+        W = unit_rows(simplex(k, k) + noise[0])
+        Z = torch.cat([unit_rows(W + noise[m]) for m in (1, 2, 3)])[:2 * k + 1]  # uneven: one class has a third
+        targets = torch.arange(k).repeat(3)[:2 * k + 1]
+        value = loss(s)
+        value.reduction = 'class-mean'
+        bound = gm.distance_from_simplex(value(Z @ W.T, targets).item(), k, s, **options)
+        class_mean = [(W[c] - Z[targets == c]).square().sum(1).mean() for c in range(k)]
+        assert W.mean(0).norm() <= bound.centroid + 1e-6
+        assert torch.stack(class_mean).mean().sqrt() <= bound.feature + 1e-6
+        assert class_margin(W) >= bound.class_margin - 1e-6
+    exact = gm.distance_from_simplex(math.log(1 + 9 * math.exp(-16 * 10 / 9)), 10, 16.)
+    assert exact[:3] == pytest.approx((0, 0, 0), abs=1e-6) and exact.class_margin == pytest.approx(math.acos(-1 / 9))
+    assert gm.distance_from_simplex(800., 10, 16.) == (1, 2, 1, 0)
+    for wrong in (dict(k=1), dict(scale=0.), dict(slope=.4), dict(loss=0.), dict(loss=-1., target_in_sum=False)):
+        with pytest.raises(ValueError): gm.distance_from_simplex(**{'loss': 1., 'k': 6, 'scale': 8.} | wrong)
+
+
+def test_the_largest_angular_margin():
+    assert math.cos(gm.largest_angular_margin(6)) == pytest.approx(.4)
+    assert gm.largest_angular_margin(2) == math.pi / 2 > gm.largest_angular_margin(3) > math.pi / 3
+    with pytest.raises(ValueError): gm.largest_angular_margin(1)
+
+
+def test_the_least_class_margin_at_a_scale():
+    import torch
+
+    from largest_margins.codes import best_packing, simplex
+    W = simplex(2, 5)
+    assert energy.log_gaussian_energy(3 * W, 7.).item() == pytest.approx(math.log(2) - 14)
+    assert energy.least_class_margin(W, 7.) == pytest.approx(math.pi)
+    points = best_packing(8, 3).points
+    bounds = [energy.least_class_margin(points, s) for s in (1., 10., 100., 1e4, 1e6)]
+    assert bounds == sorted(bounds) and bounds[0] == 0
+    assert best_packing(8, 3).class_margin - 1e-4 < bounds[-1] <= best_packing(8, 3).class_margin
+    with pytest.raises(ValueError): energy.least_class_margin(torch.eye(3), 0.)
+
+
+def test_universally_optimal_codes_have_the_best_class_margin_that_is_proved():
+    from largest_margins.bounds import class_margin_bound
+    from largest_margins.codes import best_packing
+    for k, d in ((6, 3), (12, 3), (5, 2), (8, 4), (16, 5), (27, 6)):
+        assert energy.universally_optimal(k, d)
+        best = best_packing(k, d, seconds=20).class_margin
+        assert best == pytest.approx(class_margin_bound(k, d).radians, abs=1e-5)
+    assert not any(energy.universally_optimal(k, 3) for k in (5, 7, 8, 9, 24))
+    with pytest.raises(ValueError): energy.universally_optimal(1, 3)
 
 
 # --- the tools ---
