@@ -30,7 +30,7 @@ help:  ## this list
 	touch $@
 
 .venv/.test: .venv/.torch $(METADATA)
-	$(BIN)/python -m pip install -e '.[fastai,dev,docs]'
+	$(BIN)/python -m pip install -e '.[fastai,bounds,dev,docs]'
 	touch $@ .venv/.demo
 
 demo: .venv/.demo  ## prove, train, and write a report to runs/demo (a few minutes after the first installation)

@@ -44,7 +44,7 @@ setup(
     license_expression=cfg['license'],
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(),
-    extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('fastai', 'dev', 'docs')},
+    extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('fastai', 'bounds', 'dev', 'docs')},
     classifiers=[
         f'Development Status :: {stage} - {stages[stage - 1]}',
         f"Intended Audience :: {cfg['audience']}",

@@ -48,7 +48,7 @@ def test_what_is_installed_is_what_settings_say():
     assert installed['Requires-Python'] == f">={cfg['min_python']}"
     plain = [r for r in installed.get_all('Requires-Dist') if 'extra' not in r]
     assert sorted(plain) == sorted(cfg['requirements'].split())
-    assert set(installed.get_all('Provides-Extra')) == {'fastai', 'dev', 'docs'}
+    assert set(installed.get_all('Provides-Extra')) == {'fastai', 'bounds', 'dev', 'docs'}
 
 
 def test_make_asks_for_the_python_that_settings_name():

@@ -636,10 +636,13 @@ def _cosines_by_rows(features, prototypes, shards):
     dtype = work_dtype(features.dtype, prototypes.dtype)
     w = prototypes.to(dtype)
     inverse = _safe_norms(w).reciprocal()[:, 0]
-    for rows in _parts(len(features), rows_at_once(len(features), shards.largest_size)):
+    size = rows_at_once(len(features), shards.largest_size)
+    buffer = w.new_empty(size, len(w))
+    for rows in _parts(len(features), size):
         unit = unit_rows(_part(features, rows).to(dtype))
         with full_precision(features.device.type):
-            yield torch.mm(unit, w.T).mul_(inverse), rows
+            cosines = torch.mm(unit, w.T, out=buffer[:len(unit)])
+        yield cosines.mul_(inverse), rows
 
 
 @torch.no_grad()
