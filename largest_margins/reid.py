@@ -18,7 +18,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
-from pickle import UnpicklingError
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -32,6 +31,7 @@ from torch.nn import functional as F
 from torch.utils.data import Sampler
 
 from .data import ImageData, ImageDataset, ImageFiles, ImageLoader
+from .files import read_torch
 from .learner import margin_learner
 from .margins import plain
 from .plots import BLUE, GREEN, GREY, ORANGE, axes_for
@@ -497,10 +497,10 @@ def resnet50_body(
     net.fc = nn.Identity()
     if weights is not None:
         try:
-            found = torch.load(weights, map_location='cpu', weights_only=True)
+            found = read_torch(weights, plain=True)
             net.load_state_dict({name: value for name, value in found.items()
                                  if not name.startswith('fc.')})
-        except (UnpicklingError, RuntimeError, EOFError, AttributeError) as e:
+        except (ValueError, RuntimeError, AttributeError) as e:
             raise ValueError(f'{weights} does not hold the weights of torchvision\'s '
                              f'resnet50: {e}') from e
     for layer in (net.layer4[0].conv2, net.layer4[0].downsample[0]):

@@ -32,6 +32,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from .files import write_file
 from .margins import at_least_float32, unit_rows
 
 # %% ../nbs/experiments/35_verification.ipynb #a00f988f
@@ -309,7 +310,7 @@ def write_pairs(
             wanted = 'genuine' if same else 'an impostor'
             raise ValueError(f'pairs[{i}] must be {wanted}, got {pair}')
         lines.append('\t'.join([name, number, *([] if same else [other]), second]))
-    Path(path).write_text('\n'.join([*lines, '']), encoding='utf-8', newline='\n')
+    write_file(path, '\n'.join([*lines, '']))
 
 
 def _name_and_number(i, image):
@@ -577,8 +578,8 @@ def write_bin(
     "Pairs with their images as a `.bin` file, images as bytes."
     pairs = list(pairs)
     images = [_content(image, root) for pair in pairs for image in pair[:2]]
-    with open(path, 'wb') as file:
-        pickle.dump((images, [bool(pair.same) for pair in pairs]), file, protocol=4)
+    same = [bool(pair.same) for pair in pairs]
+    write_file(path, pickle.dumps((images, same), protocol=4))
 
 
 _SUFFIXES = '', '.jpg', '.jpeg', '.png', '.bmp', '.webp'
