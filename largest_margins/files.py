@@ -23,6 +23,7 @@ import unicodedata
 import warnings
 import zipfile
 import zlib
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -64,9 +65,10 @@ def _sweep(target):
                 else: path.unlink()
             finally: os.close(descriptor)
 
-# %% ../nbs/training/20_files.ipynb #49c31b03
+# %% ../nbs/training/20_files.ipynb #b7a4ef3b
 def _replace(target, data):
     "Write bytes beside a regular file, and rename."
+    if target.is_symlink(): raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
     target.parent.mkdir(parents=True, exist_ok=True)
     _sweep(target)
     there = target.stat() if target.exists() else None
@@ -245,23 +247,23 @@ class _Storage:
     def __init__(self, dtype, numel, data=None):
         self.dtype, self.numel, self.data = dtype, numel, data
 
-# %% ../nbs/training/20_files.ipynb #c24b3687
-_DATA = set("""array collections copyreg copy_reg dataclasses datetime decimal enum
+# %% ../nbs/training/20_files.ipynb #70fef3c8
+_DATA = set("""array collections copyreg dataclasses datetime decimal enum
     fractions ipaddress logging numbers pathlib random re string time typing uuid
     zoneinfo __main__ _codecs""".split())
 _DATA_TYPES = set("""argparse.Namespace types.SimpleNamespace functools.partial
     builtins.bool builtins.bytearray builtins.bytes builtins.complex builtins.dict
     builtins.float builtins.frozenset builtins.getattr builtins.int builtins.list
     builtins.object builtins.range builtins.set builtins.slice builtins.str
-    builtins.tuple builtins.type builtins.unicode builtins.xrange builtins.long
-    builtins.Ellipsis builtins.NotImplemented""".split())
+    builtins.tuple builtins.type builtins.Ellipsis builtins.NotImplemented""".split())
 
 
 def _named(module, name):
     "A name as it stands in the file; ValueError for what can only do harm."
     if not (isinstance(module, str) and isinstance(name, str)):
         raise _Refused('a name that is none')
-    module = 'builtins' if module == '__builtin__' else module
+    module, name = NAME_MAPPING.get((module, name), (module, name))  # of Python 2
+    module = IMPORT_MAPPING.get(module, module)
     top, full = module.split('.')[0], _Name(f'{module}.{name}')
     harmless = top in _DATA or full in _DATA_TYPES or re.search('Error$|Exception$', full)
     if top not in sys.stdlib_module_names or harmless: return full
@@ -367,6 +369,8 @@ def _call(function, arguments):
         case 'torch._utils._rebuild_qtensor', (
                 _Storage() as storage, _, tuple(size), *_):
             return _without_values(storage.dtype, size)
+        case 'torch._utils._rebuild_nested_tensor', _:
+            return _without_values(None, (0, 0))  # rows of several lengths
         case 'torch.Size', (tuple(size),): return size
         case 'collections.OrderedDict', (list(pairs),):
             return _set({}, [x for pair in pairs for x in pair])

@@ -54,11 +54,13 @@ def _from_torch(path):
     "What `torch.save` wrote, without the lists and objects in it."
     content = read_torch(path)
     tensors = dict(_flat(content))
-    if not tensors and isinstance(content, StandIn):
-        raise ValueError(
-            f'{path} holds {content.name}, which is no tensor and could be code, '
+    if tensors: return tensors
+    found = [content, *(content.values() if isinstance(content, dict) else ())]
+    for value in found:
+        if isinstance(value, StandIn): raise ValueError(
+            f'{path} holds {value.name}, which is no tensor and could be code, '
             'and was not opened: save torch.save(model.state_dict(), FILE)')
-    return tensors
+    raise ValueError(f'{path} holds no named tensors')
 
 # %% ../nbs/experiments/40_inspect.ipynb #a1c40002
 def _flat(content, depth=50):
@@ -123,7 +125,10 @@ def _from_onnx(path):
             if name not in arrays: continue
             array = arrays.pop(name)
             if array.dtype.kind == 'V': array = array.astype(np.float32)
-            ordered[name] = array.T if turned and i == 1 and array.ndim == 2 else array
+            if node.op_type in ('MatMul', 'Gemm') and i == 1 and array.ndim == 2:
+                if turned: array = array.T
+                name = re.sub('kernel(:0)?$', 'weight', name)  # it is none any more
+            ordered[name] = array
     return _tensors(ordered | arrays)
 
 # %% ../nbs/experiments/40_inspect.ipynb #a1c40007
@@ -176,6 +181,10 @@ _NOT_READ = [  # how it begins, what it is, and what to do
     (rb'version https://git-lfs', 'a pointer of Git LFS, not the file', 'git lfs pull'),
     (rb'(?i)\s*(<!doctype|<html|<\?xml|<head)', 'a web page, not the file',
      'download it again; the page may say why'),
+    (rb'MATLAB 5.0 MAT-file', 'a file of MATLAB', 'numpy.savez(NEW, **{name: array for '
+     'name, array in scipy.io.loadmat(FILE).items() if name[0] != "_"})'),
+    (rb'\x12\x01\0{6}', 'a file of MXNet', 'numpy.savez(NEW, **{name: array.asnumpy() '
+     'for name, array in mxnet.nd.load(FILE).items()})'),
     (rb'....TFL3', 'a TensorFlow Lite model', 'numpy.savez(NEW, **{t["name"]: '
      'interpreter.tensor(t["index"])() for t in interpreter.get_tensor_details()})'),
     (rb'\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd|7z\xbc\xaf|Rar!|.{257}ustar',
@@ -232,6 +241,7 @@ def read_tensors(
 
 def _read(path):
     "All tensors of a file or folder, as they are kept."
+    if str(path) == '-': path = Path('/dev/stdin')
     if path.is_dir(): path = _in_folder(path)
     with open(path, 'rb') as file:
         if path.is_file():
@@ -453,6 +463,10 @@ def choose_classifier(
     twins = [n for n in tensors if n != name and tensors[n].shape == weight.shape
              and re.search('head|classif|fc|logits|linear', n)
              and n.rsplit('.', 2)[:-2] == name.rsplit('.', 2)[:-2]]
+    k = weight.shape[1 if transposed or _is_kernel(name) else 0]
+    if key is None and k >= 64 and _is_width(k) and 'prototypes' not in _parts(name):
+        notes.append(f'{k} is a usual number of features: this may be the layer before '
+                     'the classifier.')
     if twins and key is None:
         notes.append(f'{twins[0]} has the same shape: there may be more than one head.')
     return Classifier(name, as_prototypes(weight, name, transposed), notes)
