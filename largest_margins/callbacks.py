@@ -32,15 +32,16 @@ from fastcore.foundation import L
 from torch import Tensor, nn
 
 from .bounds import class_margin_bound
-from .chunked import LazyCosines
 from .files import read_torch, remove_file, write_file
 from .heads import CosineLinear
+from .checks import number
 from .losses import (
-    MarginSoftmaxLoss, SampleMarginLoss, check_number, class_balanced_weights)
+    MarginSoftmaxLoss, SampleMarginLoss, class_balanced_weights)
+from .checks import plain
 from .margins import (
-    class_margin, norm_ratio, plain, sample_margins, smallest_by_class)
+    class_margin, norm_ratio, sample_margins, smallest_by_class)
 from .plots import plot_margin_history
-from .reduction import cosine_matrix
+from .engine.cosines import cosine_matrix
 from .regularizers import zero_centroid
 
 # %% ../nbs/training/23_callbacks.ipynb #6780399e
@@ -104,24 +105,11 @@ class SampleMarginRegularizer(HeadCallback):
         head: nn.Module | None = None,  # the classifier; None finds it in the model
     ):
         super().__init__(head)
-        self.weight = check_number('weight', weight, at_least=0)
+        self.weight = number('weight', weight, at_least=0)
         self.loss = SampleMarginLoss(reduction=reduction)
-
-    def after_pred(self):
-        "Where no cosines are computed, the loss adds the term in its own walk."
-        if isinstance(self.learn.pred, LazyCosines) and self._same_mean():
-            self.learn.pred.sample_margin = self.weight
-
-    def _same_mean(self):
-        "Whether the loss is one of ours and weighs the samples as this term does."
-        loss = _innermost(self.learn.loss_func)
-        reweighted = any(isinstance(cb, DeferredReweighting) for cb in self.learn.cbs)
-        return (isinstance(loss, MarginSoftmaxLoss) and loss.weight is None
-                and loss.reduction == self.loss.reduction and not reweighted)
 
     def after_loss(self):
         "Add the term to `learn.loss_grad`."
-        if getattr(self.learn.pred, 'sample_margin', 0): return
         if not self.learn.yb: return
         self.value = self._mixed(self.batch_cosines(), self.learn.yb[0])
         self.learn.loss_grad = self.learn.loss_grad + self.weight * self.value
@@ -132,7 +120,9 @@ class SampleMarginRegularizer(HeadCallback):
         if mix is None: return self.loss(cosines, targets)
         other, own = (-sample_margins(cosines, y) for y in (mix.yb1[0], targets))
         mixed = torch.lerp(other, own, torch.as_tensor(mix.lam, dtype=own.dtype))
-        return self.loss.aggregate(mixed, plain(targets).long(), cosines.shape[1])
+        shares = self.loss.shares(plain(targets).long(), None, cosines.shape[1],
+                                  mixed.dtype)
+        return self.loss.aggregate(mixed, shares)
 
 # %% ../nbs/training/23_callbacks.ipynb #be0b5105
 class ZeroCentroidRegularizer(HeadCallback):
@@ -145,7 +135,7 @@ class ZeroCentroidRegularizer(HeadCallback):
         head: nn.Module | None = None,  # the classifier; None finds it in the model
     ):
         super().__init__(head)
-        self.weight = check_number('weight', weight, at_least=0)
+        self.weight = number('weight', weight, at_least=0)
 
     def before_batch(self): pass  # no features are needed
 

@@ -24,7 +24,7 @@ from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
-from . import __version__
+import largest_margins
 
 # %% ../nbs/experiments/33_cli.ipynb #e00a4b60
 class _Command(NamedTuple):
@@ -41,7 +41,8 @@ def _parser():
     "The commands and their arguments."
     top = argparse.ArgumentParser(
         prog='largest-margins', description='Learning towards the largest margins.')
-    top.add_argument('--version', action='version', version=f'%(prog)s {__version__}')
+    top.add_argument('--version', action='version',
+                         version=f'%(prog)s {largest_margins.__version__}')
     top.add_argument('--completion', action=_Completion, nargs=0,
                      help='print what makes bash complete commands and options')
     commands = top.add_subparsers(dest='command', required=True, metavar='COMMAND')

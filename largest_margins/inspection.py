@@ -27,9 +27,9 @@ from torch import Tensor
 
 from .bounds import Bound, class_margin_bound
 from .codes import Packing, best_packing
+from .checks import check_prototypes
 from .files import StandIn, escape, read_torch, write_file
-from .margins import (
-    angle, check_prototypes, norm_ratio, row_blocks, unit_rows)
+from .margins import angle, norm_ratio, row_blocks, unit_rows
 
 # %% ../nbs/experiments/40_inspect.ipynb #c34bee00
 def _safetensors():
