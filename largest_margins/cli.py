@@ -63,7 +63,8 @@ class _Completion(argparse.Action):
               *cases, f'    *) words="{" ".join([*commands, *_words(parser)])}" ;;',
               '  esac', '  [ "$COMP_CWORD" = 1 ] && '
               f'words="{" ".join([*commands, *_words(parser)])}"',
-              '  COMPREPLY=($(compgen -W "$words" -- "${COMP_WORDS[COMP_CWORD]}"))', '}',
+              '  COMPREPLY=($(compgen -W "$words" -- "${COMP_WORDS[COMP_CWORD]}"))',
+              '}',
               'complete -o default -F _largest_margins largest-margins', sep='\n')
         parser.exit()
 
@@ -117,10 +118,10 @@ def _check_outputs(args, outputs):
     "Refuse what cannot be written before there is any work."
     if not outputs: return
     from largest_margins.files import check_output
-    inputs = [*getattr(args, 'file', ()), *filter(None, [getattr(args, 'classes', None)])]
+    inputs = [*getattr(args, 'file', ()), getattr(args, 'classes', None)]
     for i, path in enumerate(outputs):
         if args.command in ('train', 'table', 'demo'): path = Path(path, 'report.html')
-        check_output(path, *inputs)
+        check_output(path, *filter(None, inputs))
         if path in outputs[:i] and path != '-':
             raise ValueError(f'{path} cannot be two files')
 
@@ -326,6 +327,7 @@ _COMMANDS['train'] = _Command('train one configuration', _train_arguments, _trai
 # %% ../nbs/experiments/33_cli.ipynb #293d61a2
 def _table(args):
     "Train what is missing of a table, and write it."
+    from largest_margins.files import escape
     from largest_margins.recipes import TABLES
     from largest_margins.tables import make_table
     os.environ.setdefault('PYTHONWARNINGS', 'ignore::FutureWarning')  # of the workers
@@ -334,7 +336,9 @@ def _table(args):
     out = f'runs/table{args.table}' + (f'-{Path(dataset).name}' if dataset else '')
     changes = dict(weights=args.weights, data=args.data, epochs=args.epochs,
                    despite_withdrawal=args.despite_withdrawal or None)
-    def tell(line): print(line, flush=True)
+    def tell(text):
+        print(*(escape(line, 'terminal') for line in text.split('\n')), sep='\n',
+              flush=True)
     complete = make_table(
         recipe, dataset, args.out or out, rows=args.rows, seeds=args.seeds,
         jobs=args.jobs, threads=args.threads, resume=args.resume, dry_run=args.dry_run,

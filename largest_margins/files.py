@@ -200,8 +200,8 @@ def replace_folder(
 _TEX = {'\\': r'\textbackslash{}', '{': r'\{', '}': r'\}', '%': r'\%', '_': r'\_',
         '$': r'\$', '&': r'\&', '#': r'\#', '^': r'\textasciicircum{}',
         '~': r'\textasciitilde{}', '<': r'\textless{}',
-        '>': r'\textgreater{}', '|': r'\textbar{}', '±': r'$\pm$', '°': r'$^\circ$', '–': '--',
-        '—': '---'}
+        '>': r'\textgreater{}', '|': r'\textbar{}', '±': r'$\pm$', '°': r'$^\circ$',
+        '–': '--', '—': '---'}
 _HTML = {'&': '&amp;', '<': '&lt;', '>': '&gt;', '"': '&quot;', "'": '&#x27;'}
 _MARKDOWN = {'&': '&amp;', '<': '&lt;', **{c: f'\\{c}' for c in r'\`*[]|$'}}
 _ESCAPES = dict(terminal={}, html=_HTML, latex=_TEX, markdown=_MARKDOWN,
@@ -265,8 +265,9 @@ def _named(module, name):
     module, name = NAME_MAPPING.get((module, name), (module, name))  # of Python 2
     module = IMPORT_MAPPING.get(module, module)
     top, full = module.split('.')[0], _Name(f'{module}.{name}')
-    harmless = top in _DATA or full in _DATA_TYPES or re.search('Error$|Exception$', full)
-    if top not in sys.stdlib_module_names or harmless: return full
+    harmless = (top in _DATA or full in _DATA_TYPES
+                or full.endswith(('Error', 'Exception')))
+    if harmless or top not in sys.stdlib_module_names: return full
     raise _Refused(f'{full}{_CODE}')
 
 
@@ -441,7 +442,8 @@ def _read_pickle(file, persistent=None):
             case name if name in _VALUES: stack.append(value)
             case name if name in _EMPTY: stack.append(_EMPTY[name]())
             case 'MARK': marks.append(len(stack))
-            case 'POP': marks.pop() if marks and marks[-1] == len(stack) else stack.pop()
+            case 'POP' if marks and marks[-1] == len(stack): marks.pop()
+            case 'POP': stack.pop()
             case 'POP_MARK': above_mark()
             case 'DUP': stack.append(stack[-1])
             case 'LIST': stack.append(above_mark())
@@ -588,7 +590,7 @@ def read_torch(
     path: str | Path,  # a file of `torch.save`, of any age, or a pickle
     plain: bool = False,  # refuse stand-ins: tensors, numbers, text, lists, dicts only
 ):  # what is in it, tensors on the CPU
-    "Read what `torch.save` or `pickle` wrote; nothing is executed, checksums are right."
+    "Read what `torch.save` or `pickle` wrote; run nothing, verify the checksums."
     try:
         file = _in_memory(Path(path).read_bytes()) if plain else _mapped(path)
         content, strange = _read_torch(file)

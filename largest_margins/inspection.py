@@ -192,11 +192,12 @@ _NOT_READ = [  # how it begins, what it is, and what to do
     (rb'%PDF|\x7fELF|MZ|\x89PNG|\xff\xd8\xff|GIF8|RIFF|%!PS|#!',
      'a document, an image or a program', 'it holds no tensors')]
 _ZIPS = [  # a member, what the archive is, and what to do
-    (r'[^/]+/constants\.pkl', 'a program of TorchScript, and holds TorchScript, which is '
-     'no tensor and was not opened',
+    (r'[^/]+/constants\.pkl', 'a program: it holds TorchScript, which is no tensor and '
+     'was not opened',
      'torch.save(torch.jit.load(FILE).state_dict(), NEW)'),
     (r'(.*/)?(archive_format|serialized_exported_program\.json)',
-     'a program of torch.export', 'torch.save(torch.export.load(FILE).state_dict, NEW)'),
+     'a program of torch.export',
+     'torch.save(torch.export.load(FILE).state_dict, NEW)'),
     (r'model\.weights\.h5', 'a model of Keras', _KERAS)]
 
 
@@ -212,8 +213,8 @@ def _reader(path, head):
     if head[:6] == b'\x93NUMPY': return _from_numpy
     if path.suffix == '.safetensors': return _from_safetensors
     if head.lstrip()[:1] == b'{': return _from_index
-    if re.match(rb'\x08[\x01-\x1f][\x12\x1a\x22\x2a\x32\x3a\x42]', head): return _from_onnx
-    return _from_torch
+    protobuf = re.match(rb'\x08[\x01-\x1f][\x12\x1a\x22\x2a\x32\x3a\x42]', head)
+    return _from_onnx if protobuf else _from_torch
 
 
 def _zip_reader(path):
@@ -309,8 +310,8 @@ def find_classifier(
                          f'{_listed(tensors, found)}')
     doubt = _doubt(tensors, found[0])
     if doubt:
-        raise ValueError(f'key must say which tensor is the classifier (--key): {doubt}; '
-                         f'there are {_listed(tensors, matrices)}')
+        raise ValueError('key must say which tensor is the classifier (--key): '
+                         f'{doubt}; there are {_listed(tensors, matrices)}')
     return found[0]
 
 
@@ -379,7 +380,8 @@ def _doubt(tensors, name):
                  if part in _CLASSIFIERS and part != 'out_proj'), default=-1)
     inside = max((i for i, part in enumerate(parts[:-1] if len(parts) > 1 else parts)
                   if re.fullmatch(_INSIDE, part)), default=-1)
-    blocks = re.search(r'(?:^|[./])(layers?|blocks?|h|stages?)[./]\d+[./]\w+[./]\w', name)
+    block = r'(^|[./])(layers?|blocks?|h|stages?)[./]\d+[./]\w+[./]\w'
+    blocks = re.search(block, name)
     if inside > named or (blocks and named < 0):
         return f'{name} looks like a layer inside the network'
     k, rest = tensors[name].shape[0], _beside(tensors, name)
@@ -505,7 +507,8 @@ def join_parts(
 ) -> dict[str, Tensor]:  # those of all parts, the classifier's rows one after the other
     "Put together a model, or a classifier whose classes are shared out over files."
     names = [name for part in parts for name in part]
-    if len(set(names)) == len(names): return {k: t for part in parts for k, t in part.items()}
+    if len(set(names)) == len(names):
+        return {name: t for part in parts for name, t in part.items()}
     found = {find_classifier(part, key) for part in parts}
     if len(found) > 1:
         raise ValueError(f'the parts must have one classifier, got {sorted(found)}')

@@ -387,7 +387,8 @@ def latex(
                 f'\\begin{{tabular}}{{l{"r" * (len(heads) - 1)}}}', r'\toprule',
                 ' & '.join(map(plain, heads)) + r' \\', r'\midrule', *body,
                 r'\bottomrule', r'\end{tabular}', '']
-    return '\n'.join([*out, *(f'% {escape(note, "terminal")}' for note in summary.notes), ''])
+    notes = [f'% {escape(note, "terminal")}' for note in summary.notes]
+    return '\n'.join([*out, *notes, ''])
 
 
 def html_page(
