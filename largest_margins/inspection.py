@@ -237,6 +237,8 @@ def read_tensors(
     "All tensors of a file; nothing in it is executed."
     tensors = _composed(_read(Path(path)))
     if not tensors: raise ValueError(f'{path} holds no named tensors')
+    longest = max(map(len, tensors))
+    if longest > 1000: raise ValueError(f'{path} has a name of {longest} characters')
     return tensors
 
 
@@ -263,17 +265,17 @@ _PAIRS = [  # how the names of two tensors end that make a weight, and how
 
 def _composed(tensors):
     "The same with one tensor for each weight that is kept as two."
+    found, names = dict(tensors), {}
     for end, other_end, make in _PAIRS:
-        for name in [name for name in tensors if f'.{name}'.endswith(end)]:
-            stem = f'.{name}'.removesuffix(end)[1:]
-            other = f'{stem}{other_end}'.strip('.')
-            if other not in tensors: continue
-            try: weight = make(tensors[name], tensors[other])
+        for name in [name for name in found if f'.{name}'.endswith(end)]:
+            stem = f'.{name}'.removesuffix(end)
+            other = f'{stem}{other_end}'[1:]
+            if other not in found: continue
+            try: found[other] = make(found[name], found[other])
             except RuntimeError: continue  # they do not belong together
-            tensors = {f'{stem}.weight'.strip('.') if key == other else key:
-                       weight if key == other else value
-                       for key, value in tensors.items() if key != name}
-    return tensors
+            names[other] = f'{stem}.weight'[1:]
+            del found[name]
+    return {names.get(name, name): t for name, t in found.items()}
 
 
 def _lengthened(g, v):
@@ -385,8 +387,8 @@ def _doubt(tensors, name):
     if inside > named or (blocks and named < 0):
         return f'{name} looks like a layer inside the network'
     k, rest = tensors[name].shape[0], _beside(tensors, name)
-    norms = [other for other in rest if other.endswith('running_mean')
-             and tensors[other].shape == (k,)]
+    norms = [other for other in rest if tensors[other].shape == (k,)
+             and re.search(r'(?<!bn1)\.running_mean$', other)]  # bn1 is the stem's
     if norms:
         return (f'{name} makes {k} features for {norms[0].rsplit(".", 1)[0]}, which '
                 'normalises as many')

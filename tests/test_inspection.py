@@ -508,6 +508,9 @@ def bombs():
     file = io.BytesIO()
     np.save(file, np.zeros(3))
     yield 'an array that is larger than its file', file.getvalue().replace(b'(3,), ', b'(9999999999999,), ')
+    buffer = io.BytesIO()
+    torch.save({'9' * 200_000 + 'x.weight': W, '8x': W}, buffer)
+    yield 'a name on which a regular expression never ends', buffer.getvalue()
     yield 'a header of 4 GB', (2**32 - 1).to_bytes(8, 'little') + b'{'
     yield 'JSON in JSON', b'{"weight_map":' + b'{"a":' * 9000
 
