@@ -760,7 +760,7 @@ def write_prototypes(
     d: int,  # dimension, ≥ 2
     *,
     seed: int = 0,  # of the search; the same seed gives the same points
-    seconds: float | None = None,  # stop the search after about this long
+    seconds: float | None = None,  # how long to search; None: until it is done
     force: bool = False,  # replace files that are there
     progress: Callable[[int, int, float], None] | None = None,  # of `best_packing`
 ) -> Packing:  # what was written
@@ -779,18 +779,16 @@ def write_prototypes(
     packing = best_packing(k, d, seed=seed, seconds=seconds, progress=progress)
     certificate = class_margin_bound(k, d).certificate
     write_file(path, safetensors.torch.save({'weight': packing.points},
-                                            _header(packing, seed)))
+                                            _header(packing)))
     if stream: return packing
     beside.unlink(missing_ok=True)
     if certificate: write_file(beside, json.dumps(certificate))
     return packing
 
 
-def _header(packing, seed):
+def _header(packing):
     "What the file says about its prototypes, in words and radians."
     (k, d), bound = packing.points.shape, class_margin_bound(*packing.points.shape)
-    how = ('regular simplex' if k <= d + 1 else 'regular polygon' if d == 2 else
-           'orthogonal axes' if k <= 2 * d else f'search, seed {seed}')
     facts = dict(k=k, d=d, class_margin=packing.class_margin, bound=bound.radians,
-                 gap=packing.gap, bound_method=bound.method, how=how)
+                 gap=packing.gap, bound_method=bound.method, how=packing.how)
     return {name: str(value) for name, value in facts.items()}
