@@ -14,7 +14,8 @@ PACKAGE = Path(lm.__file__).parent
 STUB = ast.parse((PACKAGE/'__init__.pyi').read_text(encoding='utf-8'))
 HOMES = {name.name: node.module for node in STUB.body if isinstance(node, ast.ImportFrom) for name in node.names}
 CONTRACT = '''class_margin sample_margins class_sample_margins min_sample_margin norm_ratio neural_collapse simplex
-    riesz_energy log_riesz_energy best_packing largest_sample_margins class_margin_bound min_sample_margin_bound verify claims prove
+    riesz_energy log_riesz_energy best_packing largest_sample_margins class_margin_bound min_sample_margin_bound verify
+    claims prove
     NormFaceLoss CosFaceLoss ArcFaceLoss SphereFaceLoss CombinedMarginLoss LDAMLoss GMSoftmaxLoss LMSoftmaxLoss
     SampleMarginLoss FocalLoss ElasticFaceLoss AdaFaceLoss zero_centroid CosineLinear MarginHead ShardedMarginHead
     imbalanced_counts imbalanced_indices SampleMarginRegularizer ZeroCentroidRegularizer MarginRecorder
