@@ -1,5 +1,4 @@
 "The losses from features and prototypes: the same numbers as from the matrix of cosines, without the matrix."
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -100,11 +99,11 @@ def test_value_and_gradient_in_float32(row):
 
 
 def test_log_sum_exp_at_scale_64_in_float32():
-    "The weights exp(s·L) multiply the rounding of L by s, whoever computes them: 2e-6 is out of reach there."
+    "The weights exp(s·L) multiply the rounding of L by s."
     loss, batch = LMSoftmaxLoss(64., 'logsumexp'), inputs(64, 16, 50, dtype=torch.float32)
     true = value_and_gradients(dense(loss), *(x.double() for x in batch[:2]), batch[2])
-    ours, theirs = (distance(value_and_gradients(f, *batch), true) for f in (loss.linear, dense(loss)))
-    assert ours < 2e-5 and theirs > 5e-7
+    for way in (loss.linear, lambda *a: loss.linear(*a, chunk_size=7), dense(loss)):
+        assert distance(value_and_gradients(way, *batch), true) < 5e-6
 
 
 @each_loss
@@ -188,8 +187,8 @@ def test_rows_at_the_ends_of_float32(row, size):
     features[0] = torch.nn.functional.normalize(features[0], dim=0) * size
     prototypes[targets[1]] = torch.nn.functional.normalize(prototypes[targets[1]], dim=0) * size
     values = []
-    for way in (loss.linear, lambda *a: loss.linear(*a, chunk_size=7), dense(loss)):
-        if row is None and way is not loss.linear: continue
+    ways = [loss.linear, lambda *a: loss.linear(*a, chunk_size=7), *([] if row is None else [dense(loss)])]
+    for way in ways:
         for leaves in ((features, prototypes), (features.clone().requires_grad_(), prototypes.clone().requires_grad_())):
             values.append(way(*leaves, targets))
         slopes = torch.autograd.grad(values[-1], leaves)
@@ -242,7 +241,7 @@ def test_chunks_have_rows():
 
 def test_numbers_for_each_sample_are_checked_before_they_are_cut():
     for wrong in (torch.ones(N + 1), torch.ones(7)):
-        with pytest.raises(ValueError, match=re.escape(f'alpha1 must be [N] with N = {N}')):
+        with pytest.raises(ValueError, match=f'^alpha1 must be .*N = {N}'):
             GMSoftmaxLoss().linear(*inputs(), alpha1=wrong, chunk_size=7)
     with pytest.raises(TypeError, match='alpha3'): GMSoftmaxLoss().linear(*inputs(), alpha3=torch.ones(N))
 

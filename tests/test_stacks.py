@@ -157,7 +157,7 @@ def pairs(wrappers):
     for sharded in (False, True):
         losses = [*LOSSES, *(ONLY_TOGETHER if sharded else ())]
         for i, name in enumerate(WRAPPERS):
-            for loss in (2 * i, 2 * i + 1):
+            for loss in (2 * i, 2 * i + 1) if name != 'compile' else [2 * i]:
                 if name in wrappers: yield name, losses[loss % len(losses)], sharded
 
 
@@ -183,15 +183,17 @@ def test_every_wrapper_trains_what_one_process_trains(wrappers):
 
 # --- what cannot be right is refused ---
 
-def sharded_model(loss=None):
-    head = ShardedMarginHead(D, K, loss or CosFaceLoss(8., .2), dtype=torch.float64)
-    head.load_state_dict({'weight': weight()})
+def sharded_model():
+    "Shards of one size, which DDP does not notice."
+    head = ShardedMarginHead(D, K - 1, CosFaceLoss(8., .2), dtype=torch.float64)
+    head.load_state_dict({'weight': weight()[:K - 1]})
     return Model(head)
 
 
 def mistakes(rank):
     "What wrappers that would mix the shards say."
     images, targets = batches()[0]
+    targets = targets.clamp(max=K - 2)
     own, said = slice(rank * N, (rank + 1) * N), {}
     def note(name, function):
         try: function()
