@@ -7,7 +7,8 @@ CHECK := build/check
 METADATA := settings.ini setup.py pyproject.toml
 DIFF := diff -rq -x __pycache__ -x .ipynb_checkpoints
 
-.PHONY: help demo test gpu-check notebooks docs hooks
+OLDEST := $(abspath build/oldest)
+.PHONY: help demo test oldest gpu-check notebooks docs hooks
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -29,7 +30,7 @@ help:  ## this list
 	touch $@
 
 .venv/.test: .venv/.torch $(METADATA)
-	$(BIN)/python -m pip install -e '.[fastai,dev,docs]'
+	$(BIN)/python -m pip install -e '.[fastai,bounds,dev,docs]'
 	touch $@ .venv/.demo
 
 demo: .venv/.demo  ## prove, train, and write a report to runs/demo (a few minutes after the first installation)
@@ -50,6 +51,13 @@ test: .venv/.test  ## every check: notebooks, export, style, site, pytest
 	cd $(CHECK) && $(BIN)/nbdev-test --n-workers 2
 	$(BIN)/python docs/build.py --check
 	$(BIN)/python -m pytest -n 2
+
+# Theory and losses alone: what else is in .venv was built for the NumPy there. Needs Python 3.10 or 3.11, and a registry.
+oldest: .venv/.test  ## theory and losses with the oldest NumPy and SciPy that settings.ini allows
+	rm -rf $(OLDEST) && $(BIN)/python -m pip install --target $(OLDEST) --only-binary :all: --no-deps \
+	  $$(sed -n 's/^requirements = //p' settings.ini | tr ' ' '\n' | sed -n '/^torch/!s/>=/==/p')
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -q tests/test_bounds.py tests/test_claims.py tests/test_codes.py \
+	  tests/test_comparisons.py tests/test_margins.py tests/test_packing.py tests/test_regularizers.py
 
 gpu-check: .venv/.test  ## everything that needs a GPU, measured and stored, in at most 8 minutes; says so without one
 	$(BIN)/python benchmarks/gpu.py

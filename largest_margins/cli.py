@@ -67,21 +67,23 @@ def _say(message, code):
 # %% ../nbs/experiments/33_cli.ipynb #d4e657b6
 def _prove(args):
     "Run the ledger and print a line for each check as it ends."
-    from largest_margins.claims import prove
-    evidence = []
+    from largest_margins.claims import claims, prove
+    statements, evidence = {claim.id: str(claim) for claim in claims()}, []
     def show(e):
-        if not evidence:
-            print(f'{"claim":6}{"kind":11}{"":8}{"value":>13}   {"reference":>12}'
+        if not evidence or evidence[-1].claim != e.claim:
+            print('\n' if evidence else '', statements[e.claim], '\n\n', sep='', end='')
+            print(f'  {"method":18}{"":7}{"value":>13}   {"reference":>12}'
                   f'{"difference":>12}{"seconds":>9}')
-        print(f'{e.claim:6}{e.kind:11}{"passed" if e.passed else "FAILED":8}'
+        print(f'  {e.method:18}{"passed" if e.passed else "FAILED":7}'
               f'{e.value:13.8f} {e.relation} {e.reference:12.8f}{e.difference:12.1e}'
               f'{e.seconds:9.2f}  {e.error}'.rstrip(), flush=True)
         evidence.append(e)
     prove(args.ids or None, quick=args.quick, seen=show)
     failed = sum(not e.passed for e in evidence)
-    print(f'{len(evidence) - failed} of {len(evidence)} checks passed')
+    print(f'\n{len(evidence) - failed} of {len(evidence)} checks passed')
     if args.json:
-        rows = [{**asdict(e), 'difference': e.difference} for e in evidence]
+        rows = [{**asdict(e), 'kind': e.kind, 'difference': e.difference}
+                for e in evidence]
         _write(Path(args.json), json.dumps(rows, indent=1, ensure_ascii=False))
     return 1 if failed else 0
 

@@ -87,11 +87,13 @@ def _gb_falls(larger=2.):
 
 
 register(Claim(
-    'GB', 'Pr[max f(x)_j′ > f(x)_y] ≤ (1/k) Σ_j (L̂_{γ,j}[f] + (4/γ_j) R̂_j(F) '
+    'GB', 'Balanced margin bound, after Cao et al. (2019)', 'mended',
+    'Pr[max f(x)_j′ > f(x)_y] ≤ (1/k) Σ_j (L̂_{γ,j}[f] + (4/γ_j) R̂_j(F) '
     '+ ε_j(γ_j))',
     'the balanced error is at most (1/k) Σ_j (L̂_{γ_j,j}[f] + (4/γ_j) R̂_j(F) '
     '+ ε_j(γ_j)), R̂_j ≤ kRB/√n_j for prototypes; with a given sum, γ_j ∝ n_j^(−1/4) '
     'is best',
     'with probability 1 − δ, all γ_j in (0, M]',
-    (Check('exact', _gb_exact, '='), Check('optimised', _gb_optimised, '=', 1e-5),
-     Check('optimised', _gb_falls, '<'), Check('boundary', _gb_boundary, '>'))))
+    (Check('exact arithmetic', _gb_exact, '='),
+     Check('search', _gb_optimised, '=', 1e-5), Check('search', _gb_falls, '<'),
+     Check('counter-example', _gb_boundary, '>'))))

@@ -90,15 +90,16 @@ def _t8_boundary_alpha(alpha=-.5, k=6):
 
 
 register(Claim(
-    'T8', 'any n_j, k ≤ d+1, Σ w = 0, α1 ≥ 1/2: the optimum of GM-Softmax is the '
+    'T8', "With zero centroid, balance does not matter, the slides' Theorem 8",
+    'mended', 'any n_j, k ≤ d+1, Σ w = 0, α1 ≥ 1/2: the optimum of GM-Softmax is the '
     'simplex with z = w',
     'for α1 > −1/(k−1) the optimum of GM-Softmax is the simplex with z = w, and L* '
     'bounds the loss of each sample; a finite λ in R_W only approaches it',
     'any n_j, k ≤ d+1, Σ w = 0, α2 ≤ α1',
-    (Check('exact', _t8_exact, '='),
-     Check('optimised', _t8_optimised, '=', .05, quick=False),
-     Check('boundary', _t8_boundary_lambda, '<'),
-     Check('boundary', _t8_boundary_alpha, '<'))))
+    (Check('exact arithmetic', _t8_exact, '='),
+     Check('search', _t8_optimised, '=', .05, quick=False),
+     Check('search', _t8_boundary_lambda, '<'),
+     Check('counter-example', _t8_boundary_alpha, '<'))))
 
 # %% ../nbs/theory/11_imbalance.ipynb #92605908
 def _t5b_exact(weight=lambda n, k, N: Fraction(1, k * n)):
@@ -122,15 +123,15 @@ def _t5b_optimised(reduction='class-mean', k=10):
     return min(margins), math.degrees(math.acos(-1 / (k - 1)))
 
 
-def _t5b_boundary():
-    "The same with the plain mean, which is smaller."
-    return _t5b_optimised('mean')
+def _t5b_boundary(reduction='mean'):
+    "The same with the plain mean, and 90°, which the simplex's 96.38° is well above."
+    return _t5b_optimised(reduction)[0], 90
 
 
 register(Claim(
-    'T5b', '(ours: class-balanced averaging)',
+    'T5b', 'Class-balanced averaging', 'ours', '(ours)',
     'with the average taken per class first, T5 and T7 hold for any n_j, without the '
     'zero centroid', 'any n_j, k ≤ d+1, α1 ≥ (k−2)/(2(k−1)), α2 ≤ α1',
-    (Check('exact', _t5b_exact, '='),
-     Check('optimised', _t5b_optimised, '=', 1e-2, quick=False),
-     Check('boundary', _t5b_boundary, '<', quick=False))))
+    (Check('exact arithmetic', _t5b_exact, '='),
+     Check('search', _t5b_optimised, '=', 1e-2, quick=False),
+     Check('search', _t5b_boundary, '<', quick=False))))

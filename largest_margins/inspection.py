@@ -407,7 +407,7 @@ def write_prototypes(
     d: int,  # dimension, ≥ 2
     *,
     seed: int = 0,  # of the search; the same seed gives the same points
-    seconds: float | None = None,  # stop the search after about this long
+    seconds: float | None = None,  # how long to search; None: until it is done
     force: bool = False,  # replace files that are there
     progress: Callable[[int, int, float], None] | None = None,  # of `best_packing`
 ) -> Packing:  # what was written
@@ -426,20 +426,18 @@ def write_prototypes(
     certificate = class_margin_bound(k, d).certificate
     with _replacing(path) as aside:
         safetensors.torch.save_file({'weight': packing.points}, aside,
-                                    _header(packing, seed))
+                                    _header(packing))
     beside.unlink(missing_ok=True)
     if certificate:
         with _replacing(beside) as aside: aside.write_text(json.dumps(certificate))
     return packing
 
 
-def _header(packing, seed):
+def _header(packing):
     "What the file says about its prototypes, in words and radians."
     (k, d), bound = packing.points.shape, class_margin_bound(*packing.points.shape)
-    how = ('regular simplex' if k <= d + 1 else 'regular polygon' if d == 2 else
-           'orthogonal axes' if k <= 2 * d else f'search, seed {seed}')
     facts = dict(k=k, d=d, class_margin=packing.class_margin, bound=bound.radians,
-                 gap=packing.gap, bound_method=bound.method, how=how)
+                 gap=packing.gap, bound_method=bound.method, how=packing.how)
     return {name: str(value) for name, value in facts.items()}
 
 

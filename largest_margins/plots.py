@@ -327,9 +327,7 @@ def plot_target_logits(
     ax = axes_for(ax)
     theta = torch.linspace(0, math.pi, 721, dtype=torch.float64)
     for name, loss in losses.items():
-        targets = torch.zeros(len(theta), dtype=torch.long)
-        cosine = theta.cos()
-        num, _ = loss.own_curves(torch.stack([cosine, cosine], 1), cosine, targets)
+        num, _ = loss.curves_at(theta)
         ax.plot(theta.rad2deg(), num.detach(), label=name)
     ax.set(xlabel='angle to the own prototype (degrees)', ylabel='logit / s',
            xlim=(0, 180))

@@ -155,13 +155,16 @@ def test_prove(capsys, tmp_path):
     assert run('prove', 'L1', 'ME', '--quick', '--json', tmp_path/'e.json') == 0
     out = capsys.readouterr().out
     assert out.count('passed') == 6 and 'difference' in out and '5 of 5 checks passed' in out
+    assert "the slides' Lemma 1" in out and 'printed   for k ≤ d+1' in out
     rows = json.loads((tmp_path/'e.json').read_text())
     assert {r['claim'] for r in rows} == {'L1', 'ME'} and all(r['passed'] for r in rows)
+    assert {r['kind'] for r in rows} == {'exact', 'certified', 'optimised', 'boundary'}
 
 
 def test_a_failed_check_exits_with_1(monkeypatch, capsys):
     from largest_margins import claims as ledger
-    false = ledger.Claim('X', 'two is three', 'no', 'never', (ledger.Check('exact', lambda: (2, 3), '='),))
+    false = ledger.Claim('X', 'Two', 'holds', 'two is three', 'as printed', 'never',
+                         (ledger.Check('exact arithmetic', lambda: (2, 3), '='),))
     monkeypatch.setitem(ledger._LEDGER, 'X', false)
     assert run('prove', 'X') == 1
     assert 'FAILED' in capsys.readouterr().out
