@@ -597,16 +597,17 @@ class ArcFaceLoss(CombinedMarginLoss):
         ignore_index: int = -100,  # samples with this target do not count
         prior: Tensor | Iterable[float] | None = None,  # counts or shares, > 0, [k]
     ):
-        number('margin', margin, at_least=0, below=math.pi)
-        super().__init__(scale, m2=margin, detach_margin=detach_margin, weight=weight,
+        super().__init__(scale, detach_margin=detach_margin, weight=weight, prior=prior,
                          sample_margin=sample_margin, label_smoothing=label_smoothing,
-                         reduction=reduction, ignore_index=ignore_index, prior=prior)
+                         reduction=reduction, ignore_index=ignore_index)
+        self.margin = margin
 
     @property
     def margin(self) -> float: return self.m2
 
     @margin.setter
-    def margin(self, value: float): self.m2 = value
+    def margin(self, value: float):
+        self.m2 = number('margin', value, at_least=0, below=math.pi)
 
 # %% ../nbs/losses/12_losses.ipynb #c8a97f45
 class SphereFaceLoss(CombinedMarginLoss):
@@ -626,16 +627,17 @@ class SphereFaceLoss(CombinedMarginLoss):
         ignore_index: int = -100,  # samples with this target do not count
         prior: Tensor | Iterable[float] | None = None,  # counts or shares, > 0, [k]
     ):
-        number('margin', margin, at_least=1, at_most=10)
-        super().__init__(scale, m1=margin, detach_margin=detach_margin, weight=weight,
+        super().__init__(scale, detach_margin=detach_margin, weight=weight, prior=prior,
                          sample_margin=sample_margin, label_smoothing=label_smoothing,
-                         reduction=reduction, ignore_index=ignore_index, prior=prior)
+                         reduction=reduction, ignore_index=ignore_index)
+        self.margin = margin
 
     @property
     def margin(self) -> float: return self.m1
 
     @margin.setter
-    def margin(self, value: float): self.m1 = value
+    def margin(self, value: float):
+        self.m1 = number('margin', value, at_least=1, at_most=10)
 
 # %% ../nbs/losses/12_losses.ipynb #15c127a5
 class LDAMLoss(MarginSoftmaxLoss):
@@ -693,6 +695,7 @@ def class_balanced_weights(
 # %% ../nbs/losses/12_losses.ipynb #4412ccad
 class ElasticFaceLoss(MarginSoftmaxLoss):
     "A margin drawn anew for each sample (Boutros et al. 2022, ElasticFace)."
+    numbers: ClassVar = dict(margin='margin')
     margin = Number(at_least=0, below=2)
     std = Number(at_least=0, at_most=1)
     kind = Choice('arc', 'cos')
@@ -728,20 +731,20 @@ class ElasticFaceLoss(MarginSoftmaxLoss):
     def angular(self): return self.kind == 'arc'
 
     def per_batch(self, given, features, targets, group=None):
-        "A margin for each sample; outside training the mean for all."
-        drawn = torch.full(targets.shape, self.margin, device=self.generator.device)
-        if self.training:
-            drawn = torch.normal(drawn, self.std, generator=self.generator)
-        return dict(drawn=drawn.to(targets.device, non_blocking=True))
+        "In training a margin for each sample, if none are given; else the mean for all."
+        if given or not self.training: return given
+        mean = torch.full(targets.shape, self.margin, device=self.generator.device)
+        drawn = torch.normal(mean, self.std, generator=self.generator)
+        return dict(margin=drawn.to(targets.device, non_blocking=True))
 
-    def curves(self, own, drawn):
-        if self.angular: logit = falling_cosine(own.angle + drawn)
-        else: logit = own.cosine - drawn
+    def curves(self, own, margin):
+        if self.angular: logit = falling_cosine(own.angle + margin)
+        else: logit = own.cosine - margin
         return logit, logit
 
-    def with_slopes(self, own, drawn):
-        slope = -_arcs(own.angle + drawn)[1].sin() if self.angular else 1.
-        return *self.curves(own, drawn), slope, slope
+    def with_slopes(self, own, margin):
+        slope = -_arcs(own.angle + margin)[1].sin() if self.angular else 1.
+        return *self.curves(own, margin), slope, slope
 
     def get_extra_state(self): return dict(generator=self.generator.get_state())
 
@@ -799,7 +802,8 @@ class AdaFaceLoss(MarginSoftmaxLoss):
         squares, = summed((norms - mean).square())
         std = (squares / (count - 1).clamp_min(1)).sqrt()
         for running, new in ((self.norm_mean, mean), (self.norm_std, std)):
-            running.lerp_(torch.where(count > 1, new, running), self.momentum)
+            new = torch.where(count > 1, new.to(running.dtype), running)
+            running.lerp_(new, self.momentum)
 
     def curves(self, own, quality):
         theta = (own.angle - self.margin * quality).clamp(0, math.pi)
