@@ -105,7 +105,7 @@ def test_every_loss_in_float64(ranks, chunk_size):
 
 def test_every_loss_in_float32():
     for worst in returned(run_on_ranks(compare, 2, 2, torch.float32, 'auto')):
-        assert max(worst.values()) < 2e-6, max(worst, key=worst.get)
+        for name, error in worst.items(): assert error < (1e-5 if 'logsumexp' in name else 2e-6), name  # exp(s·loss)
 
 
 def test_a_rank_without_a_target_is_among_these():
