@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .checks import number
+from .files import escape
 from .images import ImageFiles, image_files, is_clutter
 
 # %% ../nbs/training/21_data.ipynb #d6c2ee01
@@ -227,7 +228,7 @@ def show_images(
         for ax in axes.flat: ax.axis('off')
     for ax, image, target in zip(np.ravel(axes), images, targets, strict=False):
         ax.imshow(image.permute(1, 2, 0).squeeze(-1), cmap='gray', vmin=0, vmax=255)
-        ax.set_title(classes[target], fontsize=7, color=GREY, pad=2)
+        ax.set_title(escape(classes[target], 'plot'), fontsize=7, color=GREY, pad=2)
         ax.axis('off')
 
 # %% ../nbs/training/21_data.ipynb #1d959a87

@@ -152,7 +152,7 @@ class ClassificationLoss(nn.Module):
     def extra_repr(self) -> str:
         "The first argument, and each that differs from its default."
         shown = []
-        for name, p in signature(type(self)).parameters.items():
+        for name, p in _options(type(self)).items():
             value = vars(self).get(f'_{name}', getattr(self, name, p.default))
             if isinstance(value, Tensor): value = f'[{len(value)}]'
             elif value == p.default and name not in self.always_shown: continue
@@ -166,6 +166,14 @@ class ClassificationLoss(nn.Module):
 
     always_shown: ClassVar = ('scale', 'margin', 'm1', 'm2', 'm3')  # by `print`
     in_radians: ClassVar = ()  # arguments that are angles
+
+
+def _options(cls):
+    "The arguments of a loss, also those that its `**options` hand on to another."
+    options = dict(signature(cls).parameters)
+    further = [name for name, p in options.items() if p.kind is p.VAR_KEYWORD]
+    if not further: return options
+    return _options(cls.__base__) | {n: p for n, p in options.items() if n not in further}
 
 # %% ../nbs/losses/12_losses.ipynb #a3995ab2
 _ANY_NUMBER = Number()
@@ -248,8 +256,9 @@ class CosineLoss(ClassificationLoss):
                                 f'for each sample: it takes {known}')
             attribute = self.numbers[name]
             if attribute in found: raise TypeError(f'{name} is given twice')
+            check = getattr(type(self), attribute, None)
             value = per_sample(name, value, len(x), x.device,
-                               getattr(type(self), attribute, _ANY_NUMBER))
+                               check if isinstance(check, Number) else _ANY_NUMBER)
             dtype = torch.promote_types(x.dtype, torch.float32)
             found[attribute] = value.to(dtype) if isinstance(value, Tensor) else (
                 x.new_full((len(x),), value, dtype=dtype))

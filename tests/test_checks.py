@@ -13,8 +13,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from largest_margins.checks import (
-    Choice, Flag, NotFinite, Number, check_cosines, check_prototypes, choice, flag, integer, number, per_class, plain,
-    values_are_cheap)
+    Choice,
+    Flag,
+    NotFinite,
+    Number,
+    check_cosines,
+    check_prototypes,
+    choice,
+    flag,
+    integer,
+    number,
+    per_class,
+    plain,
+    values_are_cheap,
+)
 
 
 @pytest.mark.parametrize('value', [1, 1.5, Fraction(3, 2), np.float32(1.5), np.int64(1), np.array(1.5), torch.tensor(1.5),

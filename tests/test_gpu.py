@@ -24,8 +24,7 @@ from largest_margins.engine import fused, shards
 from largest_margins.engine.cosines import cosine_matrix
 from largest_margins.heads import CosineLinear, MarginHead, ShardedMarginHead
 from largest_margins.losses import AdaFaceLoss, CosFaceLoss, GMSoftmaxLoss
-from largest_margins.margins import (
-    class_margin, class_sample_margins, min_sample_margin, norm_ratio, sample_margins)
+from largest_margins.margins import class_margin, class_sample_margins, min_sample_margin, norm_ratio, sample_margins
 from largest_margins.regularizers import zero_centroid
 
 GPU_CHECK = Path(__file__).parent.parent/'benchmarks'/'gpu.py'

@@ -14,7 +14,15 @@ from torch.nn import functional as F
 from largest_margins.engine.cosines import cosine_matrix
 from largest_margins.heads import CosineLinear, MarginHead
 from largest_margins.losses import (
-    AdaFaceLoss, ArcFaceLoss, CosFaceLoss, ElasticFaceLoss, FocalLoss, GMSoftmaxLoss, LMSoftmaxLoss, NormFaceLoss)
+    AdaFaceLoss,
+    ArcFaceLoss,
+    CosFaceLoss,
+    ElasticFaceLoss,
+    FocalLoss,
+    GMSoftmaxLoss,
+    LMSoftmaxLoss,
+    NormFaceLoss,
+)
 from largest_margins.margins import class_margin, sample_margins
 
 

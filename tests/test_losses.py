@@ -11,20 +11,44 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_family import (
-    ANGULAR, COUNTS, FAMILY, ON_COSINES, SMOOTHABLE, adaface, batch, ignoring, ldam_margin, quality, reduced)
+    ANGULAR,
+    COUNTS,
+    FAMILY,
+    ON_COSINES,
+    SMOOTHABLE,
+    adaface,
+    batch,
+    ignoring,
+    ldam_margin,
+    quality,
+    reduced,
+)
 from mpmath import mp, mpf
 from pytorch_metric_learning import losses as metric_learning
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck
 from torch.nn import functional as F
 
+from largest_margins.engine.cosines import cosine_matrix
 from largest_margins.heads import CosineLinear
 from largest_margins.losses import (
-    AdaFaceLoss, ArcFaceLoss, CombinedMarginLoss, CosFaceLoss, ElasticFaceLoss, FocalLoss, GMSoftmaxLoss, LDAMLoss,
-    LMSoftmaxLoss, MarginSoftmaxLoss, NormFaceLoss, SampleMarginLoss, SphereFaceLoss, class_balanced_weights,
-    suggest_scale)
+    AdaFaceLoss,
+    ArcFaceLoss,
+    CombinedMarginLoss,
+    CosFaceLoss,
+    ElasticFaceLoss,
+    FocalLoss,
+    GMSoftmaxLoss,
+    LDAMLoss,
+    LMSoftmaxLoss,
+    MarginSoftmaxLoss,
+    NormFaceLoss,
+    SampleMarginLoss,
+    SphereFaceLoss,
+    class_balanced_weights,
+    suggest_scale,
+)
 from largest_margins.margins import sample_margins
-from largest_margins.engine.cosines import cosine_matrix
 
 REDUCTIONS = ['mean', 'sum', 'none', 'class-mean']
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -817,7 +841,7 @@ LOSSES = [NormFaceLoss, CosFaceLoss, ArcFaceLoss, SphereFaceLoss, CombinedMargin
           SampleMarginLoss, ElasticFaceLoss, AdaFaceLoss, FocalLoss, lambda **o: LDAMLoss(COUNTS, **o)]
 
 
-@pytest.mark.parametrize('make', LOSSES, ids=lambda make: getattr(make, '__name__'))
+@pytest.mark.parametrize('make', LOSSES, ids=lambda make: make.__name__)
 def test_repr_prints_every_option_that_differs_from_its_default(make):
     "Given, and set later; one that is as it was is printed only where its value is what the loss is."
     names = [name for name in inspect.signature(LDAMLoss if '<' in make.__name__ else make).parameters
@@ -1062,7 +1086,7 @@ def test_bad_options_are_refused():
         with pytest.raises(TypeError, match='^ignore_index must be'): NormFaceLoss(ignore_index=value)
         with pytest.raises(TypeError, match='^ignore_index must be'): loss.ignore_index = value
     with pytest.raises(TypeError, match='^generator must be'): ElasticFaceLoss(generator=5)
-    for value in ('g', 0): 
+    for value in ('g', 0):
         with pytest.raises(TypeError, match='^group must be'):
             loss.linear(torch.eye(3), torch.eye(3), torch.arange(3), group=value)
     with pytest.raises(ValueError, match='^tilt must be'): LMSoftmaxLoss(tilt=3.)

@@ -13,7 +13,15 @@ from torch import distributed as dist
 from largest_margins.engine.cosines import cosine_matrix
 from largest_margins.heads import ShardedMarginHead
 from largest_margins.losses import (
-    AdaFaceLoss, ArcFaceLoss, CosFaceLoss, ElasticFaceLoss, GMSoftmaxLoss, LMSoftmaxLoss, NormFaceLoss, SampleMarginLoss)
+    AdaFaceLoss,
+    ArcFaceLoss,
+    CosFaceLoss,
+    ElasticFaceLoss,
+    GMSoftmaxLoss,
+    LMSoftmaxLoss,
+    NormFaceLoss,
+    SampleMarginLoss,
+)
 from largest_margins.margins import sample_margins
 from largest_margins.regularizers import zero_centroid
 

@@ -18,8 +18,16 @@ from torch.utils.checkpoint import checkpoint
 
 from largest_margins.heads import MarginHead, ShardedMarginHead, keep_shards_out_of_ddp
 from largest_margins.losses import (
-    AdaFaceLoss, ArcFaceLoss, CosFaceLoss, GMSoftmaxLoss, LDAMLoss, LMSoftmaxLoss, NormFaceLoss, SampleMarginLoss,
-    SphereFaceLoss)
+    AdaFaceLoss,
+    ArcFaceLoss,
+    CosFaceLoss,
+    GMSoftmaxLoss,
+    LDAMLoss,
+    LMSoftmaxLoss,
+    NormFaceLoss,
+    SampleMarginLoss,
+    SphereFaceLoss,
+)
 
 N, D, K, STEPS, RATE = 4, 5, 11, 3, .05  # N for each rank
 LOSSES = {
