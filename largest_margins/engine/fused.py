@@ -171,8 +171,10 @@ class _Slopes:
             g.zero_()
             return None, {}
         by_rest, by_own = slopes.pop('rest') * (share * self.slope), slopes.pop('own')
-        if not self.shards.alone: by_rest = by_rest * (seen.local - seen.rest).exp()
-        if seen.total is not None: by_rest = by_rest / seen.total
+        if not self.shards.alone:  # a shard may hold nothing but the target: its sum is 0
+            total = seen.rest if seen.total is not None else seen.rest - seen.local
+            by_rest = by_rest * (-total).exp()
+        elif seen.total is not None: by_rest = by_rest / seen.total
         g.mul_(by_rest[:, None] if isinstance(by_rest, Tensor) else by_rest)
         found = {name: slope * share for name, slope in slopes.items()}
         if theta is None: return by_own * (share * self.slope / self.scale), found
