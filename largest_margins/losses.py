@@ -207,7 +207,7 @@ class CosineLoss(ClassificationLoss):
         resolution = torch.finfo(cosines.dtype).eps / 2 if isinstance(
             cosines, Tensor) and cosines.is_floating_point() else 0
         cosines = check_scores(cosines, 'cosines')
-        targets = check_integers(targets, len(cosines), cosines.device)
+        targets = check_integers(targets, cosines.shape[0], cosines.device)
         targets, valid = self.split_ignored(targets, cosines.shape[1])
         self.check_classes(cosines.shape[1], cosines.device)
         given = self.per_batch(self._given(given, cosines), None, targets)
@@ -257,11 +257,11 @@ class CosineLoss(ClassificationLoss):
             attribute = self.numbers[name]
             if attribute in found: raise TypeError(f'{name} is given twice')
             check = getattr(type(self), attribute, None)
-            value = per_sample(name, value, len(x), x.device,
+            value = per_sample(name, value, x.shape[0], x.device,
                                check if isinstance(check, Number) else _ANY_NUMBER)
             dtype = torch.promote_types(x.dtype, torch.float32)
             found[attribute] = value.to(dtype) if isinstance(value, Tensor) else (
-                x.new_full((len(x),), value, dtype=dtype))
+                x.new_full(x.shape[:1], value, dtype=dtype))
         return found
 
     def per_batch(
@@ -910,7 +910,7 @@ class LMSoftmaxLoss(MarginSoftmaxLoss):
         if not isinstance(shares, Tensor):
             shares = torch.ones_like(targets, dtype=dtype)
         elif self.reduction != 'sum':
-            shares = shares * (len(targets) if valid is None else valid.sum())
+            shares = shares * (targets.shape[0] if valid is None else valid.sum())
         return shares.log()
 
     def total(self, losses, leads, shares, logs=None):
@@ -962,7 +962,7 @@ class FocalLoss(ClassificationLoss):
         "The focal losses, reduced over the batch."
         if is_symbol(logits): return as_one_node(self, logits, targets)
         logits = check_scores(logits, 'logits')
-        targets = check_integers(targets, len(logits), logits.device)
+        targets = check_integers(targets, logits.shape[0], logits.device)
         targets, valid = self.split_ignored(targets, logits.shape[1])
         self.check_classes(logits.shape[1], logits.device)
         rest = log_sum_exp_of_others(logits, targets, 1, self.log_prior(logits.dtype))

@@ -115,7 +115,8 @@ class Model(nn.Module):
         return self.loss(self.head(self.body(x)), y)
 
 
-@pytest.mark.parametrize('make', [lambda: (CosineLinear(D, K), CosFaceLoss()), lambda: (MarginHead(D, K, ArcFaceLoss()), None),
+@pytest.mark.parametrize('make', [lambda: (CosineLinear(D, K), CosFaceLoss()),
+                                  lambda: (MarginHead(D, K, ArcFaceLoss()), None),
                                   lambda: (nn.Linear(D, K), FocalLoss())], ids=['dense', 'head', 'focal'])
 def test_drawn_graphs(make):
     "fx draws a head or a loss as one node, whose numbers are its own."
@@ -147,7 +148,8 @@ def test_hooks():
     for head in (CosineLinear(D, 2**12), MarginHead(D, 2**12, CosFaceLoss())):
         seen, features, targets = [], torch.randn(N, D, requires_grad=True), torch.arange(N)
         head.register_forward_hook(lambda module, args, out, seen=seen: seen.append(out))
-        head.register_full_backward_hook(lambda module, inside, outside, seen=seen: seen.append((inside[0], outside[0])))
+        head.register_full_backward_hook(lambda module, inside, outside,
+                                         seen=seen: seen.append((inside[0], outside[0])))
         out = head(features, targets) if isinstance(head, MarginHead) else head(features)
         (out if out.ndim == 0 else CosFaceLoss()(out, targets)).backward()
         shown, (inside, outside) = seen
@@ -169,7 +171,8 @@ def test_checkpointing(reentrant, large):
 
 
 def test_without_gradients():
-    head, features, targets = MarginHead(D, K, CosFaceLoss()), torch.randn(N, D, requires_grad=True), torch.arange(N) % K
+    head, features, targets = MarginHead(D, K, CosFaceLoss()), torch.randn(N, D,
+                                                                           requires_grad=True), torch.arange(N) % K
     with torch.no_grad(): value = head(features, targets)
     with torch.inference_mode(): inferred, out = head(features, targets), head(features)
     assert value == inferred == head(features, targets)
@@ -188,7 +191,8 @@ class NoFloat64(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **kwargs or {})
         for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor) and x.dtype == torch.float64: raise TypeError(f'{func} makes a float64 tensor')
+            if isinstance(x, torch.Tensor) and x.dtype == torch.float64:
+                raise TypeError(f"{func} makes a float64 tensor")
         return out
 
 
@@ -264,7 +268,8 @@ def softmax(num, den):
 def bent(own): return own - .3 * own.acos().square()
 
 
-OWN = {'curves': (Curves, softmax(lambda c: c - .1, lambda c: 1.1 * c)), 'angular': (lambda **o: Angular(8., **o), softmax(bent, bent)),
+OWN = {'curves': (Curves, softmax(lambda c: c - .1, lambda c: 1.1 * c)),
+       'angular': (lambda **o: Angular(8., **o), softmax(bent, bent)),
        'per_sample': (Hinge, hinge)}
 
 
@@ -304,7 +309,8 @@ def own_losses_on_ranks(rank):
     for make, _ in OWN.values():
         loss, mine, shard = make(), slice(3 * rank, 3 * rank + 3), slice(3 * rank, 3 * rank + 3 - 2 * rank)
         value, z, w = value_and_gradients(lambda z, w, loss=loss: loss.linear(z, w, targets), features, prototypes)
-        got = value_and_gradients(lambda z, w, loss=loss, mine=mine: loss.linear(z, w, targets[mine], group=dist.group.WORLD),
+        got = value_and_gradients(lambda z, w, loss=loss, mine=mine: loss.linear(z, w, targets[mine],
+                                                                                 group=dist.group.WORLD),
                                   features[mine], prototypes[shard])
         assert_close(got, [value, z[mine], w[shard]])
     return True

@@ -29,8 +29,10 @@ from largest_margins.checks import (
 )
 
 
-@pytest.mark.parametrize('value', [1, 1.5, Fraction(3, 2), np.float32(1.5), np.int64(1), np.array(1.5), torch.tensor(1.5),
-                                   torch.tensor(1), torch.tensor(1.5, requires_grad=True), nn.Parameter(torch.tensor(1.))],
+@pytest.mark.parametrize('value', [1, 1.5, Fraction(3, 2), np.float32(1.5), np.int64(1), np.array(1.5),
+                                   torch.tensor(1.5),
+                                   torch.tensor(1), torch.tensor(1.5, requires_grad=True),
+                                   nn.Parameter(torch.tensor(1.))],
                          ids=repr)
 def test_numbers_of_every_kind_are_welcome(value):
     got = number('x', value, above=0, at_most=1.5)
@@ -84,13 +86,15 @@ def test_attributes_are_checked_whenever_they_are_set():
         other.number = 1.5
         assert (other.number, module.number) == (1.5, 1.)
         with pytest.raises(ValueError, match='^number must'): other.number = 5
-    with pytest.raises(AttributeError): Module.__new__(Module).number
+    with pytest.raises(AttributeError): getattr(Module.__new__(Module), 'number')  # noqa: B009
 
 
 def test_numbers_of_each_class():
     expected = torch.tensor([1., 2, 3])
-    for values in ([1, 2, 3], (1., 2., 3.), range(1, 4), np.array([1, 2, 3]), expected, expected.double(), expected.half(),
-                   expected.int(), [np.float32(1), torch.tensor(2.), 3], (x for x in (1, 2, 3)), {1: 0, 2: 0, 3: 0}.keys()):
+    for values in ([1, 2, 3], (1., 2., 3.), range(1, 4), np.array([1, 2, 3]), expected, expected.double(),
+                   expected.half(),
+                   expected.int(), [np.float32(1), torch.tensor(2.), 3], (x for x in (1, 2, 3)),
+                   {1: 0, 2: 0, 3: 0}.keys()):
         got = per_class('x', values, above=0)
         assert type(got) is torch.Tensor and got.tolist() == [1, 2, 3] and got.dtype in (torch.float32, torch.float64)
     for values in ('123', b'123', {1: 2, 2: 3}, {1, 2}, None, 5, [True, False], ['a', 'b'], [[1], [1, 2]],

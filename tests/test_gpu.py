@@ -311,9 +311,9 @@ def without_a_header(rank, ranks):
     mine, shard = slice(rank * N, (rank + 1) * N), slice(head.shards.first, head.shards.first + head.shards.size)
     with torch.no_grad(): head.weight.copy_(prototypes[shard])
     read = []
-    for name in ('tolist', 'item'):
-        def noting(x, original=getattr(torch.Tensor, name)): return read.append(x) or original(x)
-        setattr(torch.Tensor, name, noting)
+    to_list, item = torch.Tensor.tolist, torch.Tensor.item
+    torch.Tensor.tolist = lambda x: read.append(x) or to_list(x)
+    torch.Tensor.item = lambda x: read.append(x) or item(x)
     leaf = features[mine].clone().requires_grad_()
     value = head(leaf, targets[mine])
     value.backward()

@@ -31,4 +31,5 @@ def test_no_training_library_is_loaded(modules):
 
 
 def test_the_core_is_among_them():
-    assert {'checks', 'margins', 'losses', 'heads', 'regularizers', 'engine.cosines', 'engine.fused', 'engine.shards'} <= set(LIGHT)
+    assert {'checks', 'margins', 'losses', 'heads', 'regularizers', 'engine.cosines', 'engine.fused',
+            'engine.shards'} <= set(LIGHT)

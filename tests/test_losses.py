@@ -188,7 +188,8 @@ def test_label_smoothing_is_refused_where_there_is_no_matrix():
     later = CosFaceLoss(20., .1)
     later.label_smoothing = .2
     assert later(cosines, targets) == loss(cosines, targets) != CosFaceLoss(20., .1)(cosines, targets)
-    close(loss(cosines, ignoring(targets)), loss(cosines[ignoring(targets) >= 0], targets[ignoring(targets) >= 0]), 1e-13)
+    close(loss(cosines, ignoring(targets)), loss(cosines[ignoring(targets) >= 0], targets[ignoring(targets) >= 0]),
+          1e-13)
     for x in (loss, later):
         with pytest.raises(ValueError, match='^label_smoothing'): x.linear(torch.eye(4), torch.eye(4), torch.arange(4))
     with pytest.raises(ValueError, match='^label_smoothing'): CosFaceLoss(label_smoothing=.2, prior=COUNTS)
@@ -433,7 +434,8 @@ PER_SAMPLE = {  # (the loss, what is given for each of four samples, a loss made
     'CosFace margin': (CosFaceLoss, dict(margin=[-.1, .35, .5, 0.]), cosface),
     'CosFace m3': (CosFaceLoss, dict(m3=[.2, .35, .5, 0.]), lambda m3: cosface(m3)),
     'ArcFace margin': (ArcFaceLoss, dict(margin=[0., .5, 1.2, .3]), lambda margin: combined(m2=margin)),
-    'ArcFace m1, m2, m3': (ArcFaceLoss, dict(m1=[1., 1.2, 2., 3.], m2=[0., .5, 1.2, .3], m3=[0., .1, -.2, .4]), combined),
+    'ArcFace m1, m2, m3': (ArcFaceLoss, dict(m1=[1., 1.2, 2., 3.], m2=[0., .5, 1.2, .3], m3=[0., .1, -.2, .4]),
+                           combined),
     'SphereFace margin': (SphereFaceLoss, dict(margin=[1., 1.5, 4., 2.]), lambda margin: combined(m1=margin)),
     'combined m1': (CombinedMarginLoss, dict(m1=[1., 1.5, 4., 2.]), combined),
     'combined m2, m3': (CombinedMarginLoss, dict(m2=[0., .5, 1.2, .3], m3=[0., .1, -.2, .4]), combined),
@@ -469,10 +471,10 @@ def test_numbers_for_each_sample(case):
     (CombinedMarginLoss(), 'm3', [2., math.inf])], ids=lambda x: x if isinstance(x, str) else '')
 def test_numbers_for_each_sample_have_the_range_of_the_argument(loss, name, values):
     for value in values:
-        for given in (value, changed(torch.full((7,), 1.), value)):
-            with pytest.raises(ValueError, match=f'^{name} must'): loss(COSINES, TARGETS, **{name: given})
+        for numbers in (value, changed(torch.full((7,), 1.), value)):
+            with pytest.raises(ValueError, match=f'^{name} must'): loss(COSINES, TARGETS, **{name: numbers})
             with pytest.raises(ValueError, match=f'^{name} must'):
-                loss.linear(torch.ones(7, 2), torch.ones(4, 2), TARGETS, **{name: given})
+                loss.linear(torch.ones(7, 2), torch.ones(4, 2), TARGETS, **{name: numbers})
     for wrong in (torch.ones(7).long(), 'a', [1.] * 7, True):
         with pytest.raises(TypeError, match=f'^{name} must'): loss(COSINES, TARGETS, **{name: wrong})
     with pytest.raises(ValueError, match=f'^{name} must'): loss(COSINES, TARGETS, **{name: torch.ones(6)})
@@ -535,7 +537,8 @@ def test_adaface_is_its_formula():
     torch.manual_seed(0)
     loss, (mean, deviation) = AdaFaceLoss(8., momentum=.5, reduction='none').double(), (mpf(20), mpf(100))
     prototypes = torch.randn(4, 3).double()
-    for step, targets in enumerate((torch.tensor([0, 1, 2, 3, 1, 0]), torch.tensor([0, 1, -100, 3, 1, 0]), torch.arange(6) % 4)):
+    for step, targets in enumerate((torch.tensor([0, 1, 2, 3, 1, 0]), torch.tensor([0, 1, -100, 3, 1, 0]),
+                                    torch.arange(6) % 4)):
         features = torch.randn(6, 3).double() * torch.tensor([1, 5, 30., 1e-6, 90, 500])[:, None]
         if step == 2: loss.eval()
         value = loss.linear(features, prototypes, targets, chunk_size=4)
@@ -835,7 +838,8 @@ def test_repr_shows_radians_and_degrees():
 
 OTHER_THAN_DEFAULT = dict(
     scale=7., margin=1.2, m1=1.3, m2=.4, m3=.2, max_margin=.7, detach_margin=True, label_smoothing=.1, alpha1=1.5,
-    alpha2=[1., 2., 3., 4.], beta1=.25, beta2=.75, aggregation='logsumexp', tilt=5., std=.2, kind='cos', h=.5, momentum=.3,
+    alpha2=[1., 2., 3., 4.], beta1=.25, beta2=.75, aggregation='logsumexp', tilt=5., std=.2, kind='cos', h=.5,
+    momentum=.3,
     gamma=3., sample_margin=.5, reduction='sum', ignore_index=7, weight=[1., 2., 3., 4.], prior=[1., 2., 3., 4.])
 LOSSES = [NormFaceLoss, CosFaceLoss, ArcFaceLoss, SphereFaceLoss, CombinedMarginLoss, GMSoftmaxLoss, LMSoftmaxLoss,
           SampleMarginLoss, ElasticFaceLoss, AdaFaceLoss, FocalLoss, lambda **o: LDAMLoss(COUNTS, **o)]
@@ -852,7 +856,8 @@ def test_repr_prints_every_option_that_differs_from_its_default(make):
         given = {'tilt': dict(aggregation='logsumexp'), 'kind': dict(margin=.4)}.get(name, {})
         loss, later = make(**given, **{name: value}), make(**given)
         setattr(later, name, value)
-        shown = '[4]' if isinstance(value, list) else repr(value) if isinstance(value, str) else f'{value}'.removesuffix('.0')
+        shown = '[4]' if isinstance(value, list) else repr(value) if isinstance(value,
+                                                                                str) else f'{value}'.removesuffix('.0')
         assert f'{name}={shown}' in repr(loss) and repr(later) == repr(loss), name
         assert repr(loss) != repr(make(**given))
     for name in ('reduction', 'ignore_index', 'weight', 'prior', 'sample_margin', 'label_smoothing', 'detach_margin'):
@@ -967,7 +972,8 @@ def test_bad_weight_is_refused(row, weight, error, given):
     assert torch.equal(loss.weight, WEIGHT)
 
 
-NOT_NUMBERS = [('a', 'str'), (True, 'bool'), ([1.], 'list'), (1j, 'complex'), (torch.ones(3), ''), (np.bool_(True), 'bool')]
+NOT_NUMBERS = [('a', 'str'), (True, 'bool'), ([1.], 'list'), (1j, 'complex'), (torch.ones(3), ''),
+               (np.bool_(True), 'bool')]
 BAD_NUMBERS = [  # (maker, argument, the values out of its range, some in it)
     (NormFaceLoss, 'scale', [0., -1., -5., math.inf, math.nan, 1e9, 1e-9], [1, .1, 1000]),
     (NormFaceLoss, 'label_smoothing', [-.1, 1., 7., math.nan], [0, .5]),
@@ -1001,10 +1007,11 @@ def test_numbers_in_their_range_and_no_others(make, name, values, fine):
     later = make()
     settable = isinstance(later, torch.nn.Module)
     for value in values:
-        for given in (value, np.float64(value), torch.tensor(value, dtype=torch.float64)):
-            with pytest.raises(ValueError, match=rf'^{name} must be .*got {re.escape(f"{value:g}")}'): make(**{name: given})
+        for number in (value, np.float64(value), torch.tensor(value, dtype=torch.float64)):
+            with pytest.raises(ValueError, match=rf'^{name} must be .*got {re.escape(f"{value:g}")}'):
+                make(**{name: number})
             if not settable: continue
-            with pytest.raises(ValueError, match=f'^{name} must be'): setattr(later, name, given)
+            with pytest.raises(ValueError, match=f'^{name} must be'): setattr(later, name, number)
     for value, kind in NOT_NUMBERS:
         if name in ('alpha1', 'alpha2', 'beta1', 'beta2') and kind in ('', 'list'): continue  # one for each class
         with pytest.raises(TypeError, match=f'^{name} must be .*{kind}'): make(**{name: value})
@@ -1014,16 +1021,17 @@ def test_numbers_in_their_range_and_no_others(make, name, values, fine):
     for value in fine:
         kinds = [value, np.float32(value), np.float64(value), np.array(value), torch.tensor(value)]
         if value == int(value): kinds += [int(value), np.int64(value)]
-        for given in kinds:
-            made = make(**{name: given})
+        for number in kinds:
+            made = make(**{name: number})
             if not settable: continue
             assert getattr(made, name) == pytest.approx(value, rel=1e-7) and isinstance(getattr(made, name), float)
-            setattr(later, name, given)
+            setattr(later, name, number)
             assert getattr(later, name) == getattr(made, name)
 
 
 @pytest.mark.parametrize('loss, name, wrong, right', [
-    (NormFaceLoss(), 'reduction', ['avg', 'MEAN', 'batchmean'], 'sum'), (LMSoftmaxLoss(), 'aggregation', ['max'], 'logsumexp'),
+    (NormFaceLoss(), 'reduction', ['avg', 'MEAN', 'batchmean'], 'sum'),
+    (LMSoftmaxLoss(), 'aggregation', ['max'], 'logsumexp'),
     (ElasticFaceLoss(), 'kind', ['sphere'], 'cos')], ids=lambda x: x if isinstance(x, str) else '')
 def test_choices(loss, name, wrong, right):
     make = type(loss)
@@ -1041,10 +1049,11 @@ def test_numbers_of_each_class_may_come_as_any_list():
     cosines, targets = batch()
     for name in ('weight', 'prior'):
         expected = NormFaceLoss(**{name: torch.tensor(COUNTS)})(cosines, targets)
-        for given in (COUNTS, list(COUNTS), np.array(COUNTS), [torch.tensor(float(c)) for c in COUNTS], map(int, COUNTS),
-                      torch.tensor(COUNTS, dtype=torch.int32), torch.tensor(COUNTS).double(), torch.tensor(COUNTS).half()):
+        for counts in (COUNTS, list(COUNTS), np.array(COUNTS), [torch.tensor(float(c)) for c in COUNTS],
+                       map(int, COUNTS), torch.tensor(COUNTS, dtype=torch.int32), torch.tensor(COUNTS).double(),
+                       torch.tensor(COUNTS).half()):
             loss = NormFaceLoss()
-            setattr(loss, name, given)
+            setattr(loss, name, counts)
             close(loss(cosines, targets), expected, 1e-6)
         setattr(loss, name, None)
         assert loss(cosines, targets) == NormFaceLoss()(cosines, targets)

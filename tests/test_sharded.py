@@ -297,7 +297,8 @@ def bad(rank, what):
 
 
 REFUSED = {'targets': 'targets must be in 0..8', 'negative': 'targets must be in 0..8',
-           'features': f'features must be finite, row {N + 1}', 'prototypes': 'rank 1 refused', 'samples': 'same samples',
+           'features': f'features must be finite, row {N + 1}', 'prototypes': 'rank 1 refused',
+           'samples': 'same samples',
            'dimensions': 'same dimensions', 'dtypes': 'same dtypes', 'dtypes of features': 'same dtypes',
            'another scale': 'same losses', 'another loss': 'same losses', 'another weight': 'same losses',
            'one shard twice': 'other prototypes'}
