@@ -303,8 +303,15 @@ class CosineLoss(ClassificationLoss):
             rest = numbers.pop('rest')
             del numbers['own']
             losses = self.per_sample(own, rest, **numbers)
-        slopes = torch.autograd.grad(losses, list(leaves.values()),
-                                     torch.ones_like(losses), materialize_grads=True)
+        learned = [p for p in self.parameters() if p.requires_grad]
+        slopes = torch.autograd.grad(losses, [*leaves.values(), *learned],
+                                     torch.ones_like(losses), allow_unused=True)
+        if any(slope is not None for slope in slopes[len(leaves):]):
+            raise TypeError(f'{type(self).__name__} reads a parameter of its own, which '
+                            'would get no gradient: name it in `numbers`, and return it '
+                            'for each sample from `per_batch`')
+        slopes = (torch.zeros_like(v) if slope is None else slope
+                  for slope, v in zip(slopes, leaves.values()))
         return losses.detach(), dict(zip(leaves, slopes))
 
     def of_cosines(

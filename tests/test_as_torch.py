@@ -331,6 +331,43 @@ def test_numbers_for_each_sample_of_a_users_own_loss():
                                        one.linear(features, prototypes, targets)[i])
 
 
+class Learned(MarginSoftmaxLoss):
+    "A margin that is learned, handed to each sample."
+    numbers = {'slack': 'slack'}  # noqa: RUF012
+
+    def __init__(self):
+        super().__init__(8.)
+        self.own = nn.Parameter(torch.tensor(.2, dtype=torch.float64))
+
+    def per_batch(self, given, features, targets, group=None): return dict(slack=self.own.expand(len(targets)))
+
+    def curves(self, own, slack): return (x := own.cosine - slack), x
+
+
+class Forgotten(Learned):
+    "The same, read behind autograd's back."
+    numbers = {}  # noqa: RUF012
+
+    def per_batch(self, given, features, targets, group=None): return {}
+
+    def curves(self, own): return (x := own.cosine - self.own), x
+
+
+def test_a_parameter_of_a_loss_gets_its_gradient_or_is_refused():
+    features, prototypes, targets = inputs()
+    true, = torch.autograd.grad(CosFaceLoss(8.)(cosine_matrix(features, prototypes), targets, margin=(
+        x := torch.tensor(.2, dtype=torch.float64, requires_grad=True))), x)
+    for make in (Learned, Forgotten):
+        loss, z = make(), features.clone().requires_grad_()
+        for way in (loss.linear, lambda z, w, y, loss=loss: loss(cosine_matrix(z, w), y)):
+            if make is Forgotten:
+                with pytest.raises(TypeError, match='per_batch'): way(z, prototypes, targets)
+                continue
+            got, = torch.autograd.grad(way(z, prototypes, targets), loss.own)
+            torch.testing.assert_close(got, true)
+        assert loss.linear(features, prototypes, targets.clamp_min(0)).isfinite()
+
+
 def test_a_loss_that_says_nothing_is_refused():
     class Nothing(CosineLoss): scale = 1.
     class Straight(MarginSoftmaxLoss):
