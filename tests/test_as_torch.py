@@ -17,7 +17,14 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from largest_margins.engine.cosines import cosine_matrix
 from largest_margins.heads import CosineLinear, MarginHead
 from largest_margins.losses import (
-    AdaFaceLoss, ArcFaceLoss, CosFaceLoss, ElasticFaceLoss, FocalLoss, LMSoftmaxLoss, NormFaceLoss)
+    AdaFaceLoss,
+    ArcFaceLoss,
+    CosFaceLoss,
+    ElasticFaceLoss,
+    FocalLoss,
+    LMSoftmaxLoss,
+    NormFaceLoss,
+)
 from largest_margins.margins import class_margin, class_sample_margins, min_sample_margin, norm_ratio, sample_margins
 from largest_margins.regularizers import zero_centroid
 
