@@ -25,9 +25,9 @@ from .checks import (
     Choice, Flag, Integer, Number, as_one_node, at_least_float32, check_device, check_features,
     check_integers, check_range, check_scores, integer, is_symbol, is_traced,
     number, per_class, per_sample, plain, values_are_cheap)
-from .engine.cosines import full_precision, log_sum_exp_of_others
-from .engine.fused import (
-    Own, fused_loss, matrix_loss, own_of, work_dtype)
+from .engine.cosines import (
+    angle_from_cosine, full_precision, log_sum_exp_of_others)
+from .engine.fused import Own, fused_loss, work_dtype
 from .engine.shards import ClassShards
 from .margins import angle, row_norms, unit_rows
 
@@ -348,10 +348,9 @@ class CosineLoss(_OfMatrix):
         targets, valid = self.split_ignored(targets, cosines.shape[1])
         self.check_classes(cosines.shape[1], cosines.device)
         given = self.per_batch(self._given(given, cosines), None, targets)
-        if self.label_smoothing or is_traced():
-            own = own_of(self, cosines, targets, resolution)
-            return self.of_cosines(cosines, own, valid, given)
-        return matrix_loss(self, cosines, targets, valid, given, resolution)
+        own = cosines.gather(1, targets[:, None])[:, 0]
+        angle = angle_from_cosine(own, resolution) if self.angular else None
+        return self.of_cosines(cosines, Own(targets, own, angle), valid, given)
 
     def linear(
         self,
