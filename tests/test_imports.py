@@ -30,4 +30,4 @@ def test_no_training_library_is_loaded(modules):
 
 
 def test_the_core_is_among_them():
-    assert {'margins', 'reduction', 'losses', 'heads', 'regularizers'} <= set(LIGHT)
+    assert {'margins', 'checks', 'losses', 'heads', 'regularizers'} <= set(LIGHT)
