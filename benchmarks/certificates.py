@@ -24,7 +24,7 @@ HUNDREDTH = math.radians(.01)
 
 
 def sizes():
-    "Classes and dimensions up to 32 in 8 beyond 2d."
+    "More than 2d classes, up to 32, in 3 to 8 dimensions."
     return [(k, d) for d in DEGREES for k in range(2 * d + 1, 33)]
 
 
