@@ -45,6 +45,53 @@ class Own:
         if self._angle is not None: return self._angle
         raise TypeError('own.angle is there for losses that say `angular = True`')
 
+# %% ../../nbs/losses/14_fused.ipynb #1b8a2a28
+class _Angle:
+    "The part for angular losses: θ_y by its chords, and the directions that change it."
+
+    def __init__(self, unit, own):
+        apart, together = unit - own, unit + own
+        far, near = (torch.linalg.vector_norm(v, dim=1, keepdim=True)
+                     for v in (apart, together))
+        self.value = torch.atan2(far, near).mul_(2)[:, 0]
+        tiny = torch.finfo(far.dtype).tiny
+        across = apart.mul_(near / far.clamp_min(tiny))
+        along = together.mul_(far / near.clamp_min(tiny))
+        self.at_feature, self.at_own = across - along, across.add_(along)  # 2∂θ, −2∂θ
+
+    def turn(self, gradients, by_angle, columns, norms=None):
+        "Add what half a slope by θ does to features and to their own prototypes."
+        if 'features' in gradients: gradients['features'].addcmul_(self.at_feature, by_angle)
+        if 'prototypes' in gradients:
+            if norms is not None: by_angle = by_angle / norms
+            gradients['prototypes'].index_add_(0, columns, self.at_own.mul_(by_angle), alpha=-1)
+
+# %% ../../nbs/losses/14_fused.ipynb #ba55d641
+def _straight(loss, x, w, targets, share, wanted):
+    "Losses and gradients of a small head in one line; None if it needs the parts below."
+    x_norm, w_norm = (torch.linalg.vector_norm(v, dim=1, keepdim=True) for v in (x, w))
+    if not moderate(torch.cat([x_norm, w_norm])): return None
+    x, w, s, at = x / x_norm, w / w_norm, loss.scale, targets[:, None]
+    g = torch.mm(x, w.T).mul_(s)                                      # products
+    own = g.gather(1, at)
+    total = g.scatter_(1, at, -math.inf).exp_().sum(1, keepdim=True)  # exponentials
+    angle = _Angle(x, w[targets]) if loss.angular else None
+    own = Own(targets, own[:, 0] / s) if angle is None else Own(targets, angle=angle.value)
+    losses, slopes = loss.terms(own, total.log()[:, 0], {}, wanted)
+    if not wanted: return losses, None, {}
+    by_own, by_rest = slopes['own'] * share, slopes['rest'] * (share * s)
+    g.mul_((by_rest[:, None] if isinstance(by_rest, Tensor) else by_rest) / total)
+    if angle is None:                                                 # slopes
+        g.scatter_(1, at, by_own[:, None] if isinstance(by_own, Tensor) else by_own)
+    found = dict(features=torch.mm(g, w)) if 'features' in wanted else {}
+    if 'prototypes' in wanted: found['prototypes'] = torch.mm(g.T, x)
+    if angle is not None: angle.turn(found, by_own[:, None] / 2, targets)
+    for name, unit, norm in (('features', x, x_norm), ('prototypes', w, w_norm)):
+        if name not in found: continue                                # radial parts
+        radial = (found[name] * unit).sum(1, keepdim=True)
+        found[name].addcmul_(unit, radial, value=-1).div_(norm)
+    return losses, None, found
+
 # %% ../../nbs/losses/14_fused.ipynb #f42ed633
 def _part(x, rows):
     "Some rows of what is a tensor; all of them if `rows` is None."
@@ -197,20 +244,6 @@ def _add(g, at, value, where):
     if where is not None: value = torch.where(where, value, 0)
     g.scatter_add_(1, at, value[:, None])
 
-# %% ../../nbs/losses/14_fused.ipynb #1b8a2a28
-class _Angle:
-    "The part for angular losses: θ_y by its chords, and the directions that change it."
-
-    def __init__(self, unit, own):
-        apart, together = unit - own, unit + own
-        far, near = (torch.linalg.vector_norm(v, dim=1, keepdim=True)
-                     for v in (apart, together))
-        self.value = torch.atan2(far, near).mul_(2)[:, 0]
-        tiny = torch.finfo(far.dtype).tiny
-        across = apart.mul_(near / far.clamp_min(tiny))
-        along = together.mul_(far / near.clamp_min(tiny))
-        self.at_feature, self.at_own = across - along, across.add_(along)  # 2∂θ, −2∂θ
-
 # %% ../../nbs/losses/14_fused.ipynb #439ce554
 class _LogSumExp:
     "The part for Σ_i a_i·exp(t·L_i), whose terms come chunk by chunk."
@@ -299,7 +332,7 @@ class _Pass:
         "The gradient by some features: one product, and the target's angle."
         out = torch.mm(g, self.w.x)
         if weights is not None: out.mul_(weights)
-        if angle is not None: out.addcmul_(angle.at_feature, turn)
+        if angle is not None: angle.turn(dict(features=out), turn, None)
         self.x.to_tangents(out, unit, rows)
         self._store('features', out, rows)
 
@@ -309,8 +342,8 @@ class _Pass:
             out = self.gradients['prototypes'].addmm_(g.T, unit)
         else: out = self.gradients['prototypes'] = torch.mm(g.T, unit)
         if angle is not None:
-            if not self.w.divided: turn = turn / self.w.norms[columns]
-            out.index_add_(0, columns, angle.at_own.mul_(turn), alpha=-1)
+            norms = None if self.w.divided else self.w.norms[columns]
+            angle.turn(dict(prototypes=out), turn, columns, norms)
 
     def _product(self, unit, rows):
         "Inner products of some rows with all prototypes, in one buffer for all chunks."
@@ -377,11 +410,25 @@ class _Fused(torch.autograd.Function):
 def _run(ctx, tensors, wanted=(), shares=None):
     "The pass that a context describes, outside of autocast."
     features, prototypes, targets, *numbers = tensors
-    pooled = None if ctx.logs is None else _LogSumExp(ctx.logs, ctx.loss.tilt)
     with full_precision(features.device.type):
+        if _is_small(ctx, features, prototypes, numbers):
+            share, _ = shares or ctx.shares
+            found = _straight(ctx.loss, features, prototypes, targets, share, wanted)
+            if found is not None: return found
+        pooled = None if ctx.logs is None else _LogSumExp(ctx.logs, ctx.loss.tilt)
         return _Pass(ctx.loss, features, prototypes, targets,
                      dict(zip(ctx.names[3:], numbers)), ctx.shards, ctx.size, wanted,
                      shares or ctx.shares, pooled).run()
+
+
+def _is_small(ctx, features, prototypes, numbers):
+    "Whether one straight line is enough."
+    loss, k = ctx.loss, prototypes.shape[0]
+    return (ctx.shards.alone and ctx.logs is None and not numbers and loss.scale
+            and not loss.sample_margin and loss.prior is None
+            and features.dtype == prototypes.dtype and features.dtype.itemsize >= 4
+            and max(features.shape[0] * k, prototypes.numel()) <= 2**18
+            and ctx.size >= features.shape[0] and loss.scale + math.log(k) < 80)
 
 
 def _by_pass(ctx, tensors, slope):
