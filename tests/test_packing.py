@@ -79,10 +79,10 @@ def test_a_point_escapes_unless_zero_is_inside_the_hull_of_its_pulls(contact):
     assert np.allclose(held[0], [0, 0, 1])
 
 
-def test_the_polish_leaves_a_stationary_arrangement_that_is_no_optimum():
+def test_a_tilt_leaves_a_stationary_arrangement_that_is_no_optimum():
     square = np.array([[1., 0, 0], [-1, 0, 0], [0, 1, 0], [0, -1, 0]])
-    assert codes._largest_cosine(codes._lift(square, math.inf)) == pytest.approx(0, abs=1e-12)
-    assert codes._largest_cosine(codes._polish(square, math.inf)) == pytest.approx(-1 / 3, abs=1e-12)
+    assert codes._largest_cosine(codes._polish(square, math.inf)) == pytest.approx(0, abs=1e-12)
+    assert codes._largest_cosine(codes._settle(square, math.inf)) == pytest.approx(-1 / 3, abs=1e-12)
 
 
 def test_a_packing_says_what_it_has_reached():
