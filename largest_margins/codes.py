@@ -202,7 +202,7 @@ def _lift(points, deadline, steps=60, radius=.01):
     return points
 
 # %% ../nbs/theory/03_packing.ipynb #874d3e85
-_PROGRAMMES = 500  # coordinates, at most, for which linear programmes are quick
+_PROGRAMMES = 400  # coordinates, at most, for which linear programmes are quick
 _TILT = .03  # standard deviation of each coordinate, rad
 
 
@@ -236,13 +236,9 @@ def _tilted(points):
     return _normalised(points + _TILT * noise)
 
 
-def _polish(points, deadline, tilt=True):
-    "To the nearest local optimum, and there to rounding."
-    if points.size <= _PROGRAMMES:
-        points = _lift(points, deadline)
-        if tilt and time.monotonic() < deadline:
-            again = _lift(_tilted(points), deadline)
-            points = min(points, again, key=_largest_cosine)
+def _polish(points, deadline):
+    "To a stationary arrangement nearby, and there to rounding."
+    if points.size <= _PROGRAMMES: points = _lift(points, deadline)
     else:
         for p in _LAST: points = min(points, _descend(points, p, 1000, deadline)[0],
                                      key=_largest_cosine)
@@ -250,6 +246,19 @@ def _polish(points, deadline, tilt=True):
         if time.monotonic() > deadline: break
         points = _equalise(points, slack, deadline)
     return points
+
+
+def _certified(points):
+    "The certificate that the points are jammed, if they are few and we find one."
+    if points.size > _PROGRAMMES: return None
+    return jammed_certificate(points, np.stack(_close_pairs(points, 1e-9)[:2], 1))
+
+
+def _settle(points, deadline):
+    "Polish; and from what is not certified to be a local optimum, tilt and try again."
+    points = _polish(points, deadline)
+    if points.size > _PROGRAMMES or _certified(points): return points
+    return min(points, _polish(_tilted(points), deadline), key=_largest_cosine)
 
 # %% ../nbs/theory/03_packing.ipynb #05d791bc
 def _attained(cosine, bound):
@@ -303,7 +312,7 @@ def _search(k, d, rng, starts, deadline, bound, progress):
             ends.append(end)
             highest = min(highest, end)
             if math.acos(end) > (.98 if d == 3 else .9995) * math.acos(highest):
-                points = _polish(points, deadline, tilt=False)
+                points = _polish(points, deadline)
                 if (now := _largest_cosine(points)) < top: best, top = points, now
         if progress: progress(m, starts if starts < math.inf else m, math.acos(top))
         random, w = m - max(0, (m + 3) // 6 - 1), len(ends)
@@ -311,7 +320,7 @@ def _search(k, d, rng, starts, deadline, bound, progress):
         all_seen = m > 7 and rest > 0 and w * (random - 1) < (w + .5) * rest
         if _attained(top, bound) or m >= starts or time.monotonic() > deadline: break
         if all_seen and deadline == math.inf: break
-    return best if time.monotonic() > deadline else _release(_polish(best, deadline))
+    return best if time.monotonic() > deadline else _release(_settle(best, deadline))
 
 # %% ../nbs/theory/03_packing.ipynb #5fd10332
 def _escape(pulls):
@@ -382,8 +391,7 @@ class Packing:
     @cached_property
     def certificate(self) -> dict | None:
         "A proof for `verify_jammed` that this is a local optimum, if we have one."
-        if self.points.numel() > _PROGRAMMES: return None
-        return jammed_certificate(self.points.numpy(), self.contacts().numpy())
+        return _certified(self.points.numpy())
 
     @cached_property
     def rigidity(self) -> str:
