@@ -36,7 +36,7 @@ from .files import read_torch, remove_file, write_file
 from .heads import CosineLinear
 from .checks import number
 from .losses import (
-    MarginSoftmaxLoss, SampleMarginLoss, class_balanced_weights)
+    SampleMarginLoss, class_balanced_weights)
 from .checks import plain
 from .margins import (
     class_margin, norm_ratio, sample_margins, smallest_by_class)

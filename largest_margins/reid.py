@@ -585,7 +585,7 @@ def plot_ranked_gallery(
                          f'got {chosen.tolist()}')
     left_out = persons[chosen, None] == others
     left_out &= cameras[chosen, None] == their_cameras
-    order = distances[chosen].masked_fill(left_out, math.inf).argsort(dim=1, stable=True)
+    order = distances[chosen].masked_fill(left_out, math.inf).argsort(stable=True)
     figure = plt.figure(figsize=(.85 * (1 + top), 1.1 * len(chosen)), facecolor='none',
                         layout='tight')
     axes = figure.subplots(len(chosen), 1 + top, squeeze=False)

@@ -12,11 +12,13 @@ from largest_margins import generalization_claims as general
 from largest_margins import gm_softmax_claims as gm
 from largest_margins import imbalance_claims as imbalance
 from largest_margins import lm_softmax_claims as lm
+from largest_margins import optima_claims as optima
 from largest_margins import sample_margin_claims as r_sm
 from largest_margins import softmax_claims as softmax
 from largest_margins.claims import Check, Claim, claims, descend, dot, prove, rational_points, register
 
-ROWS = {'T4', 'L1', 'BP', 'T2', 'T2b', 'P3', 'GB', 'U', 'T5', 'P6', 'T7', 'JE', 'LM', 'T8', 'T5b', 'ME', 'GM', 'SY'}
+ROWS = {'T4', 'L1', 'BP', 'T2', 'T2b', 'P3', 'GB', 'U', 'T5', 'P6', 'T7', 'JE', 'LM', 'T8', 'T5b', 'ME', 'GM', 'SY',
+        'GO', 'MC', 'FS', 'AM', 'RC'}
 
 
 def test_all_claims_hold():
@@ -148,6 +150,7 @@ WRONG = [
     ('T2b', ledger._t2b_optimised, dict(margin=lambda delta: 1 - math.cos(1.01 * delta))),
     ('T4', softmax._t4_exact, dict(sign=1)),
     ('T4', softmax._t4_optimised, dict(degrees=45.)),
+    ('T4', softmax._t4_flow, dict(time=20.)),
     ('T4', softmax._t4_boundary, dict(degrees=70.)),
     ('U', gm._u_exact, dict(sign=1)),
     ('U', gm._u_search, dict(line=lambda m2, theta: m2.cos() * theta.cos() - 1e-3)),
@@ -188,6 +191,8 @@ WRONG = [
     ('JE', lm._je_optimised, dict(count=lambda n: 2 * math.log(n))),
     ('T8', imbalance._t8_exact, dict(sign=1)),
     ('T8', imbalance._t8_optimised, dict(centroid=1.)),
+    ('T8', imbalance._t8_two_classes, dict(k=3)),
+    ('T8', imbalance._t8_each, dict(shift=-1.5)),
     ('T8', imbalance._t8_boundary_lambda, dict(centroid=100.)),
     ('T8', imbalance._t8_boundary_alpha, dict(alpha=0.)),
     ('T5b', imbalance._t5b_exact, dict(weight=lambda n, k, N: Fraction(1, N))),
@@ -195,8 +200,29 @@ WRONG = [
     ('T5b', imbalance._t5b_boundary, dict(reduction='class-mean')),
     ('GB', general._gb_exact, dict(power=2)),
     ('GB', general._gb_optimised, dict(exponent=.5)),
+    ('GB', general._gb_holds, dict(spare=.05)),
     ('GB', general._gb_falls, dict(larger=.5)),
-    ('GB', general._gb_boundary, dict(exponent=.25))]
+    ('GB', general._gb_boundary, dict(exponent=.25)),
+    ('GO', optima._go_exact, dict(factor=8)),
+    ('GO', optima._go_certified, dict(tilt=.1)),
+    ('GO', optima._go_optimised, dict(d=2)),
+    ('GO', optima._go_boundary, dict(d=7)),
+    ('MC', optima._mc_exact, dict(sign=1)),
+    ('MC', optima._mc_above, dict(factor=.98)),
+    ('MC', optima._mc_below, dict(factor=1.02)),
+    ('MC', optima._mc_boundary, dict(reduction='mean')),
+    ('FS', optima._fs_exact, dict(others=lambda k: k)),
+    ('FS', optima._fs_exact, dict(twice=1)),
+    ('FS', optima._fs_optimised, dict(times=.1)),
+    ('FS', optima._fs_boundary, dict(aggregation='logsumexp')),
+    ('AM', optima._am_exact, dict(margin=Fraction(2, 5))),
+    ('AM', optima._am_certified, dict(stretch=1.1)),
+    ('AM', optima._am_optimised, dict(margin=.6)),
+    ('AM', optima._am_boundary, dict(margin=.4)),
+    ('RC', optima._rc_exact, dict(square=lambda k, s: s / (k - 1))),
+    ('RC', optima._rc_optimised, dict(times=2.)),
+    ('RC', optima._rc_boundary, dict(ratio=1)),
+    ('RC', optima._rc_boundary, dict(strength=1e5))]
 
 
 @pytest.mark.parametrize('claim,run,wrong', WRONG, ids=lambda x: getattr(x, '__name__', None))
