@@ -112,6 +112,7 @@ def _run(argv):
     "Do what the arguments say."
     args = _parser().parse_args(argv)
     warnings.simplefilter('ignore', FutureWarning)  # of libraries about libraries
+    warnings.filterwarnings('ignore', 'Creating legend')  # of a busy machine
     outputs = [path for name in ('json', 'html', 'out')
                if (path := getattr(args, name, None)) is not None]
     _check_outputs(args, outputs)
