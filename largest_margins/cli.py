@@ -37,9 +37,14 @@ class _Command(NamedTuple):
 _COMMANDS: dict[str, _Command] = {}  # by name
 
 
+class _Parser(argparse.ArgumentParser):
+    "One whose errors are one line, and not the usage, too."
+    def error(self, message): raise ValueError(f'{message} ({self.prog} --help)')
+
+
 def _parser():
     "The commands and their arguments."
-    top = argparse.ArgumentParser(
+    top = _Parser(
         prog='largest-margins', description='Learning towards the largest margins.')
     top.add_argument('--version', action='version',
                          version=f'%(prog)s {largest_margins.__version__}')
@@ -107,6 +112,7 @@ def _run(argv):
     "Do what the arguments say."
     args = _parser().parse_args(argv)
     warnings.simplefilter('ignore', FutureWarning)  # of libraries about libraries
+    warnings.filterwarnings('ignore', 'Creating legend')  # of a busy machine
     outputs = [path for name in ('json', 'html', 'out')
                if (path := getattr(args, name, None)) is not None]
     _check_outputs(args, outputs)

@@ -89,7 +89,7 @@ def _from_numpy(path):
         if size > 1 << 30 and size > 20 * packed:
             raise ValueError(f'its {packed} bytes unpack to {size}')
         with np.load(path) as file: return _tensors({k: file[k] for k in file.files})
-    except (ValueError, EOFError, MemoryError, zipfile.BadZipFile) as e:
+    except Exception as e:  # of NumPy's many, and zip's
         raise ValueError(f'{path} is damaged, or no file of numbers: {e}') from e
 
 
@@ -140,7 +140,8 @@ def _from_index(path):
     if not isinstance(places, dict) or not all(
             isinstance(x, str) and x == Path(x).name for x in places.values()):
         raise ValueError(f'{path} must name parts beside it')
-    parts = {part: _read(path.with_name(part)) for part in sorted(set(places.values()))}
+    parts = {part: _read(path.with_name(part), of_index=True)
+             for part in sorted(set(places.values()))}
     lost = [name for name, part in places.items() if name not in parts[part]]
     if lost: raise ValueError(f'{path} names {lost[0]}, which its part does not hold')
     return {name: parts[part][name] for name, part in places.items()}
@@ -242,14 +243,17 @@ def read_tensors(
     return tensors
 
 
-def _read(path):
+def _read(path, of_index=False):
     "All tensors of a file or folder, as they are kept."
     if str(path) == '-': path = Path('/dev/stdin')
     if path.is_dir(): path = _in_folder(path)
     with open(path, 'rb') as file:
         if path.is_file():
             head = file.read(512)
-            return _reader(path, head)(path)
+            reader = _reader(path, head)
+            if of_index and reader is _from_index:
+                raise ValueError(f'{path} is an index, and no part of one')
+            return reader(path)
         with tempfile.NamedTemporaryFile() as copy:  # of a pipe
             shutil.copyfileobj(file, copy)
             copy.flush()

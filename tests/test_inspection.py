@@ -21,6 +21,7 @@ import types
 import uuid
 import warnings
 import zipfile
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from time import process_time
@@ -31,7 +32,7 @@ import timm
 import torch
 import torchvision
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import nn
 from torch.nn.utils import parametrizations, weight_norm
 
@@ -227,6 +228,8 @@ def test_parts_with_an_index_and_folders(tmp_path, capsys):
     for wrong in ('{}', '[]', '{"weight_map": {"a": "../x"}}', '{"weight_map": 3}', '{"a":' * 9999):
         index.write_text(wrong)
         with pytest.raises(ValueError, match='index'): read_tensors(index)
+    index.write_text(json.dumps({'weight_map': {'fc.weight': index.name}}))
+    with pytest.raises(ValueError, match='is an index, and no part of one'): read_tensors(index)
     index.write_text(json.dumps({'weight_map': {'fc.weight': 'nowhere.safetensors'}}))
     code, out, err = run(capsys, 'inspect', index)
     assert (code, out, err.count('\n')) == (2, '', 1) and 'nowhere.safetensors' in err
@@ -541,6 +544,30 @@ def test_archives_that_claim_too_much(tmp_path):
     with pytest.raises(ValueError): read_tensors(tmp_path/'c.pth')
 
 
+@pytest.mark.parametrize('kind', ['.npz', 'packed.npz', '.npy', '.onnx', '.json', '.pkl', '.pth', '.safetensors'])
+def test_every_mutant_is_read_or_refused(tmp_path, kind):
+    "No error but ValueError, and that of a tensor that cannot be measured."
+    import onnx
+    arrays, file = {name: t.numpy() for name, t in state().items()}, io.BytesIO()
+    if kind == '.npz': np.savez(file, **arrays)
+    elif kind == 'packed.npz': np.savez_compressed(file, **arrays)
+    elif kind == '.npy': np.save(file, arrays['fc.weight'])
+    elif kind == '.json': file.write(json.dumps({'weight_map': {'fc.weight': 'file'}}).encode())
+    elif kind == '.pkl': pickle.dump({'x': state(), 'y': [datetime.date(2020, 1, 1), {1, 2}]}, file, 4)
+    elif kind == '.pth': torch.save({'x': state(), 'y': [datetime.date(2020, 1, 1), {1, 2}]}, file)
+    elif kind == '.safetensors': file.write(save(state()))
+    else: file.write(onnx.helper.make_model(onnx.helper.make_graph([], 'g', [], [], [
+        onnx.numpy_helper.from_array(a, name) for name, a in arrays.items()])).SerializeToString())
+    rng, whole, read = np.random.default_rng(0), file.getvalue(), 0
+    for _ in range(150):
+        mutant = bytearray(whole)
+        for at in rng.integers(0, len(whole), rng.integers(1, 5)): mutant[at] = rng.integers(256)
+        del mutant[rng.integers(len(mutant) + 500):]
+        (tmp_path/'x').write_bytes(mutant)
+        with suppress(ValueError, FileNotFoundError): read += bool(read_tensors(tmp_path/'x'))  # the index’s part
+    assert read < 150
+
+
 def test_empty_and_missing_files(tmp_path, capsys):
     torch.save({'epoch': 3, 'loss': [1.]}, tmp_path/'empty.pth')
     with pytest.raises(ValueError, match='holds no named tensors'): read_tensors(tmp_path/'empty.pth')
@@ -634,8 +661,9 @@ def test_memory_does_not_hold_all_pairs():
 def test_verdicts(weight, classes, verdict):
     found = inspect_prototypes(weight, classes=classes)
     if verdict is None:  # the bound is not attained, and says so
-        assert 'are 66.15° apart; 10 prototypes in 3 dimensions cannot all be more than 68.62° apart.' in found.verdict
-        assert 'at most 68.62° (delsarte)' in str(found)
+        best = f'{math.degrees(found.bound.radians):.2f}°'
+        assert f'are 66.15° apart; 10 prototypes in 3 dimensions cannot all be more than {best} apart.' in found.verdict
+        assert f'at most {best} ({found.bound.method})' in str(found)
     else: assert found.verdict == verdict
     assert ' '.join(str(found).split()).endswith(found.verdict)
     assert max(map(len, str(found).splitlines())) <= 80
