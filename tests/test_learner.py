@@ -2,9 +2,13 @@
 import warnings
 from dataclasses import replace
 from functools import partial
+from urllib.error import URLError
 
+import numpy as np
 import pytest
+import timm
 import torch
+import torchvision
 from fastai.callback.core import (
     Callback,
     CancelBatchException,
@@ -15,17 +19,19 @@ from fastai.callback.core import (
 )
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
+from fastai.data.transforms import Normalize
 from fastai.interpret import ClassificationInterpretation
 from fastai.learner import Learner, load_learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD
+from fastai.vision.core import imagenet_stats
 from fastai.vision.data import ImageDataLoaders
-from fastai.vision.learner import create_body
+from fastai.vision.learner import create_body, vision_learner
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.functional import interpolate
-from torchvision.models import mobilenet_v3_small, resnet18
+from torchvision.models import ResNet18_Weights, mobilenet_v3_small, resnet18
 
 from largest_margins import learner
 from largest_margins.callbacks import MarginRecorder, SampleMarginRegularizer
@@ -61,19 +67,19 @@ def quiet(learn, f, *args, **kwargs):
 BODIES = dict(
     ours=lambda: (ConvBody(), 128),
     torchvision=lambda: (resnet18, 512),
-    torchvision_pooled_otherwise=lambda: (mobilenet_v3_small, 576),
+    torchvision_deeper_head=lambda: (mobilenet_v3_small, 1024),
     timm=lambda: ('resnet10t', 512),
     timm_transformer=lambda: ('test_vit', 64),
     users_module=lambda: (nn.Sequential(nn.Flatten(), nn.Linear(64, 24), nn.ReLU()), 24),
     users_maps=lambda: (nn.Conv2d(1, 12, 3), 12))
+RANDOM = {body: {} if body in ('ours', 'users_module', 'users_maps') else dict(pretrained=False) for body in BODIES}
 
 
 @pytest.mark.parametrize('body', BODIES)
 def test_any_body(dls, body):
     arch, d = BODIES[body]()
-    data = dls
-    if body == 'timm_transformer': data = enlarged(160)
-    learn = margin_learner(data, arch, CosFaceLoss(20., .1), lr=1e-3)
+    data = enlarged(160) if body == 'timm_transformer' else dls
+    learn = margin_learner(data, arch, CosFaceLoss(20., .1), lr=1e-3, **RANDOM[body])
     assert isinstance(learn.model[-1], CosineLinear) and learn.model[-1].weight.shape == (10, d)
     x = learn.dls.valid.one_batch()[0]
     with torch.no_grad(): features = learn.model[:-1].train()(x)
@@ -86,9 +92,9 @@ def test_any_body(dls, body):
     assert len(history) == 1 and 0 < history[0]['class_margin'] <= history[0]['bound']
 
 
-def enlarged(size):
+def enlarged(size, channels=1):
     "Eight digits, enlarged to what a transformer expects."
-    def grow(images): return interpolate(images[:8].float(), size).to(images.dtype)
+    def grow(images): return interpolate(images[:8].float(), size).to(images.dtype).expand(-1, channels, -1, -1)
     small = replace(DIGITS, train_images=grow(DIGITS.train_images), train_targets=DIGITS.train_targets[:8],
                     test_images=grow(DIGITS.test_images), test_targets=DIGITS.test_targets[:8])
     return small.dataloaders(batch_size=8, seed=0)
@@ -116,9 +122,12 @@ def test_a_body_comes_back_as_it_was(dls):
 
 
 def test_layer_groups_and_freezing(dls):
-    learn = margin_learner(dls, resnet18, CosFaceLoss(), opt_func=SGD)
+    learn = margin_learner(dls, resnet18, CosFaceLoss(), opt_func=SGD, pretrained=False)
     learn.create_opt()
-    assert len(learn.opt.param_lists) >= 2
+    theirs = vision_learner(dls, resnet18, n_out=10, n_in=1, pretrained=False, loss_func=nn.CrossEntropyLoss())
+    theirs.create_opt()
+    sizes, theirs = ([sum(p.numel() for p in group) for group in of.opt.param_lists] for of in (learn, theirs))
+    assert sizes[:-1] == theirs[:-1] and len(sizes) == 3
     learn.freeze()
     groups = learn.opt.param_lists
     assert learn.opt.frozen_idx == len(groups) - 1
@@ -135,6 +144,142 @@ def test_fixed_prototypes_stay(dls):
     quiet(learn, learn.fit, 2, 1e-3)
     assert torch.equal(learn.model[-1].weight, before)
     assert learn.margin_recorder.history[-1]['class_margin'] == pytest.approx(96.3793702, abs=1e-4)
+
+
+# Families
+
+FAMILIES = dict(
+    resnet18='fc', densenet121='classifier', vgg11_bn='classifier.6', alexnet='classifier.6',
+    squeezenet1_1='classifier.1', mobilenet_v2='classifier.1', mobilenet_v3_small='classifier.3',
+    efficientnet_b0='classifier.1', efficientnet_v2_s='classifier.1', convnext_tiny='classifier.2',
+    vit_b_32='heads.head', swin_t='head', swin_v2_t='head', maxvit_t='classifier.5', shufflenet_v2_x0_5='fc',
+    mnasnet0_5='classifier.1', regnet_y_400mf='fc', googlenet='fc aux1 aux2', inception_v3='fc AuxLogits')
+OF_TIMM = dict(
+    test_vit='head', deit_tiny_patch16_224='head', deit_tiny_distilled_patch16_224='head head_dist',
+    swin_tiny_patch4_window7_224='head.fc', test_convnext='head.fc', test_efficientnet='classifier', resnet10t='fc',
+    efficientvit_m0='head.linear', volo_d1_224='head aux_head')
+OF_TWO = 'deit_tiny_distilled_patch16_224', 'volo_d1_224'  # scores of two classifiers, added
+
+
+@pytest.mark.parametrize('name', [*FAMILIES, *OF_TIMM])
+@pytest.mark.filterwarnings('ignore:The default weight initialization')
+def test_the_body_is_the_whole_classifier_without_its_last_layer(name):
+    "Every parameter, and the features that the classifier saw; what else is left out is said."
+    arch = name if name in OF_TIMM else getattr(torchvision.models, name)
+    usual = 224 if name.endswith('224') else 64
+    size = dict(vit_b_32=224, maxvit_t=224, test_vit=160, inception_v3=96).get(name, usual)
+    whole = timm.create_model(name) if name in OF_TIMM else arch(weights=None)
+    classifier, *others = (FAMILIES | OF_TIMM)[name].split()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        learn = margin_learner(enlarged(size, channels=3), arch, CosFaceLoss(), pretrained=False)
+    said = [str(w.message) for w in caught if 'leaves out' in str(w.message)]
+    assert len(said) == bool(others) and all(other in said[0] for other in others)
+    kept = [p for n, p in whole.named_parameters() if not n.startswith((f'{classifier}.', *others))]
+    parameters = list(learn.model[0].parameters())
+    assert [p.shape for p in parameters] == [p.shape for p in kept]
+    for p, q in zip(parameters, kept): p.data = q.data
+    x = torch.rand(2, 3, size, size)
+    with torch.no_grad():
+        features = learn.model[0].eval()(x)
+        if name == 'densenet121': features = features.relu()  # fastai's cut comes before it
+        if name not in ('squeezenet1_1', *OF_TWO):
+            if features.ndim == 4: features = features.mean((2, 3))
+            scores = whole.get_submodule(classifier)(features)
+            torch.testing.assert_close(scores, whole.eval()(x), rtol=1e-3, atol=1e-4)
+        assert learn.model.train()(x).shape == (2, 10)
+
+
+def test_what_is_no_classifier_is_refused(dls):
+    class Averaged(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(64, 9), nn.Linear(64, 9)
+        def forward(self, x): return (self.a(x.flatten(1)) + self.b(x.flatten(1))) / 2
+    def scaled(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 9), nn.Hardtanh(inplace=True))
+    for arch in (Averaged, ConvBody, scaled):
+        with pytest.raises(ValueError, match=r'whose output is that of one layer, .* cut='):
+            margin_learner(dls, arch, CosFaceLoss(), pretrained=False)
+    assert margin_learner(dls, scaled, CosFaceLoss(), pretrained=False, cut=1).model[-1].in_features == 64
+
+
+@pytest.mark.parametrize('n_in', [1, 2, 4])
+def test_channels_as_in_fastai(n_in):
+    def arch(pretrained):
+        torch.manual_seed(0)
+        return resnet18(weights=None)
+    images = torch.randint(256, (8, n_in, 32, 32), dtype=torch.uint8)
+    data = replace(DIGITS, train_images=images, train_targets=DIGITS.train_targets[:8], test_images=images,
+                   test_targets=DIGITS.train_targets[:8]).dataloaders(8)
+    learn = margin_learner(data, arch, CosFaceLoss(), pretrained=True)
+    theirs = create_body(arch(True), n_in=n_in, pretrained=True, cut=-2)
+    assert torch.equal(learn.model[0].conv1.weight, theirs[0].weight)
+    with pytest.raises(ValueError, match=f'n_in must be {n_in}'): margin_learner(data, arch, CosFaceLoss(), n_in=3)
+
+
+def test_cut_and_splitter(dls):
+    def halves(model): return [list(model[0][:6].parameters()), [*model[0][6:].parameters(), *model[1:].parameters()]]
+    learn = margin_learner(dls, resnet18, CosFaceLoss(), pretrained=False, cut=-3, splitter=halves)
+    learn.create_opt()
+    assert learn.model[-1].in_features == 256 and len(learn.opt.param_lists) == 2
+    for wrong in (lambda m: [list(m[0].parameters())], lambda m: [list(m.parameters()), list(m[2].parameters())]):
+        with pytest.raises(ValueError, match='each of 6[0-9] parameters into one group'):
+            margin_learner(dls, resnet18, CosFaceLoss(), pretrained=False, splitter=wrong)
+
+
+# Published weights
+
+@pytest.mark.parametrize('weights', [None, ResNet18_Weights.IMAGENET1K_V1, 'IMAGENET1K_V1'])
+def test_published_weights_are_the_default_and_frozen_first(weights, monkeypatch):
+    published = resnet18(weights=None).state_dict()
+    monkeypatch.setattr(torchvision.models._api, 'load_state_dict_from_url', lambda *a, **k: published)
+    learn = margin_learner(enlarged(64, channels=3), resnet18, CosFaceLoss(), weights=weights)
+    assert torch.equal(learn.model[0][0].weight, published['conv1.weight'])
+    assert learn.opt.frozen_idx == len(learn.opt.param_lists) - 1 and not learn.model[0][0].weight.requires_grad
+    x = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+    seen, = next(iter(learn.dls.test_dl(x)))
+    torch.testing.assert_close(seen[0, :, 0, 0], -torch.tensor(imagenet_stats[0]) / torch.tensor(imagenet_stats[1]))
+
+
+@pytest.mark.parametrize('normalize', [True, False])
+def test_published_weights_normalise_fastais_batches(normalize, tmp_path):
+    for name in 'ab':
+        (tmp_path/name).mkdir()
+        for i in range(4): Image.new('RGB', (32, 32)).save(tmp_path/name/f'{i}.png')
+    dls = ImageDataLoaders.from_folder(tmp_path, valid_pct=.5, seed=0, bs=2, num_workers=0, device='cpu')
+    resnet10t = partial(timm.create_model, 'resnet10t')
+    def arch(pretrained): return resnet10t(pretrained=False)
+    learn = margin_learner(dls, arch, CosFaceLoss(), pretrained=True, normalize=normalize)
+    added = [f for f in learn.dls.after_batch.fs if isinstance(f, Normalize)]
+    assert len(added) == normalize
+    if normalize: assert added[0].mean.flatten().tolist() == pytest.approx(arch(False).pretrained_cfg['mean'])
+
+
+@pytest.mark.parametrize('arch', [resnet18, 'resnet10t'])
+def test_weights_that_cannot_be_had(arch, dls, monkeypatch):
+    def offline(*args, **kwargs): raise URLError('no network')
+    monkeypatch.setattr(torchvision.models._api, 'load_state_dict_from_url', offline)
+    monkeypatch.setattr(timm, 'create_model', offline)
+    with pytest.raises(OSError, match=r'cannot be had .*no network.*pretrained=False'):
+        margin_learner(dls, arch, CosFaceLoss())
+
+
+def test_meaningless_arguments(dls):
+    loss = CosFaceLoss()
+    for kwargs in (dict(pretrained=True), dict(weights='DEFAULT')):
+        with pytest.raises(ValueError, match='a module: it has its weights'):
+            margin_learner(dls, ConvBody(), loss, **kwargs)
+    with pytest.raises(ValueError, match='weights must be None'):
+        margin_learner(dls, resnet18, loss, weights='DEFAULT', pretrained=False)
+    with pytest.raises(ValueError, match=r"'name.tag'"): margin_learner(dls, 'resnet10t', loss, weights='DEFAULT')
+    with pytest.raises(ValueError, match='no published weights'): margin_learner(dls, ConvBody, loss)
+    for embedding, error in ((0, ValueError), (-3, ValueError), (2.5, TypeError), (True, TypeError), ('8', TypeError)):
+        with pytest.raises(error, match='embedding must be'):
+            margin_learner(dls, ConvBody(), loss, embedding=embedding)
+    assert margin_learner(dls, ConvBody(), loss, embedding=np.int64(8)).model[-1].in_features == 8
+    for kwargs in (dict(n_in=0), dict(widths=()), dict(widths=(8, -1))):
+        with pytest.raises(ValueError, match='must'): ConvBody(**kwargs)
+    with pytest.raises(TypeError, match='must be a loss, got the class'): margin_learner(dls, ConvBody(), CosFaceLoss)
 
 
 # The loop
@@ -179,10 +324,11 @@ def test_events_come_in_fastais_order(dls, cancel):
 def test_fast_on_a_cpu_where_it_is_safe(dls, body, has_bfloat16, monkeypatch):
     monkeypatch.setattr(learner, 'has_bfloat16', lambda: has_bfloat16)
     data, (arch, _) = enlarged(160) if body == 'timm_transformer' else dls, BODIES[body]()
-    def mixed(**kwargs): return hasattr(margin_learner(data, arch, CosFaceLoss(), **kwargs), 'mixed_precision_cpu')
+    def made(**kwargs): return margin_learner(data, arch, CosFaceLoss(), **RANDOM[body], **kwargs)
+    def mixed(**kwargs): return hasattr(made(**kwargs), 'mixed_precision_cpu')
     assert mixed() == (has_bfloat16 and body != 'users_module')
     assert mixed(mixed_precision=True) and not mixed(mixed_precision=False)
-    model = margin_learner(data, arch, CosFaceLoss(), mixed_precision=False).model
+    model = made(mixed_precision=False).model
     images = [p for p in model.parameters() if p.ndim == 4]
     assert bool(images) == (body != 'users_module')
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in images)
@@ -228,6 +374,7 @@ def test_errors(dls):
     with pytest.raises(ValueError, match='arch must give features'):
         margin_learner(dls, nn.Unflatten(2, (2, 4)), CosFaceLoss())
     with pytest.raises(RuntimeError, match='resnet999'): margin_learner(dls, 'resnet999', CosFaceLoss())
+    with pytest.raises(TypeError, match='arch must be a function'): margin_learner(dls, None, CosFaceLoss())
     nameless = DIGITS.dataloaders(batch_size=64)
     nameless.c, nameless.vocab = 0, []
     with pytest.raises(ValueError, match='number of classes'): margin_learner(nameless, ConvBody(), CosFaceLoss())
