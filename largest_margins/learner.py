@@ -10,11 +10,12 @@ __all__ = ['ConvBody', 'margin_neck', 'MarginLearner', 'class_counts', 'recommen
 # %% ../nbs/training/24_learner.ipynb #b30c9aa2
 import warnings
 from collections.abc import Callable
-from functools import partial
+from contextlib import ExitStack
+from functools import cache, partial
 from importlib.util import find_spec
 from inspect import signature
-from numbers import Integral
 from operator import attrgetter
+from types import CodeType
 
 import torch
 from fastai.callback import progress, schedule  # noqa: F401  fit_one_cycle and bars
@@ -22,17 +23,21 @@ from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import Normalize, get_c
 from fastai.learner import Learner
+from fastai.callback.fp16 import MixedPrecision
 from fastai.metrics import accuracy
 from fastai.vision.core import imagenet_stats
 from fastai.vision.learner import cut_model, default_split, model_meta
-from fastcore.basics import listify
+from fastcore.basics import listify, noop
 from torch import Tensor, nn
 
-from .callbacks import MarginRecorder, MixedPrecisionCPU, has_bfloat16
+from .callbacks import (
+    HeadCallback, MarginModel, MarginRecorder, bare, evaluate_once, find_loss,
+    has_bfloat16, last_layers)
+from .checks import integer
 from .codes import simplex
 from .data import ImageDataset
-from .heads import CosineLinear
-from .losses import MarginSoftmaxLoss, NormFaceLoss, SampleMarginLoss
+from .heads import MarginHead
+from .losses import AdaFaceLoss, CosineLoss, NormFaceLoss
 
 # %% ../nbs/training/24_learner.ipynb #3899bb42
 class ConvBody(nn.Sequential):
@@ -44,7 +49,7 @@ class ConvBody(nn.Sequential):
         widths: tuple[int, ...] = (32, 64, 128),  # channels after each block
     ):
         if not widths: raise ValueError('widths must hold a number of channels, got ()')
-        for n in (n_in, *widths): _check_size('n_in and widths', n)
+        for n in (n_in, *widths): integer('n_in and widths', n, at_least=1)
         layers = []
         for before, after in zip((n_in, *widths), widths, strict=False):
             convolution = nn.Conv2d(before, after, 3, padding=1, bias=False)
@@ -52,13 +57,6 @@ class ConvBody(nn.Sequential):
                        nn.ReLU(inplace=True)]
         super().__init__(*layers)
 
-
-def _check_size(name, value):
-    "Refuse what is no integer ≥ 1."
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f'{name} must be an integer, got {type(value).__name__}')
-    if value < 1: raise ValueError(f'{name} must be ≥ 1, got {value}')
-    return int(value)
 
 # %% ../nbs/training/24_learner.ipynb #fa01a69f
 def margin_neck(
@@ -69,7 +67,7 @@ def margin_neck(
     if len(shape) not in (2, 4):
         raise ValueError('arch must give features [N, d] or [N, d, h, w], '
                          f'got {tuple(shape)}')
-    if embedding is not None: embedding = _check_size('embedding', embedding)
+    if embedding is not None: embedding = integer('embedding', embedding, at_least=1)
     pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten()] if len(shape) == 4 else []
     d = embedding or shape[1]
     linear = [nn.Linear(shape[1], d, bias=False)] if embedding else []
@@ -78,7 +76,60 @@ def margin_neck(
 
 # %% ../nbs/training/24_learner.ipynb #c1d0f032
 class MarginLearner(Learner):
-    "A Learner that calls its callbacks for the events that they define."
+    "A Learner whose model may take targets and return the loss."
+    features = None  # of the batch, in a validation with very many classes
+
+    @property
+    def _head(self):
+        "The model's `MarginHead`, if it has one and takes targets."
+        model = bare(self.model)
+        own = isinstance(model, MarginModel) and isinstance(model[-1], MarginHead)
+        return model[-1] if own else None
+
+    def _do_one_batch(self):
+        head = self._head
+        if not self._asks_head(head): return super()._do_one_batch()
+        if not self.training: return self._validate_batch(head)
+        with ExitStack() as stack:
+            for cb in self.cbs:
+                if cb.run and hasattr(cb, 'in_loss'):
+                    stack.enter_context(cb.in_loss(head.loss))
+            self.pred = self.model(*self.xb, *self.yb)
+        self('after_pred')
+        self.loss_grad, self.loss = self.pred, self.pred.clone()
+        self('after_loss')
+        self._do_grad_opt()
+
+    def _asks_head(self, head):
+        "Whether the loss comes from the head, and nobody asks for cosines."
+        if head is None or self.loss_func is not head.loss: return False
+        loss = head.loss
+        if not self.training: return _is_large(head) or isinstance(loss, AdaFaceLoss)
+        if not self.yb or getattr(loss, 'label_smoothing', 0): return False
+        return not self.recorder.train_metrics and not any(
+            _reads_pred(cb, loss) for cb in self.cbs if cb.run and cb.run_train)
+
+    def _validate_batch(self, head):
+        "Loss and margins from the features; no cosines, if they are too many."
+        features = bare(self.model).features(*self.xb)
+        if _is_large(head): self.features, self.pred = features, head.top(features)
+        else: self.pred = head(features)
+        self('after_pred')
+        if self.yb: self.loss = self.loss_grad = head(features, *self.yb)
+        self('after_loss')
+
+    def get_preds(self, *args, act=None, **kwargs):
+        "As in fastai; with very many classes the nearest cosines and their classes."
+        if act is None and self._head and _is_large(self._head): act = noop
+        return super().get_preds(*args, act=act, **kwargs)
+
+    def one_batch(self, i, b):
+        "As in fastai; whatever happens, nothing of the batch stays behind."
+        try: super().one_batch(i, b)
+        finally:
+            self.features = None
+            for cb in self.cbs:
+                if isinstance(cb, HeadCallback): cb.forget()
 
     def __call__(
         self,
@@ -88,6 +139,38 @@ class MarginLearner(Learner):
             for cb in sorted(self.cbs, key=attrgetter('order')):
                 if name in vars(cb) or hasattr(type(cb), name) or name == 'after_fit':
                     cb(name)  # after_fit also switches a callback on again
+
+
+_MANY = 50_000  # classes whose cosines are too many to be kept
+
+
+def _is_large(head): return head.out_features > _MANY
+
+
+def _reads_pred(cb, loss):
+    "Whether a callback asks for the prediction; of others' it is the code that tells."
+    if hasattr(cb, 'reads_pred'): return cb.reads_pred(loss)
+    if isinstance(cb, MixedPrecision): return False  # it only makes it float32
+    own = [f for f in vars(cb).values() if callable(f)]
+    return _mention_pred(type(cb)) or any(map(_mentions_pred, own))
+
+
+@cache
+def _mention_pred(kind):
+    "Whether the methods of a callback's class mention the prediction."
+    above = {Callback, HeadCallback, *Callback.__mro__}
+    return any(_mentions_pred(f) for base in kind.__mro__ if base not in above
+               for f in vars(base).values())
+
+
+def _mentions_pred(f):
+    "Whether a function, or one within it, reads an attribute that is a prediction."
+    f = getattr(f, 'fget', None) or getattr(f, '__func__', f)
+    codes = [f.__code__] if hasattr(f, '__code__') else []
+    for code in codes:
+        if {'pred', 'batch_cosines'} & {*code.co_names}: return True
+        codes += [c for c in code.co_consts if isinstance(c, CodeType)]
+    return False
 
 # %% ../nbs/training/24_learner.ipynb #a158a660
 def class_counts(
@@ -111,37 +194,6 @@ def recommended_loss(
                                          f'class {counts.index(0)} has none')
     return NormFaceLoss(20., prior=torch.tensor(counts, dtype=torch.float32))
 
-# %% ../nbs/training/24_learner.ipynb #b0d1e502
-@torch.no_grad()
-def _output(model, images):
-    "What the model gives in evaluation; its layers keep their modes and statistics."
-    modes = {m: m.training for m in model.modules()}
-    try: return model.to(images.device).eval()(images)
-    finally:
-        for m, training in modes.items(): m.training = training
-
-
-def _last_layers(model, images):
-    "The names of the layers with a weight whose output is what the model returns."
-    seen, hooks = [], []
-    def remember(name, layer, inputs, output):
-        size = len(images) * len(layer.weight)
-        if isinstance(output, Tensor) and output.numel() == size:
-            seen.append((name, output, output._version))
-    for name, layer in model.named_modules():
-        if isinstance(getattr(layer, 'weight', None), Tensor) and layer.weight.ndim > 1:
-            hooks.append(layer.register_forward_hook(partial(remember, name)))
-    try: result = _output(model, images)
-    finally:
-        for hook in hooks: hook.remove()
-    return {name for name, output, version in seen if isinstance(result, Tensor)
-            and _memory(output) == _memory(result) and output._version == version}
-
-
-def _memory(tensor):
-    "Equal for views of one another, on any device; a change in place counts up."
-    return tensor.untyped_storage()._cdata, tensor._version
-
 # %% ../nbs/training/24_learner.ipynb #b0d1e505
 def _body(model, images, known=None):
     "A classifier without its last layer, and fastai's way to split it into groups."
@@ -156,8 +208,8 @@ def _body(model, images, known=None):
         model.aux_logits = False
         for name in {'aux1', 'aux2', 'AuxLogits'} & model._modules.keys():
             setattr(model, name, None)
-    last = _last_layers(model, images)
-    if len(last) == 1: model.set_submodule(*last, nn.Identity())
+    last = last_layers(model, images)
+    if len(last) == 1: model.set_submodule(last[0], nn.Identity())
     elif hasattr(model, 'reset_classifier'): model.reset_classifier(0)
     else:
         raise ValueError('arch must give a classifier, whose output is that of one '
@@ -244,7 +296,7 @@ def margin_learner(
     metrics=accuracy,  # fastai metrics; margins come in addition
     cbs: Callback | list[Callback] | None = None,  # further callbacks
     **kwargs,  # passed to `Learner`: lr, wd, opt_func, path, …
-) -> MarginLearner:  # its model is Sequential(body, neck, head)
+) -> MarginLearner:  # its model is a MarginModel(body, neck, head)
     "A Learner with a head that fits the loss, and margins beside its metrics."
     classes, images = get_c(dls), dls.valid.one_batch()[0].as_subclass(torch.Tensor)
     if not classes: raise ValueError('dls must know its number of classes, set dls.c')
@@ -272,21 +324,31 @@ def margin_learner(
     if isinstance(loss_func, type):
         raise TypeError(f'loss_func must be a loss, got the class {loss_func.__name__}')
     if recommended: loss_func = recommended_loss(dls)
-    neck, d = margin_neck(_output(body, images[:2]).shape, embedding)
-    on_cosines = isinstance(loss_func, (MarginSoftmaxLoss, SampleMarginLoss))
-    head = CosineLinear(d, classes) if on_cosines else nn.Linear(d, classes, bias=False)
+    body.to(images.device)
+    neck, d = margin_neck(evaluate_once(body, images[:2]).shape, embedding)
+    loss = find_loss(loss_func, CosineLoss)
+    head = MarginHead(d, classes, loss) if loss else nn.Linear(d, classes, bias=False)
     if recommended and classes <= d + 1: head.fix(simplex(classes, d))
-    model = nn.Sequential(body, neck, head)
+    if metrics is accuracy and loss and _is_large(head): metrics = _nearest_accuracy
+    model = MarginModel(body, neck, head)
     if splitter is not None: _check_groups(splitter(model), model)
     convolves = on_cpu and _convolves(body)
     if convolves: model.to(memory_format=torch.channels_last)
     learn = MarginLearner(dls, model, loss_func, splitter=splitter or split,
                           metrics=metrics, cbs=cbs, **kwargs)
     if mixed_precision is None: mixed_precision = convolves and has_bfloat16()
-    if mixed_precision: learn.add_cb(MixedPrecisionCPU())
+    model.mixed_precision = bool(mixed_precision)
     learn.add_cb(MarginRecorder())
     if pretrained: learn.freeze()
     return learn
+
+
+def _nearest_accuracy(nearest, targets):
+    "Accuracy of what `MarginHead.top` gave."
+    return (nearest[1][:, 0] == targets).float().mean()
+
+
+_nearest_accuracy.__name__ = 'accuracy'  # in fastai's table
 
 
 def _convolves(body):

@@ -30,14 +30,15 @@ from largest_margins.bounds import class_margin_bound
 from largest_margins.callbacks import (
     DeferredReweighting,
     HeadCallback,
+    MarginModel,
     MarginRecorder,
-    MixedPrecisionCPU,
     SampleMarginRegularizer,
     ZeroCentroidRegularizer,
     find_head,
     has_bfloat16,
 )
-from largest_margins.heads import CosineLinear
+from largest_margins.engine.cosines import cosine_matrix
+from largest_margins.heads import CosineLinear, MarginHead
 from largest_margins.losses import (
     ArcFaceLoss,
     CosFaceLoss,
@@ -51,7 +52,6 @@ from largest_margins.losses import (
     class_balanced_weights,
 )
 from largest_margins.margins import class_margin, class_sample_margins, norm_ratio, sample_margins
-from largest_margins.reduction import cosine_matrix
 from largest_margins.regularizers import zero_centroid
 
 K, D = 4, 6
@@ -92,7 +92,7 @@ def quiet(learn, f, *args, **kwargs):
 
 def everything(start=0):
     regularisers = [SampleMarginRegularizer(), ZeroCentroidRegularizer(10.)]
-    return [*regularisers, MarginRecorder(), DeferredReweighting(COUNTS, start), MixedPrecisionCPU()]
+    return [*regularisers, MarginRecorder(), DeferredReweighting(COUNTS, start)]
 
 
 class FirstGradients(Callback):
@@ -276,6 +276,12 @@ def test_reweighting_refuses_what_cannot_be_weighted():
 
 # Mixed precision
 
+def mixed(head, image=False):
+    model = MarginModel(*network(head, image))
+    model.mixed_precision = True
+    return model
+
+
 class Types(Callback):
     "Looks at what the layers give, in training and in validation."
     def __init__(self): self.seen = []
@@ -293,7 +299,8 @@ class Types(Callback):
 
 @pytest.mark.parametrize('head', ['cosine', 'linear'])
 def test_body_in_bfloat16_head_in_float32_and_only_while_training(head):
-    learn, types = learner(head, cbs=MixedPrecisionCPU()), Types()
+    learn, types = learner(head), Types()
+    learn.model = mixed(head)
     quiet(learn, learn.fit, 1, cbs=types)
     last = 'CosineLinear' if head == 'cosine' else 'Linear'
     assert types.seen[:3] == [(True, 'Linear', torch.bfloat16, True), (True, 'BatchNorm1d', torch.bfloat16, True),
@@ -313,7 +320,9 @@ def test_mixed_precision_rounds_the_body_and_nothing_else(head):
     scores = model[-1](features.float())
     cosines = scores if head == 'cosine' else cosine_matrix(features.float(), model[-1].weight)
     (base(scores, y) + .5 * SampleMarginLoss()(cosines, y)).backward()
-    got = first_gradients(learner(head), [SampleMarginRegularizer(.5), MixedPrecisionCPU()])
+    learn = learner(head)
+    learn.model = mixed(head)
+    got = first_gradients(learn, [SampleMarginRegularizer(.5)])
     assert all(torch.equal(a, p.grad) for a, p in zip(got, model.parameters(), strict=True))
     exact = first_gradients(learner(head), [SampleMarginRegularizer(.5)])
     got, exact = (torch.cat([g.flatten() for g in grads]) for grads in (got, exact))
@@ -322,41 +331,25 @@ def test_mixed_precision_rounds_the_body_and_nothing_else(head):
 
 @pytest.mark.parametrize('mix', [MixUp, CutMix])
 def test_mixed_precision_with_mixed_images(mix):
-    learn = learner('linear', image=True, cbs=[MixedPrecisionCPU(), SampleMarginRegularizer()], metrics=accuracy)
-    types = Types()
+    learn = learner('linear', image=True, cbs=SampleMarginRegularizer(), metrics=accuracy)
+    learn.model, types = mixed('linear', image=True), Types()
     quiet(learn, learn.fit_one_cycle, 3, cbs=[mix(), types])
     assert (True, 'Linear', torch.bfloat16, True) in types.seen
     assert learn.recorder.losses[-1].isfinite() and learn.recorder.values[-1][2] > .5
 
 
-def test_mixed_precision_leaves_nothing_when_a_batch_does_not_come_to_the_model():
-    learn = learner(cbs=MixedPrecisionCPU())
-    before = state(learn)
-    fails = Raises('before_batch', RuntimeError('no'))
-    with pytest.raises(RuntimeError, match='no'): quiet(learn, learn.fit, 1, cbs=fails)
-    assert state(learn) == before
-
-
-def test_a_forward_that_the_model_was_given_comes_back():
-    "torch.compile and Accelerate lend models a `forward` of their own."
-    learn = learner(cbs=MixedPrecisionCPU())
-    calls, usual = [], learn.model.forward
-    def given(x):
-        calls.append(torch.is_autocast_enabled('cpu'))
-        return usual(x)
-    learn.model.forward = given
-    quiet(learn, learn.fit, 1)
-    assert learn.model.forward is given and calls == [True] * 4 + [False] * 2
-
-
-def test_mixed_precision_says_so_once(capsys):
-    learn = learner(cbs=MixedPrecisionCPU())
-    def said(f, *args):
-        with learn.no_bar(): f(*args)
-        return capsys.readouterr().out.count('bfloat16')
-    assert said(lambda: quiet(learn, learn.fit, 1)) == 0
-    assert [said(learn.validate), said(learn.get_preds)] == [0, 0]
-    assert [said(learn.fit, 1), said(learn.fit, 1)] == [1, 0]
+@pytest.mark.parametrize('error', [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize('place', [0, 2])
+def test_no_autocast_is_left_when_the_forward_pass_fails(error, place):
+    class Broken(nn.Linear):
+        def forward(self, x):
+            assert torch.is_autocast_enabled('cpu') == (place == 0)
+            raise error('out of memory')
+    learn = learner('linear')
+    learn.model = mixed('linear')
+    learn.model[place] = Broken(D, K)
+    with pytest.raises(error, match='out of memory'): quiet(learn, learn.fit, 1)
+    assert not torch.is_autocast_enabled('cpu')
 
 
 @pytest.mark.parametrize('capabilities,answer', [
@@ -408,6 +401,9 @@ ENDS = dict(
     cancel_fit=('after_step', CancelFitException()),
     cancel_train=('after_loss', CancelTrainException()),
     cancel_batch=('before_batch', CancelBatchException()),
+    cancel_fit_before_the_model=('before_batch', CancelFitException()),
+    error_before_the_model=('before_batch', RuntimeError('no')),
+    interrupt_before_the_model=('before_batch', KeyboardInterrupt()),
     error_in_step=('before_step', RuntimeError('no')),
     error_in_loss=('after_loss', RuntimeError('no')),
     error_after_validation=('after_epoch', RuntimeError('no')),
@@ -423,20 +419,18 @@ def test_no_trace(end, head, where):
     before = state(learn)
     cbs = (ours if where == 'fit' else []) + ([Raises(*ENDS[end])] if ENDS[end] else [])
     try: quiet(learn, learn.fit, 1, cbs=cbs)
-    except (RuntimeError, KeyboardInterrupt): assert 'error' in end or end == 'interrupt'
+    except (RuntimeError, KeyboardInterrupt): assert 'error' in end or 'interrupt' in end
     assert state(learn) == before
 
 
-@pytest.mark.parametrize('error', [RuntimeError, CancelBatchException, KeyboardInterrupt])
+@pytest.mark.parametrize('error', [RuntimeError, CancelBatchException])
 @pytest.mark.parametrize('place', [0, 2])
 def test_no_trace_when_the_forward_pass_fails(error, place):
-    "Before the head, and in it; Ctrl-C is caught by nobody on the way."
-    learn = learner('linear', metrics=accuracy, cbs=MixedPrecisionCPU() if error is KeyboardInterrupt else everything())
+    "Before the head, and in it."
+    learn = learner('linear', metrics=accuracy, cbs=everything())
     before = state(learn)
     class Broken(nn.Linear):
-        def forward(self, x):
-            assert torch.is_autocast_enabled('cpu') == (place == 0)
-            raise error('out of memory')
+        def forward(self, x): raise error('out of memory')
     learn.model[place], working = Broken(D, K), learn.model[place]
     if error is CancelBatchException: quiet(learn, learn.fit, 1, cbs=NoValidation())
     else:
@@ -459,5 +453,6 @@ def test_find_head():
     model = network()
     assert find_head(model) is model[-1]
     with pytest.raises(ValueError, match='head='): find_head(nn.ReLU())
-    given = nn.Linear(D, K)
-    assert HeadCallback(given).head is given
+    given = HeadCallback(model[0])
+    given.learn = learner()
+    with pytest.raises(ValueError, match='must be a layer of the model'): given.head

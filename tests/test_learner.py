@@ -37,7 +37,7 @@ from largest_margins import learner
 from largest_margins.callbacks import MarginRecorder, SampleMarginRegularizer
 from largest_margins.codes import simplex
 from largest_margins.data import imbalanced_indices, load
-from largest_margins.heads import CosineLinear
+from largest_margins.heads import CosineLinear, MarginHead
 from largest_margins.learner import ConvBody, class_counts, margin_learner, margin_neck, recommended_loss
 from largest_margins.losses import (
     ArcFaceLoss,
@@ -107,7 +107,7 @@ def enlarged(size, channels=1):
 def test_the_head_fits_the_loss(dls, loss, cosines):
     learn = margin_learner(dls, ConvBody(), loss, embedding=16)
     head = learn.model[-1]
-    assert type(head) is (CosineLinear if cosines else nn.Linear)
+    assert type(head) is (MarginHead if cosines else nn.Linear)
     assert head.in_features == 16 and getattr(head, 'bias', None) is None
     quiet(learn, learn.fit, 1, 1e-3)
     assert learn.recorder.losses[-1].isfinite()
@@ -325,7 +325,7 @@ def test_fast_on_a_cpu_where_it_is_safe(dls, body, has_bfloat16, monkeypatch):
     monkeypatch.setattr(learner, 'has_bfloat16', lambda: has_bfloat16)
     data, (arch, _) = enlarged(160) if body == 'timm_transformer' else dls, BODIES[body]()
     def made(**kwargs): return margin_learner(data, arch, CosFaceLoss(), **RANDOM[body], **kwargs)
-    def mixed(**kwargs): return hasattr(made(**kwargs), 'mixed_precision_cpu')
+    def mixed(**kwargs): return made(**kwargs).model.mixed_precision
     assert mixed() == (has_bfloat16 and body != 'users_module')
     assert mixed(mixed_precision=True) and not mixed(mixed_precision=False)
     model = made(mixed_precision=False).model
