@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from largest_margins import losses, margins
 from largest_margins.chunked import LazyCosines
 from largest_margins.heads import CosineLinear, ShardedCosineLinear
-from largest_margins.reduction import cosine_matrix
+from largest_margins.engine.cosines import cosine_matrix
 from largest_margins.regularizers import zero_centroid
 
 RESULTS = Path(__file__).parent/'results'/'gpu.json'

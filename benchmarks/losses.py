@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from largest_margins import losses
 from largest_margins.chunked import fast_products
-from largest_margins.reduction import cosine_matrix
+from largest_margins.engine.cosines import cosine_matrix
 
 SHAPES = '256x64x10', '128x128x1000', '512x512x10000', '512x512x100000'
 PRODUCTS = 'aten::mm', 'aten::addmm', 'aten::addmm_'

@@ -359,7 +359,8 @@ from scipy.optimize import nnls
 from torch import Tensor
 
 from .certificates import checksum
-from .margins import check_prototypes, unit_rows
+from .checks import check_prototypes
+from .margins import unit_rows
 
 # %% ../nbs/theory/06_sample_margins.ipynb #e3417d71
 def _hull_weights(points, y):

@@ -27,7 +27,7 @@ from fastai.torch_core import default_device
 from torch import Tensor
 from torch.nn import functional as F
 
-from .losses import check_number
+from .checks import number
 
 # %% ../nbs/training/21_data.ipynb #d6c2ee01
 @dataclass(frozen=True, eq=False)
@@ -261,7 +261,7 @@ class RandomAffine:
         if not isinstance(shift, int) or shift < 0:
             raise ValueError(f'shift must be an int ≥ 0, got {shift!r}')
         self.shift, self.flip = shift, flip
-        self.rotate = check_number('rotate', rotate, at_least=0)
+        self.rotate = number('rotate', rotate, at_least=0)
 
     def __call__(
         self,

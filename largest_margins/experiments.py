@@ -38,8 +38,9 @@ from .learner import margin_learner
 from .losses import (
     ArcFaceLoss, CosFaceLoss, FocalLoss, LDAMLoss, LMSoftmaxLoss, NormFaceLoss,
     SampleMarginLoss, SphereFaceLoss)
-from .margins import class_margin, norm_ratio, plain, sample_margins
-from .reduction import cosine_matrix
+from .checks import plain
+from .margins import class_margin, norm_ratio, sample_margins
+from .engine.cosines import cosine_matrix
 from .regularizers import zero_centroid
 
 # %% ../nbs/experiments/31_experiments.ipynb #263ec5be

@@ -33,7 +33,8 @@ from .callbacks import Checkpoint
 from .data import ImageData, RandomAffine
 from .experiments import Configuration
 from .glyphs import write_glyph_market, write_glyph_pairs
-from .margins import class_margin, plain
+from .checks import plain
+from .margins import class_margin
 from .reid import (
     ReIDData, ReIDFiles, cosine_distances, duke_folder, embed, evaluate, market_folder,
     reid_learner, resnet50_body)

@@ -29,8 +29,8 @@ from torch import Tensor
 
 from .bounds import Bound, class_margin_bound
 from .codes import Packing, best_packing
-from .margins import (
-    angle, check_prototypes, norm_ratio, row_blocks, unit_rows)
+from .checks import check_prototypes
+from .margins import angle, norm_ratio, row_blocks, unit_rows
 
 # %% ../nbs/experiments/40_inspect.ipynb #c34bee00
 class _Ignored:

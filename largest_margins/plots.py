@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .losses import CosineLoss, MarginSoftmaxLoss
-from .margins import check_cosines, check_prototypes, sample_margins
+from .checks import check_cosines, check_prototypes
+from .margins import sample_margins
 
 # %% ../nbs/training/22_plots.ipynb #12bd2cd8
 BLUE, ORANGE, GREEN, GREY = '#0072B2', '#D55E00', '#009E73', '#808080'

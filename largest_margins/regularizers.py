@@ -13,8 +13,8 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.autograd.function import once_differentiable
 
-from .margins import (
-    at_least_float32, check_prototypes, plain, row_blocks, row_norms, unit_rows)
+from .checks import at_least_float32, check_prototypes, plain
+from .margins import precise, row_blocks, row_norms, unit_rows
 
 # %% ../nbs/losses/13_regularizers.ipynb #2c7ea6f1
 class _Centroid(torch.autograd.Function):
@@ -23,7 +23,7 @@ class _Centroid(torch.autograd.Function):
     @staticmethod
     def forward(ctx, prototypes):
         ctx.save_for_backward(prototypes)
-        total = prototypes.new_zeros(prototypes.shape[1], dtype=torch.float64)
+        total = prototypes.new_zeros(prototypes.shape[1], dtype=precise(prototypes))
         for rows in row_blocks(prototypes):
             total += unit_rows(at_least_float32(prototypes[rows])).sum(0)
         dtype = torch.promote_types(prototypes.dtype, torch.float32)
@@ -48,7 +48,8 @@ class _CentroidOfRanks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, centroid, num_local, group):
-        total = torch.cat([centroid.double(), centroid.new_ones(1)]) * num_local
+        wide = centroid.to(precise(centroid))
+        total = torch.cat([wide, wide.new_ones(1)]) * num_local
         dist.all_reduce(total, group=group)
         ctx.share = num_local / total[-1]
         return (total[:-1] / total[-1]).to(centroid.dtype)

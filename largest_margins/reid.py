@@ -33,9 +33,9 @@ from torch.utils.data import Sampler
 
 from .data import ImageData, ImageDataset, ImageFiles, ImageLoader
 from .learner import margin_learner
-from .margins import plain
+from .checks import plain
 from .plots import BLUE, GREEN, GREY, ORANGE, axes_for
-from .reduction import cosine_matrix
+from .engine.cosines import cosine_matrix
 
 # %% ../nbs/experiments/34_reid.ipynb #43ff2573
 _NAME = re.compile(r'(-1|\d{1,9})_c(\d{1,9})(?:s\d+)?_(f?)\d+(?:_\d+)?'

@@ -32,7 +32,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from .margins import at_least_float32, unit_rows
+from .checks import at_least_float32
+from .margins import unit_rows
 
 # %% ../nbs/experiments/35_verification.ipynb #a00f988f
 @dataclass(frozen=True, eq=False)

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from loss_family import ANGULAR, FAMILY, ON_COSINES, SMOOTHABLE
 from torch.autograd import gradcheck
 
-from largest_margins.chunked import BUFFER_BYTES, rows_at_once
-from largest_margins.losses import CosFaceLoss, GMSoftmaxLoss, LMSoftmaxLoss, NormFaceLoss
-from largest_margins.reduction import cosine_matrix
+from largest_margins.chunked import BUFFER_BYTES
+from largest_margins.engine.fused import rows_at_once
+from largest_margins.losses import (
+    CosFaceLoss, GMSoftmaxLoss, LMSoftmaxLoss, NormFaceLoss)
+from largest_margins.engine.cosines import cosine_matrix
 
 N, D, K = 23, 6, 11
 CHUNKS = [1, 7, N]

@@ -18,22 +18,11 @@ from torch.nn import functional as F
 
 from largest_margins.heads import CosineLinear
 from largest_margins.losses import (
-    ArcFaceLoss,
-    CombinedMarginLoss,
-    CosFaceLoss,
-    FocalLoss,
-    GMSoftmaxLoss,
-    LDAMLoss,
-    LMSoftmaxLoss,
-    MarginSoftmaxLoss,
-    NormFaceLoss,
-    SampleMarginLoss,
-    SphereFaceLoss,
-    class_balanced_weights,
-    suggest_scale,
-)
+    ArcFaceLoss, CombinedMarginLoss, CosFaceLoss, FocalLoss, GMSoftmaxLoss, LDAMLoss,
+    LMSoftmaxLoss, MarginSoftmaxLoss, NormFaceLoss, SampleMarginLoss, SphereFaceLoss,
+    class_balanced_weights, suggest_scale)
 from largest_margins.margins import sample_margins
-from largest_margins.reduction import cosine_matrix
+from largest_margins.engine.cosines import cosine_matrix
 
 REDUCTIONS = ['mean', 'sum', 'none', 'class-mean']
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

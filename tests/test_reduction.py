@@ -10,7 +10,8 @@ from torch.autograd import gradcheck
 from torch.nn import functional as F
 
 from largest_margins.losses import ArcFaceLoss
-from largest_margins.reduction import angle_from_cosine, cosine_matrix, log_sum_exp_of_others, target_angle
+from largest_margins.engine.cosines import (
+    angle_from_cosine, cosine_matrix, log_sum_exp_of_others, target_angle)
 
 mp.dps = 40
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

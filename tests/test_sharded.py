@@ -10,9 +10,10 @@ from processes import returned, run_on_ranks
 from torch import distributed as dist
 
 from largest_margins.chunked import LazyCosines
-from largest_margins.losses import ArcFaceLoss, GMSoftmaxLoss, LMSoftmaxLoss, NormFaceLoss, SampleMarginLoss
+from largest_margins.losses import (
+    ArcFaceLoss, GMSoftmaxLoss, LMSoftmaxLoss, NormFaceLoss, SampleMarginLoss)
 from largest_margins.margins import sample_margins
-from largest_margins.reduction import cosine_matrix
+from largest_margins.engine.cosines import cosine_matrix
 from largest_margins.regularizers import zero_centroid
 from largest_margins.sharded import ClassShards
 
