@@ -116,7 +116,7 @@ class MarginModel(nn.Sequential):
 # %% ../nbs/training/23_callbacks.ipynb #b0d1e601
 def find_head(
     model: nn.Module,  # a classifier
-    *inputs: Tensor,  # two samples or more; a `Sequential` does without
+    *inputs: Tensor,  # two samples; a `Sequential` or a single head does without
 ) -> nn.Module:  # the layer whose `weight` [k, d] holds the prototypes
     "The classifier, found by what the model returns."
     return _locate(bare(model), inputs)[0]
@@ -131,8 +131,9 @@ def _locate(model, inputs, given=None):
     names = _returned(result, seen)
     if given is not None: return given, any(layers[name] is given for name in names)
     if len(names) == 1: return layers[names[0]], True
-    cosines = [n for n in seen if isinstance(layers[n], CosineLinear)]
-    if len(cosines) == 1 and not names and _is_multiple(result, seen[cosines[0]][1]):
+    cosines = [n for n, m in layers.items() if isinstance(m, CosineLinear)]
+    if len(cosines) == 1 and not names and (not inputs or (
+            cosines[0] in seen and _is_multiple(result, seen[cosines[0]][1]))):
         return layers[cosines[0]], False
     candidates = [f'{name} ({type(m).__name__})' for name, m in layers.items()
                   if getattr(getattr(m, 'weight', None), 'ndim', 0) == 2]

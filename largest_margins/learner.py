@@ -150,7 +150,7 @@ def _is_large(head): return head.out_features > _MANY
 def _reads_pred(cb, loss):
     "Whether a callback asks for the prediction; of others' it is the code that tells."
     if hasattr(cb, 'reads_pred'): return cb.reads_pred(loss)
-    if isinstance(cb, MixedPrecision): return False  # it only makes it float32
+    if isinstance(cb, MixedPrecision) or hasattr(cb, 'in_loss'): return False
     own = [f for f in vars(cb).values() if callable(f)]
     return _mention_pred(type(cb)) or any(map(_mentions_pred, own))
 

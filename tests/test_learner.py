@@ -1,5 +1,7 @@
 "margin_learner with every kind of body, on real digits, through fastai's own tools."
 import warnings
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from urllib.error import URLError
@@ -17,16 +19,21 @@ from fastai.callback.core import (
     CancelValidException,
     event,
 )
+from fastai.callback.data import CollectDataCallback
+from fastai.callback.mixup import CutMix, MixUp
+from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
+from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.data.transforms import Normalize
 from fastai.interpret import ClassificationInterpretation
 from fastai.learner import Learner, load_learner
-from fastai.losses import CrossEntropyLossFlat
+from fastai.losses import BaseLoss, CrossEntropyLossFlat
 from fastai.optimizer import SGD
 from fastai.vision.core import imagenet_stats
 from fastai.vision.data import ImageDataLoaders
 from fastai.vision.learner import create_body, vision_learner
+from fastcore.foundation import L
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
@@ -34,14 +41,28 @@ from torch.nn.functional import interpolate
 from torchvision.models import ResNet18_Weights, mobilenet_v3_small, resnet18
 
 from largest_margins import learner
-from largest_margins.callbacks import MarginRecorder, SampleMarginRegularizer
+from largest_margins.callbacks import (
+    Checkpoint,
+    DeferredReweighting,
+    MarginRecorder,
+    SampleMarginRegularizer,
+    ZeroCentroidRegularizer,
+)
 from largest_margins.codes import simplex
 from largest_margins.data import imbalanced_indices, load
 from largest_margins.heads import CosineLinear, MarginHead
 from largest_margins.learner import ConvBody, class_counts, margin_learner, margin_neck, recommended_loss
 from largest_margins.losses import (
-    ArcFaceLoss, CosFaceLoss, FocalLoss, LDAMLoss, LMSoftmaxLoss, NormFaceLoss,
-    SampleMarginLoss)
+    AdaFaceLoss,
+    ArcFaceLoss,
+    CosFaceLoss,
+    ElasticFaceLoss,
+    FocalLoss,
+    LDAMLoss,
+    LMSoftmaxLoss,
+    NormFaceLoss,
+    SampleMarginLoss,
+)
 from largest_margins.margins import class_margin, sample_margins
 
 DIGITS = load('digits')
@@ -309,6 +330,175 @@ def test_events_come_in_fastais_order(dls, cancel):
     every_event = [name for name in vars(event) if name.startswith(('before', 'after'))]
     ours, theirs = events(learner.MarginLearner), events(Learner)
     assert ours == theirs and len(ours[0]) > 20
+
+
+# The head gets its targets
+
+class Asks(Callback):
+    "A callback that looks at the prediction, so that it must be there."
+    def after_pred(self): self.shape = self.learn.pred.shape
+
+
+@contextmanager
+def calls(learn):
+    "What the head is called with in training: 'targets' or 'features' alone."
+    seen = []
+    def note(head, args):
+        if head.training: seen.append('targets' if len(args) == 2 else 'features')
+    hook = learn.model[-1].register_forward_pre_hook(note)
+    try: yield seen
+    finally: hook.remove()
+
+
+def small(loss, cbs=(), **kwargs):
+    torch.manual_seed(0)
+    dls = DIGITS.subset(torch.arange(512)).dataloaders(128, seed=0)
+    return margin_learner(dls, ConvBody(1, (8, 8)), loss, embedding=8, cbs=list(cbs), **kwargs)
+
+
+REGULARISED = dict(
+    alone=list, r_sm=lambda: [SampleMarginRegularizer()], centroid=lambda: [ZeroCentroidRegularizer()],
+    reweighted=lambda: [DeferredReweighting(range(1, 11), 1, .9)],
+    accumulated=lambda: [GradientAccumulation(256), SampleMarginRegularizer()])
+TRAINED = dict(arc=lambda: ArcFaceLoss(20., .1), ldam=lambda: LDAMLoss(range(1, 11)),
+               lm=lambda: LMSoftmaxLoss(20., 'logsumexp'), r_sm=SampleMarginLoss,
+               prior=lambda: NormFaceLoss(20., prior=torch.arange(1., 11)),
+               class_mean=lambda: CosFaceLoss(20., .1, reduction='class-mean'))
+
+
+@pytest.mark.parametrize('cbs,loss', [*((cbs, 'arc') for cbs in REGULARISED), *(('r_sm', loss) for loss in TRAINED)])
+def test_training_with_targets_is_training_with_cosines(cbs, loss):
+    "The same weights, table and predictions, whether the head computes the loss or somebody wants to see cosines."
+    ends = []
+    for asks in (False, True):
+        learn = small(TRAINED[loss](), REGULARISED[cbs]() + [Asks()] * asks, mixed_precision=False, opt_func=SGD)
+        alone = loss == 'class_mean'  # R_sm is another mean: the term stands beside the loss
+        with calls(learn) as seen: quiet(learn, learn.fit, 2, 1e-2)
+        assert set(seen) == {'features' if asks or alone else 'targets'}
+        ends.append((list(learn.recorder.values[-1][1:]), *learn.model.parameters(), *quiet(learn, learn.get_preds)))
+        assert learn.loss_func.weight is None and learn.loss_func.sample_margin == float(loss == 'r_sm')
+    for got, true in zip(*ends, strict=True):
+        torch.testing.assert_close(torch.as_tensor(got), torch.as_tensor(true), rtol=1e-3, atol=1e-4)
+
+
+class Sum(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleList([CosFaceLoss(20., .1), SampleMarginLoss()])
+
+    def forward(self, cosines, targets): return sum(part(cosines, targets) for part in self.parts)
+
+
+def wrapped():
+    loss = CosFaceLoss(20., .1)
+    return dict(module=Sum(), partial=partial(loss), function=lambda p, y: 2 * loss(p, y),
+                base=BaseLoss(CosFaceLoss, scale=20.), method=loss.forward)
+
+
+@pytest.mark.parametrize('kind', wrapped())
+def test_a_wrapped_loss_gets_cosines(kind):
+    learn = small(wrapped()[kind], [SampleMarginRegularizer()])
+    assert isinstance(learn.model[-1], MarginHead)
+    with calls(learn) as seen: quiet(learn, learn.fit, 1, 1e-2)
+    assert set(seen) == {'features'} and -2 <= learn.margin_recorder.latest['min_sample_margin'] <= 2
+
+
+@pytest.mark.parametrize('change', [
+    lambda learn: setattr(learn, 'loss_func', ArcFaceLoss(20., .1)),
+    lambda learn: setattr(learn.loss_func, 'label_smoothing', .1),
+    lambda learn: setattr(learn.recorder, 'train_metrics', True),
+    lambda learn: learn.add_cb(MixUp()), lambda learn: learn.add_cb(CutMix()),
+    lambda learn: learn.add_cb(CollectDataCallback()),
+    lambda learn: learn.add_cb(Callback(after_loss=lambda self: self.learn.pred.sum()))])
+def test_cosines_where_they_are_asked_for(change):
+    learn = small(CosFaceLoss(20., .1))
+    change(learn)
+    with calls(learn) as seen: quiet(learn, learn.fit, 1, 1e-2)
+    assert set(seen) == {'features'} and learn.recorder.losses[-1].isfinite()
+
+
+@pytest.mark.parametrize('loss', [AdaFaceLoss(20.), ElasticFaceLoss(20.)], ids=repr)
+def test_losses_with_numbers_of_each_sample(loss):
+    learn = small(loss)
+    quiet(learn, learn.fit, 2, 1e-2)
+    *_, targets, losses = quiet(learn, learn.get_preds, with_loss=True)
+    assert losses.shape == targets.shape and losses.isfinite().all()
+    assert losses.mean().item() == pytest.approx(quiet(learn, learn.validate)[0], rel=.02)
+    norms = 20. if isinstance(loss, AdaFaceLoss) else None
+    assert norms is None or loss.norm_mean.item() < norms, 'the statistics follow the norms'
+
+
+def test_very_many_classes(monkeypatch):
+    "The same table without cosines; predictions are the nearest classes."
+    def table():
+        learn = small(CosFaceLoss(20., .1), [SampleMarginRegularizer()], mixed_precision=False)
+        quiet(learn, learn.fit, 2, 1e-2)
+        return learn, list(learn.recorder.values[-1])
+    learn, dense = table()
+    cosines, targets = quiet(learn, learn.get_preds, act=lambda x: x)
+    monkeypatch.setattr(learner, '_MANY', 5)
+    many, values = table()
+    assert values == pytest.approx(dense, rel=1e-5, abs=1e-6)
+    assert list(many.recorder.metric_names) == list(learn.recorder.metric_names)
+    (nearest, classes), also = quiet(many, many.get_preds)
+    assert torch.equal(classes[:, 0], cosines.argmax(1)) and torch.equal(also, targets)
+    torch.testing.assert_close(nearest[:, 0], cosines.amax(1))
+    (_, unknown), _ = quiet(many, many.get_preds, dl=many.dls.test_dl(DIGITS.test_images[:20]))
+    assert torch.equal(unknown[:, 0], cosines.argmax(1)[:20])
+    assert many.features is None
+
+
+@pytest.mark.parametrize('error', [RuntimeError, KeyboardInterrupt, CancelBatchException, CancelFitException])
+@pytest.mark.parametrize('place', [0, 2, 'before_batch', 'after_pred', 'after_loss'])
+@pytest.mark.parametrize('loss', [CosFaceLoss, nn.CrossEntropyLoss])
+def test_nothing_is_left_behind(error, place, loss):
+    "Wherever a batch ends: in the body, in the head, or in another callback."
+    def fail(*_):
+        if learn.training and learn.iter == 1: raise error('no')
+    cbs = [SampleMarginRegularizer(), ZeroCentroidRegularizer(), DeferredReweighting(range(1, 11), 0)]
+    learn, failing = small(loss(), cbs), []
+    if isinstance(place, str): learn.add_cb(Callback(**{place: fail}))
+    else: failing.append(learn.model[place].register_forward_pre_hook(fail))
+    try: quiet(learn, learn.fit, 1)
+    except (RuntimeError, KeyboardInterrupt): assert error in (RuntimeError, KeyboardInterrupt)
+    for hook in failing: hook.remove()
+    assert not any(m._forward_hooks or m._forward_pre_hooks or 'forward' in vars(m) for m in learn.model.modules())
+    assert learn.loss_func.weight is None and getattr(learn.loss_func, 'sample_margin', 0) == 0
+    assert all(cb._features is None for cb in cbs[:2]) and learn.features is None
+    learn.remove_cbs(L(learn.cbs).filter(lambda cb: cb.name == 'callback'))
+    quiet(learn, learn.fit, 1)
+
+
+WITH = dict(
+    one_cycle=lambda learn: learn.fit_one_cycle(2, 1e-2), fine_tune=lambda learn: learn.fine_tune(1, 1e-2),
+    lr_find=lambda learn: learn.lr_find(num_it=4, show_plot=False), fp16=lambda learn: learn.to_fp16().fit(1),
+    bf16=lambda learn: learn.to_bf16().fit(1), mixup=lambda learn: learn.fit(1, cbs=[MixUp()]),
+    cutmix=lambda learn: learn.fit(1, cbs=[CutMix()]), clip=lambda learn: learn.fit(1, cbs=[GradientClip()]),
+    stopping=lambda learn: learn.fit(3, cbs=[EarlyStoppingCallback('class_margin°', comp=np.greater, min_delta=90)]),
+    saving=lambda learn: learn.fit(2, cbs=[SaveModelCallback('mean_sample_margin')]),
+    checkpoint=lambda learn: learn.fit(2, cbs=[Checkpoint(learn.path/'point.pt')]),
+    tta=lambda learn: tta(learn), summary=lambda learn: learn.summary(), ema=lambda learn: learn.fit(1, cbs=[EMA()]))
+
+
+class EMA(Callback):
+    "Averages the model as many do: on a deep copy."
+    def before_fit(self): self.copy = deepcopy(self.learn.model)
+
+
+def tta(learn):
+    learn.dls.valid.dataset.set_split_idx = lambda i: nullcontext()
+    scores, targets = learn.tta(n=2)
+    assert scores.shape == (len(targets), 10)
+
+
+@pytest.mark.parametrize('way', WITH)
+@pytest.mark.parametrize('loss', [lambda: CosFaceLoss(20., .1), CrossEntropyLossFlat])
+def test_works_with(way, loss, tmp_path):
+    learn = small(loss(), [SampleMarginRegularizer(), DeferredReweighting(range(1, 11), 1)], path=tmp_path,
+                  metrics=learner.accuracy)
+    quiet(learn, WITH[way], learn)
+    assert all(p.isfinite().all() for p in learn.model.parameters())
+    assert len(quiet(learn, learn.validate)) == 8
 
 
 # On a CPU
