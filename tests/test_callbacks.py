@@ -4,6 +4,7 @@ from functools import partial
 from math import degrees
 
 import fastai.callback.schedule
+import numpy as np
 import pytest
 import torch
 from fastai.callback.core import (
@@ -26,15 +27,16 @@ from fastai.optimizer import OptimWrapper
 from torch import nn
 from torch.nn import functional as F
 
+from largest_margins import checks
 from largest_margins.bounds import class_margin_bound
 from largest_margins.callbacks import (
     DeferredReweighting,
-    HeadCallback,
     MarginModel,
     MarginRecorder,
     SampleMarginRegularizer,
     ZeroCentroidRegularizer,
     find_head,
+    find_loss,
     has_bfloat16,
 )
 from largest_margins.engine.cosines import cosine_matrix
@@ -450,10 +452,143 @@ def test_detaching_takes_the_columns_away():
     assert [m.name for m in learn.metrics] == ['accuracy'] and not hasattr(learn, 'margin_recorder')
 
 
-def test_find_head():
+# The classifier
+
+class Branches(nn.Module):
+    "A classifier, and layers that are registered after it, used or not."
+
+    def __init__(self, head, last=None, out=lambda x: x):
+        super().__init__()
+        self.body, self.head, self.out = nn.Linear(8, D), head, out
+        self.projector, self.last = nn.Linear(D, K), last
+
+    def forward(self, x):
+        z = self.body(x)
+        self.projector(z)
+        if isinstance(self.last, nn.MultiheadAttention): z = self.last(z[:, None], z[:, None], z[:, None])[0][:, 0]
+        elif self.last is not None: self.last(z)
+        return self.out(self.head(z))
+
+
+class OwnCosines(nn.Module):
+    "A cosine classifier that somebody has written."
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(K, D))
+
+    def forward(self, x): return F.linear(F.normalize(x), F.normalize(self.weight))
+
+
+HEADS = dict(cosine=lambda: CosineLinear(D, K), linear=lambda: nn.Linear(D, K), own=OwnCosines,
+             margin=lambda: MarginHead(D, K, CosFaceLoss(20., .1)))
+LAST = dict(nothing=lambda: None, linear=lambda: nn.Linear(D, K), cosine=lambda: CosineLinear(D, K),
+            attention=lambda: nn.MultiheadAttention(D, 2, batch_first=True))
+
+
+@pytest.mark.parametrize('head', HEADS)
+@pytest.mark.parametrize('last', LAST)
+def test_the_classifier_is_what_comes_out(head, last):
+    "And its margins are the recorded ones, whatever is registered after it."
+    torch.manual_seed(0)
+    model = Branches(HEADS[head](), LAST[last]())
+    x, _ = data().train.one_batch()
+    assert find_head(model, x) is model.head
+    learn = learner('linear' if head == 'linear' else 'cosine', cbs=everything(1))
+    learn.model = model
+    quiet(learn, learn.fit, 2)
+    assert learn.margin_recorder.latest['class_margin'] == pytest.approx(degrees(class_margin(model.head.weight.data)))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_scaled_cosines_are_measured_on_the_features():
+    model = Branches(CosineLinear(D, K), out=lambda x: 30 * x)
+    x, _ = data().train.one_batch()
+    assert find_head(model, x) is model.head
+    learn = learner('linear', cbs=[MarginRecorder(), SampleMarginRegularizer()])
+    learn.model = model
+    quiet(learn, learn.fit, 2)
+    x, y = (torch.cat(t) for t in zip(*learn.dls.valid))
+    with torch.no_grad(): margins = sample_margins(model.eval()(x) / 30, y)
+    assert learn.margin_recorder.latest['min_sample_margin'] == pytest.approx(margins.min().item(), abs=1e-5)
+
+
+@pytest.mark.parametrize('model', [
+    lambda: Branches(nn.Linear(D, K), out=lambda x: x / .1), lambda: Branches(CosineLinear(D, K), out=torch.relu),
+    lambda: Branches(nn.Linear(D, K), CosineLinear(D, K), out=lambda x: 2 * x), nn.ReLU,
+    lambda: Branches(nn.Linear(D, K), out=lambda x: dict(logits=x))])
+def test_what_is_not_clear_is_an_error_that_names_candidates(model):
+    model, (x, _) = model(), data().train.one_batch()
+    with pytest.raises(ValueError, match='head= must say which layer .* candidates: ') as error: find_head(model, x)
+    if isinstance(model, Branches): assert 'head (' in str(error.value) and 'projector (Linear)' in str(error.value)
+
+
+def test_a_model_without_inputs():
     model = network()
-    assert find_head(model) is model[-1]
-    with pytest.raises(ValueError, match='head='): find_head(nn.ReLU())
-    given = HeadCallback(model[0])
-    given.learn = learner()
-    with pytest.raises(ValueError, match='must be a layer of the model'): given.head
+    assert find_head(model) is model[-1] and find_head(nn.Sequential(nn.ReLU(), model)) is model[-1]
+    assert find_head(nn.DataParallel(model)) is model[-1] and find_head(torch.compile(model)) is model[-1]
+    only = Branches(CosineLinear(D, K))
+    assert find_head(only) is only.head
+    for unclear in (Branches(nn.Linear(D, K)), Branches(CosineLinear(D, K), CosineLinear(D, K))):
+        with pytest.raises(ValueError, match='head='): find_head(unclear)
+
+
+def test_a_given_head_is_a_layer_of_the_model():
+    learn = learner()
+    learn.model = Branches(nn.Linear(D, K), out=lambda x: x / .1)
+    for wrong in (nn.Linear(D, K), network()[-1]):
+        with pytest.raises(ValueError, match='must be a layer of the model'):
+            quiet(learn, learn.fit, 1, cbs=ZeroCentroidRegularizer(head=wrong))
+    learn.loss_func = CrossEntropyLossFlat()
+    quiet(learn, learn.fit, 1, cbs=[SampleMarginRegularizer(head=learn.model.head), MarginRecorder(learn.model.head)])
+    wide = learner('linear')
+    wide.model = nn.Sequential(nn.Linear(8, K + 2))
+    with pytest.raises(ValueError, match=f'the {K} classes of the data'):
+        quiet(wide, wide.fit, 1, cbs=MarginRecorder())
+
+
+@pytest.mark.parametrize('wrap', [lambda loss: loss, lambda loss: partial(loss), lambda loss: lambda p, y: loss(p, y),
+                                  lambda loss: Wrapped(loss)])
+@pytest.mark.parametrize('model', [lambda: Branches(nn.Linear(D, K)),
+                                   lambda: Branches(CosineLinear(D, K), out=lambda x: 9 * x)])
+def test_logits_for_a_loss_on_cosines_are_refused_on_a_gpu_too(wrap, model, monkeypatch):
+    "Where the loss does not look at values, as on a GPU."
+    monkeypatch.setattr(checks, 'values_are_cheap', lambda x: False)
+    learn = learner(loss=wrap(CosFaceLoss(20., .1)))
+    learn.model = model()
+    with torch.no_grad(): learn.model.head.weight.mul_(9)
+    with pytest.raises(ValueError, match='must return cosines for CosFaceLoss'):
+        quiet(learn, learn.fit, 1, cbs=SampleMarginRegularizer())
+
+
+class Wrapped(nn.Module):
+    def __init__(self, loss):
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, cosines, targets): return self.loss(cosines, targets) + 1
+
+
+def test_the_loss_inside():
+    loss = CosFaceLoss(20., .1)
+    class Attribute:
+        def __init__(self): self.base = loss
+        def __call__(self, p, y): return self.base(p, y)
+    for whole in (loss, Wrapped(loss), partial(Wrapped(loss)), lambda p, y: loss(p, y), Attribute(), loss.forward,
+                  nn.ModuleDict(dict(a=nn.ModuleList([loss])))):
+        assert find_loss(whole) is loss, whole
+    for other in (F.cross_entropy, CrossEntropyLossFlat(), nn.MSELoss(), lambda p, y: p.sum()):
+        assert find_loss(other) is None, other
+
+
+def test_meaningless_arguments():
+    for reduction in ('sum', 'none', 'average'):
+        with pytest.raises(ValueError, match='reduction must be'): SampleMarginRegularizer(reduction=reduction)
+    for kind in (SampleMarginRegularizer, ZeroCentroidRegularizer):
+        for weight, error in ((-1, ValueError), (float('inf'), ValueError), ('1', TypeError), (True, TypeError)):
+            with pytest.raises(error, match='weight must be'): kind(weight)
+        assert kind(np.float32(2)).weight == kind(torch.tensor(2)).weight == 2
+    for start, error in ((1.5, TypeError), (-1, ValueError), (True, TypeError)):
+        with pytest.raises(error, match='start_epoch must be'): DeferredReweighting(COUNTS, start)
+    assert DeferredReweighting(COUNTS, np.int64(3)).start_epoch == 3
+    with pytest.raises(ValueError, match='most_classes'): MarginRecorder(most_classes=0)
