@@ -30,7 +30,7 @@ setup(
     long_description=(root/'README.md').read_text(encoding='utf-8'),
     long_description_content_type='text/markdown',
     packages=find_packages(include=[lib, f'{lib}.*']),
-    package_data={lib: ['*.mplstyle', '*.json']},
+    package_data={lib: ['*.mplstyle', '*.json', '*.pyi', 'py.typed']},
     zip_safe=False,
     entry_points={
         'nbdev': [f'{lib}={lib}._modidx:d'],

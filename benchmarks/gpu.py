@@ -32,8 +32,8 @@ from torch.nn import functional as F
 
 from largest_margins import losses, margins
 from largest_margins.chunked import LazyCosines
-from largest_margins.heads import CosineLinear, ShardedCosineLinear
 from largest_margins.engine.cosines import cosine_matrix
+from largest_margins.heads import CosineLinear, ShardedCosineLinear
 from largest_margins.regularizers import zero_centroid
 
 RESULTS = Path(__file__).parent/'results'/'gpu.json'
@@ -110,9 +110,10 @@ def inputs(n, d, k, dtype=torch.float32):
 
 
 def engines(loss, n):
-    "The ways from features and prototypes to a loss."
-    return {'chunks': partial(loss.linear, chunk_size=max(1, n // 4)), 'auto': loss.linear,
-            'dense': lambda z, w, y: loss(cosine_matrix(z, w), y), 'lazy': lambda z, w, y: loss(LazyCosines(z, w), y)}
+    "The ways from features and prototypes to a loss; smoothed labels need the matrix."
+    ways = {'dense': lambda z, w, y: loss(cosine_matrix(z, w), y)}
+    if getattr(loss, 'label_smoothing', 0): return ways
+    return ways | {'chunks': partial(loss.linear, chunk_size=max(1, n // 4)), 'auto': loss.linear}
 
 
 def value_and_gradients(function, features, prototypes, targets, context=None):
@@ -162,7 +163,7 @@ def check_margins(report, device, shape):
     wide = cosine_matrix(features.double(), prototypes.double())
     true = margins.sample_margins(wide, targets)
     z, w, y = (x.to(device) for x in (features, prototypes, targets))
-    head = CosineLinear(shape[1], shape[2], device=device)
+    head = MarginHead(shape[1], shape[2], losses.NormFaceLoss(), device=device)
     with torch.no_grad(): head.weight.copy_(w)
     numbers = {
         'class_margin': (margins.class_margin(w), margins.class_margin(prototypes.double())),
@@ -170,12 +171,13 @@ def check_margins(report, device, shape):
         'zero_centroid': (zero_centroid(w), zero_centroid(prototypes.double())),
         'CosineLinear': (head(z).detach(), wide),
         'sample_margins': (margins.sample_margins(head(z), y).detach(), true),
-        'sample_margins, lazy': (margins.sample_margins(LazyCosines(z, w), y), true),
-        'min_sample_margin': (margins.min_sample_margin(LazyCosines(z, w), y), true.amin())}
+        'MarginHead.sample_margins': (head.sample_margins(z, y), true),
+        'MarginHead.top': (head.top(z)[0][:, 0], wide.amax(1)),
+        'min_sample_margin': (margins.min_sample_margin(head(z), y).detach(), true.amin())}
     for name, (got, exact) in numbers.items():
         compared(report, name, *worst_error([got], [exact]), right=got.device.type == device)
-    report.add('correctness', row='LazyCosines.argmax',
-               right=torch.equal(LazyCosines(z, w).argmax().cpu(), wide.argmax(1)))
+    report.add('correctness', row='classes of MarginHead.top',
+               right=torch.equal(head.top(z)[1][:, 0].cpu(), wide.argmax(1)))
 
 
 @contextmanager
@@ -217,10 +219,11 @@ def check_syncs(report, device, shape, chosen):
         for engine, function in engines(loss.to(device), shape[0]).items():
             watched(report, device, f'{name}, {engine}', partial(value_and_gradients, function, *batch))
     with own_group(device):
-        head = ShardedCosineLinear(shape[1], shape[2], device=device)
         z, _, y = batch
         for name, loss in chosen:
-            def step(loss=loss): loss(head(z.requires_grad_()), y).backward()
+            if getattr(loss, 'label_smoothing', 0): continue
+            head = ShardedMarginHead(shape[1], shape[2], loss, device=device)
+            def step(head=head): head(z.requires_grad_(), y).backward()
             watched(report, device, f'{name}, shared out', step)
 
 

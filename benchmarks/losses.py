@@ -4,26 +4,29 @@
     python benchmarks/losses.py --shapes 512x512x10000 --rows CE,ArcFace --rounds 3 --out mine.json
 
 A step takes features [N, d] and prototypes [k, d] to a loss and to the gradients of both. All rows of a shape take
-turns in one process, on one thread; what is stored are ratios of median CPU times, to plain cross-entropy and to the
-three matrix products that every row contains. Memory is the peak resident size of a fresh process during one step less
-the size before it and less the gradients, in units of one N × k matrix. The error is the largest of loss, dz and dW
-against the same loss by autograd in float64, relative; of ours, against the loss of the whole matrix. A profile of one
-more step counts torch's operations and says which share of its time the matrix products take.
+turns in one process, on one thread; what is stored are ratios of median CPU times: to plain cross-entropy, to the line
+that everybody writes by hand, `F.cross_entropy(s * normalize(z) @ normalize(W).T, y)`, and to the three matrix products
+that every row contains. Operations are counted by a dispatch mode over forward and backward: what a GPU waits for.
+Memory is the peak resident size of a fresh process during one step less the size before it and less the gradients, in
+units of one N × k matrix. The error is the largest of loss, dz and dW against the same loss by autograd in float64,
+relative; of ours, against the loss of the whole matrix. A profile of one more step says which share of its time the
+matrix products take. Rows named `dense` are the loss of a matrix of cosines, with the cosines made by hand.
 """
 import argparse
 import math
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from measure import RESULTS, medians, peak, peak_in_fresh_process, store
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from largest_margins import losses
-from largest_margins.chunked import fast_products
 from largest_margins.engine.cosines import cosine_matrix
 
-SHAPES = '256x64x10', '128x128x1000', '512x512x10000', '512x512x100000'
+SHAPES = '256x64x10', '128x512x100', '128x128x1000', '512x512x10000', '512x512x100000'
 PRODUCTS = 'aten::mm', 'aten::addmm', 'aten::addmm_'
 S, M = 64., .5
 
@@ -97,7 +100,7 @@ def of_metric_learning(name):
 def numbers(targets): return {name: torch.ones(len(targets)) for name in ('alpha1', 'alpha2')}
 
 
-CE, FLOOR = 'cross-entropy', 'three products'
+CE, HAND, FLOOR = 'cross-entropy', 'cross-entropy of s·cos', 'three products'
 OURS = {
     'NormFace': losses.NormFaceLoss(S), 'CosFace': losses.CosFaceLoss(S), 'ArcFace': losses.ArcFaceLoss(S, M),
     'SphereFace': losses.SphereFaceLoss(S), 'GM-Softmax': losses.GMSoftmaxLoss(S, 1.1, .9, -.1, .1),
@@ -113,7 +116,7 @@ LINEAR[FAST] = OURS['ArcFace'].linear
 DENSE |= {NARROW: DENSE['CosFace'], FAST: DENSE['ArcFace']}
 OTHERS = {
     CE: lambda z, w, y: F.cross_entropy(F.linear(z, w), y),
-    'cross-entropy of s·cos': lambda z, w, y: F.cross_entropy(scaled_cosines(z, w), y),
+    HAND: lambda z, w, y: F.cross_entropy(scaled_cosines(z, w), y),
     'ArcFace, usual code': usual_arcface, 'LM-Softmax, usual code': usual_lm,
     'torch linear_cross_entropy': lambda z, w, y: F.linear_cross_entropy(
         z, w, y, options=torch.nn.LinearCrossEntropyOptions())}
@@ -124,17 +127,37 @@ ROWS = {
     **{name: of_function(function) for name, function in OTHERS.items()},
     **{f'metric-learning {name}': of_metric_learning(name) for name in
        ('ArcFaceLoss', 'CosFaceLoss', 'NormalizedSoftmaxLoss', 'SphereFaceLoss')},
-    **{f'ours, {name}': of_function(function) for name, function in LINEAR.items()}}
+    **{f'ours, {name}': of_function(function) for name, function in LINEAR.items()},
+    **{f'dense, {name}': of_function(lambda z, w, y, loss=loss: loss(F.normalize(z) @ F.normalize(w).T, y))
+       for name, loss in OURS.items()}}
+
+
+@contextmanager
+def onednn():
+    "Float32 products by oneDNN, with whatever precision it finds fit: exact here, bf16 where a machine has AMX."
+    settings = torch.backends.mkldnn.matmul
+    before, settings.fp32_precision = settings.fp32_precision, 'bf16'
+    try: yield
+    finally: settings.fp32_precision = before
 
 
 def made(name, shape):
-    "The step of a row; those that ask for oneDNN have its products where `fast_products` allows them."
+    "The step of a row; those that ask for oneDNN have its products."
     step = ROWS[name](*shape)
     if 'oneDNN' not in name: return step
 
     def fast():
-        with fast_products(): step()
+        with onednn(): step()
     return fast
+
+
+class Count(TorchDispatchMode):
+    "Counts the operations that are dispatched."
+    operations = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.operations += 1
+        return function(*args, **(kwargs or {}))
 
 
 def ratios(names, shape, rounds):
@@ -143,14 +166,15 @@ def ratios(names, shape, rounds):
 
 
 def profiled(name, shape):
-    "How many of torch's operations a step is, and the share of matrix products in its time."
+    "How many operations a step is, and the share of matrix products in its time."
     step = made(name, shape)
     step()
+    with Count() as count: step()
     with profile(activities=[ProfilerActivity.CPU]) as watch: step()
     events = [e for e in watch.key_averages() if e.key.startswith('aten::')]
     times = [sum(e.self_cpu_time_total for e in some) for some in (
         [e for e in events if e.key in PRODUCTS], events)]
-    return {'operations': sum(e.count for e in events), 'share of products': round(times[0] / times[1], 3)}
+    return {'operations': count.operations, 'share of products': round(times[0] / times[1], 3)}
 
 
 def memory(name, shape):
@@ -186,12 +210,14 @@ def main():
         ROWS[options.peak](8, 8, 8)()  # loads what is loaded lazily
         return print(peak(made(options.peak, shapes[0])))
     wanted = options.rows.split(',') if options.rows else ['']
-    names = [name for name in ROWS if name in (FLOOR, CE) or any(part in name for part in wanted)]
+    chosen = [name for name in ROWS if name in (FLOOR, CE, HAND) or any(part in name for part in wanted)]
     table = []
     for shape in shapes:
+        names = [name for name in chosen if shape[2] <= 1000 or not name.startswith('dense')]
         times = ratios(names, shape, options.rounds)
         for name in names:
             row = {'shape': list(shape), 'row': name, 'over CE': round(times[name] / times[CE], 3),
+                   'over hand': round(times[name] / times[HAND], 3),
                    'over products': round(times[name] / times[FLOOR], 3)}
             row |= profiled(name, shape)
             if FLOOR not in name and shape[2] >= 10_000: row['matrices'] = round(memory(name, shape), 3)

@@ -40,7 +40,7 @@ sections = [
     Section('Losses', 'One formula for the whole family, its regularisers and its heads.', 'losses'),
     Section('Training', 'Data, callbacks, plots and the Learner.', 'training'),
     Section('Engines', 'The same losses for any number of classes, on one machine and on many, and what they cost.',
-            'engines', ('losses/chunked', 'losses/sharded', 'losses/benchmarks', 'training/cpu', 'training/million')),
+            'engines', ('losses/fused', 'losses/shards', 'losses/benchmarks', 'training/cpu', 'training/million')),
     Section('Experiments', "Configurations, the command line, the paper's tables, and how they are scored.",
             'experiments'),
     Section('Results', 'What was measured, and how it compares with what the paper prints.', 'results'),

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from largest_margins.heads import ShardedCosineLinear
+from largest_margins.heads import ShardedMarginHead
 from largest_margins.losses import ArcFaceLoss
 from largest_margins.margins import class_margin
 from largest_margins.regularizers import zero_centroid
@@ -46,20 +46,19 @@ def train(epochs, batch_size, path):
     loader = DataLoader(data, batch_size // ranks, sampler=sampler, drop_last=True)
 
     body = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 32))
-    head = ShardedCosineLinear(32, 10)  # this rank's classes, so it stays outside of DDP
-    model = nn.Sequential(DistributedDataParallel(body), head)
-    loss_func = ArcFaceLoss(scale=16., margin=.3)
-    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    body = DistributedDataParallel(body)
+    head = ShardedMarginHead(32, 10, ArcFaceLoss(scale=16., margin=.3))  # this rank's classes: it stays outside of DDP
+    optimizer = torch.optim.Adam([*body.parameters(), *head.parameters()], lr=2e-3)
 
     for epoch in range(epochs):
         sampler.set_epoch(epoch)
         for images, targets in loader:
-            loss = loss_func(model(images), targets)  # the mean over the samples of all ranks, the same everywhere
+            loss = head(body(images), targets)  # the mean over the samples of all ranks, the same everywhere
             optimizer.zero_grad()
-            (loss + zero_centroid(head.weight, head.group)).backward()
+            (loss + zero_centroid(head.weight, head.shards.group)).backward()
             optimizer.step()
-        with torch.no_grad(): predicted = model(x_test).argmax(1)
-        accuracy, weight = (predicted == y_test).float().mean(), head.full_weight()
+        with torch.no_grad(): _, predicted = head.top(body(x_test))
+        accuracy, weight = (predicted[:, 0] == y_test).float().mean(), head.full_weight()
         if rank == 0:
             print(f'epoch {epoch}: loss {loss.item():.3f}, accuracy {accuracy:.3f}, '
                   f'class margin {class_margin(weight).rad2deg().item():.1f} degrees', flush=True)

@@ -20,66 +20,6 @@ from torch import Tensor
 class NotFinite(ValueError):
     "A value is nan or infinite where a finite one is needed: a training that diverged."
 
-# %% ../nbs/losses/10_checks.ipynb #a62ef311
-def values_are_cheap(
-    x: Tensor,  # what one would like to look at
-) -> bool:  # whether its values are here, without waiting for a device
-    "Values are looked at on an eager CPU only: no GPU waits, no graph breaks."
-    return x.is_cpu and type(x) in (Tensor, torch.nn.Parameter) and not is_traced()
-
-
-def is_traced() -> bool:
-    "Whether what runs now is recorded or transformed: compiled, traced, `torch.func`."
-    return (torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-            or torch._C._are_functorch_transforms_active())
-
-
-def is_symbol(
-    x,  # what a module was given
-) -> bool:
-    "Whether `x` is a name in a graph that fx is drawing."
-    return isinstance(x, torch.fx.Proxy)
-
-
-def as_one_node(
-    module: torch.nn.Module,  # whose `forward` was called
-    *args,  # its arguments, of which the first is a symbol
-    given=None,  # its keyword arguments: a dict, or a symbol for it
-) -> torch.fx.Proxy:
-    "The call as one node of an fx graph, which cannot look into checks of values."
-    tracer = args[0].tracer
-    try: path = tracer.path_of_module(module)
-    except NameError: path = ''  # it is traced by itself
-    node = ('call_module', path) if path else ('call_function', module.forward)
-    return tracer.create_proxy(*node, args, {} if is_symbol(given) else given or {})
-
-
-def plain(
-    x: Tensor,  # perhaps of a subclass, such as fastai's `TensorImage`
-) -> Tensor:  # the same numbers, without the subclass
-    "The tensor itself: subclasses cost time, and may return the subclass again."
-    if type(x) is Tensor or is_traced(): return x
-    if isinstance(x, torch._subclasses.FakeTensor): return x
-    return x.as_subclass(Tensor)
-
-
-def at_least_float32(
-    x: Tensor,  # floating point, perhaps of a subclass
-) -> Tensor:  # a plain tensor in float32, or float64 if it was
-    "Half precision is for storage; sums and margins are formed in float32."
-    return plain(x).to(torch.promote_types(x.dtype, torch.float32))
-
-
-def has_float64(
-    device: torch.device,  # where the tensors are
-) -> bool:
-    "Whether the device has double precision. Apple's GPUs do not."
-    if device.type in ('cpu', 'meta', 'cuda') and not torch._C._len_torch_dispatch_stack():
-        return True
-    try: torch.empty(0, dtype=torch.float64, device=device)
-    except (TypeError, RuntimeError): return False
-    return True
-
 # %% ../nbs/losses/10_checks.ipynb #5624277e
 def number(
     name: str,  # what it is called
@@ -180,9 +120,25 @@ class Number:
         except KeyError: raise AttributeError(self.name) from None
 
     def __set__(self, instance, value: float):
-        instance.__dict__[self.name] = number(
-            self.name, value, above=self.above, at_least=self.at_least,
-            at_most=self.at_most, below=self.below)
+        instance.__dict__[self.name] = self.checked(self.name, value)
+
+    def checked(self, name: str, value) -> float:
+        "A number in this range, or an error that names it."
+        return number(name, value, above=self.above, at_least=self.at_least,
+                      at_most=self.at_most, below=self.below)
+
+
+class Flag:
+    "An attribute that holds True or False, whenever it is set."
+
+    def __set_name__(self, owner, name): self.name = name
+
+    def __get__(self, instance, owner=None) -> bool:
+        if instance is None: return self
+        return instance.__dict__[self.name]
+
+    def __set__(self, instance, value: bool):
+        instance.__dict__[self.name] = flag(self.name, value)
 
 
 class Choice:
@@ -198,6 +154,98 @@ class Choice:
 
     def __set__(self, instance, value: str):
         instance.__dict__[self.name] = choice(self.name, value, self.options)
+
+# %% ../nbs/losses/10_checks.ipynb #a62ef311
+def values_are_cheap(
+    x: Tensor,  # what one would like to look at
+) -> bool:  # whether its values are here, without waiting for a device
+    "Values are looked at on an eager CPU only: no GPU waits, no graph breaks."
+    return (x.is_cpu and type(x) in (Tensor, torch.nn.Parameter)
+            and not is_traced() and not _is_fake())
+
+
+def _is_fake():
+    "Whether tensors now stand for values that nobody has: fake ones, or `make_fx`."
+    if not torch._C._len_torch_dispatch_stack(): return False
+    modes = torch._C._TorchDispatchModeKey
+    return any(torch._C._get_dispatch_mode(m) for m in (modes.FAKE, modes.PROXY))
+
+
+def is_traced() -> bool:
+    "Whether what runs now is recorded or transformed: compiled, traced, `torch.func`."
+    return (torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+            or torch._C._are_functorch_transforms_active())
+
+
+def is_symbol(
+    x,  # what a module was given
+) -> bool:
+    "Whether `x` is a name in a graph that fx is drawing."
+    return isinstance(x, torch.fx.Proxy)
+
+
+def as_one_node(
+    module: torch.nn.Module,  # whose `forward` was called
+    *args,  # its arguments, of which the first is a symbol
+    given=None,  # its keyword arguments: a dict, or a symbol for it
+) -> torch.fx.Proxy:
+    "The call as one node of an fx graph, which cannot look into checks of values."
+    tracer = args[0].tracer
+    try: path = tracer.path_of_module(module)
+    except NameError: path = ''  # it is traced by itself
+    node = ('call_module', path) if path else ('call_function', module.forward)
+    return tracer.create_proxy(*node, args, {} if is_symbol(given) else given or {})
+
+
+def plain(
+    x: Tensor,  # perhaps of a subclass, such as fastai's `TensorImage`
+) -> Tensor:  # the same numbers, without the subclass
+    "The tensor itself: subclasses cost time, and may return the subclass again."
+    if type(x) is Tensor or is_traced(): return x
+    if isinstance(x, torch._subclasses.FakeTensor): return x
+    if hasattr(x, 'full_tensor'):
+        raise TypeError('a DTensor holds a part of the numbers only: give its '
+                        'full_tensor(), or call the module that FSDP wrapped')
+    return x.as_subclass(Tensor)
+
+
+def at_least_float32(
+    x: Tensor,  # floating point, perhaps of a subclass
+) -> Tensor:  # a plain tensor in float32, or float64 if it was
+    "Half precision is for storage; sums and margins are formed in float32."
+    return plain(x).to(torch.promote_types(x.dtype, torch.float32))
+
+
+def has_float64(
+    device: torch.device,  # where the tensors are
+) -> bool:
+    "Whether the device has double precision. Apple's GPUs do not."
+    if device.type in ('cpu', 'meta', 'cuda') and not torch._C._len_torch_dispatch_stack():
+        return True
+    try: torch.empty(0, dtype=torch.float64, device=device)
+    except (TypeError, RuntimeError): return False
+    return True
+
+# %% ../nbs/losses/10_checks.ipynb #80317c70
+def check_floating(
+    name: str,  # what it is called
+    x: Tensor,  # what was given
+    shape: str,  # what its shape should be, in words
+):
+    "Refuse what is not a tensor of floating-point numbers."
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f'{name} must be a floating-point tensor {shape}, got '
+                        f'{getattr(x, "dtype", type(x).__name__)}')
+
+
+def check_device(
+    name: str,  # what it is called
+    value: Tensor,  # what was given
+    device: torch.device,  # where features or scores are
+):
+    "Refuse what is elsewhere; to move it in every step would make a GPU wait."
+    if value.device != device:
+        raise ValueError(f'{name} must be on {device}, got {value.device}')
 
 # %% ../nbs/losses/10_checks.ipynb #8d8ef921
 def per_class(
@@ -245,11 +293,11 @@ def per_sample(
     value,  # one number for all samples, or a tensor with one for each, [N]
     samples: int,  # N
     device: torch.device,  # where the samples are
-    check: Number = Number(),  # the range
+    allowed: Number,  # the range
 ) -> float | Tensor:  # a number, or [N]
     "A number, or a tensor with one for each sample."
     if not isinstance(value, Tensor):
-        return number(name, value, **vars_of(check))
+        return allowed.checked(name, value)
     if not value.is_floating_point():
         raise TypeError(f'{name} must be a number or a floating-point tensor [N], '
                         f'got {value.dtype}')
@@ -259,34 +307,8 @@ def per_sample(
     check_device(name, value, device)
     value = plain(value)
     if values_are_cheap(value):
-        for extreme in value.detach().aminmax(): number(name, extreme, **vars_of(check))
+        for extreme in value.detach().aminmax(): allowed.checked(name, extreme)
     return value.expand(samples)
-
-
-def vars_of(check):
-    "The bounds of a range."
-    return {b: getattr(check, b) for b in ('above', 'at_least', 'at_most', 'below')}
-
-# %% ../nbs/losses/10_checks.ipynb #80317c70
-def check_floating(
-    name: str,  # what it is called
-    x: Tensor,  # what was given
-    shape: str,  # what its shape should be, in words
-):
-    "Refuse what is not a tensor of floating-point numbers."
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f'{name} must be a floating-point tensor {shape}, got '
-                        f'{getattr(x, "dtype", type(x).__name__)}')
-
-
-def check_device(
-    name: str,  # what it is called
-    value: Tensor,  # what was given
-    device: torch.device,  # where features or scores are
-):
-    "Refuse what is elsewhere; to move it in every step would make a GPU wait."
-    if value.device != device:
-        raise ValueError(f'{name} must be on {device}, got {value.device}')
 
 # %% ../nbs/losses/10_checks.ipynb #5d34aefa
 def check_prototypes(
@@ -302,13 +324,21 @@ def check_prototypes(
     if not values_are_cheap(prototypes): return
     values = plain(prototypes.detach())
     largest = torch.maximum(-values.amin(1), values.amax(1))
-    if not largest.isfinite().all():
-        raise NotFinite(f'{name} must be finite, row '
-                        f'{largest.isfinite().logical_not().nonzero()[0].item()} '
-                        'is not')
+    if not largest.isfinite().all(): check_finite(name, values)
     if not largest.all():
         raise ValueError(f'{name} must have a direction, row '
                          f'{largest.eq(0).nonzero()[0].item()} is zero')
+
+
+def check_finite(
+    name: str,  # what it is called
+    rows: Tensor,  # [n, d]
+):
+    "Refuse rows with nan or infinity, on a CPU."
+    if not values_are_cheap(rows): return
+    wrong = ~rows.detach().isfinite().all(1)
+    if wrong.any():
+        raise NotFinite(f'{name} must be finite, row {wrong.nonzero()[0].item()} is not')
 
 
 def check_features(
@@ -382,7 +412,7 @@ def check_scores(
     if scores.ndim != 2 or scores.shape[0] < 1 or scores.shape[1] < 2:
         raise ValueError(f'{name} must be [N, k] with N ≥ 1 and k ≥ 2, '
                          f'got shape {tuple(scores.shape)}')
-    if values_are_cheap(scores):
+    if values_are_cheap(plain(scores)):
         low, high = (v.item() for v in plain(scores).detach().aminmax())
         if not (math.isfinite(low) and math.isfinite(high)):
             raise NotFinite(f'{name} must be finite, got {low:.4g} to {high:.4g}')

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from .checks import as_one_node, check_prototypes, flag, integer, is_symbol
+from .checks import (
+    Flag, as_one_node, check_prototypes, integer, is_symbol)
 from .engine.cosines import cosine_matrix
 from .engine.fused import margins_by_rows, nearest_classes
 from .engine.shards import ClassShards
@@ -127,6 +128,7 @@ class MarginHead(CosineLinear):
 # %% ../nbs/losses/16_heads.ipynb #d9130309
 class ShardedMarginHead(MarginHead):
     "A `MarginHead` whose classes are shared out over a process group."
+    averaged = Flag()
 
     def __init__(
         self,
@@ -151,7 +153,7 @@ class ShardedMarginHead(MarginHead):
         self._shards = ClassShards(sizes, group)
         super().__init__(in_features, out_features, loss, chunk_size=chunk_size,
                          device=device, dtype=dtype)
-        self.averaged = flag('averaged', averaged)
+        self.averaged = averaged
 
     def __setattr__(self, name, value):
         "The shards are no part of the module's state."
@@ -169,7 +171,7 @@ class ShardedMarginHead(MarginHead):
         "Independent directions, uniform on the sphere; each rank draws its own."
         if not isinstance(self.weight, nn.Parameter) or self.weight.is_meta: return
         generator = torch.Generator(self.weight.device)
-        generator.manual_seed(torch.initial_seed() + self.shards.first)
+        generator.manual_seed(torch.randint(2**62, ()).item() + self.shards.first)
         with torch.no_grad():
             self.weight.normal_(generator=generator)
             self.weight /= torch.linalg.vector_norm(self.weight, dim=1, keepdim=True)
@@ -185,7 +187,7 @@ class ShardedMarginHead(MarginHead):
         _refuse_ddp(self.weight)
         if targets is None and not given: return self.shards.matrix(features, self.weight)
         ranks = len(self.shards.sizes)
-        if self.averaged and features.requires_grad:
+        if self.averaged and features.requires_grad and torch.is_grad_enabled():
             features = features.view_as(features)
             features.register_hook(lambda slope: slope * ranks)
         return self.loss.linear(features, self.weight, targets, group=self.shards,

@@ -21,13 +21,14 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from .checks import (
-    Choice, Number, as_one_node, at_least_float32, check_device, check_features,
-    check_integers, check_range, check_scores, flag, integer, is_symbol, is_traced,
+    Choice, Flag, Number, as_one_node, at_least_float32, check_device, check_features,
+    check_integers, check_range, check_scores, integer, is_symbol, is_traced,
     number, per_class, per_sample, plain, values_are_cheap)
-from .engine.cosines import cosine_matrix, log_sum_exp_of_others, target_angle
-from .engine.fused import Own, fused_loss, matrix_loss, own_of
+from .engine.cosines import full_precision, log_sum_exp_of_others
+from .engine.fused import (
+    Own, fused_loss, matrix_loss, own_of, work_dtype)
 from .engine.shards import ClassShards
-from .margins import row_norms
+from .margins import angle, row_norms, unit_rows
 
 # %% ../nbs/losses/12_losses.ipynb #b8f9043f
 class ClassificationLoss(nn.Module):
@@ -53,7 +54,8 @@ class ClassificationLoss(nn.Module):
 
     def __setattr__(self, name: str, value: Any):
         "What is set later is checked like an argument."
-        if name in self.by_class and value is not None:
+        optional = name in ClassificationLoss.by_class
+        if name in self.by_class and not (value is None and optional):
             value = per_class(name, value, **self.by_class[name])
         if name == 'ignore_index': value = integer(name, value)
         super().__setattr__(name, value)
@@ -165,10 +167,14 @@ class ClassificationLoss(nn.Module):
     in_radians: ClassVar = ()  # arguments that are angles
 
 # %% ../nbs/losses/12_losses.ipynb #a3995ab2
+_ANY_NUMBER = Number()
+
+
 class CosineLoss(ClassificationLoss):
     "A loss of each sample's own cosine and one reduction over the others."
     angular = False  # whether the hook reads `own.angle`
     scale: float | None = None  # s of the log-sum-exp; None: only the largest counts
+    label_smoothing = 0.  # of the matrix of cosines only
     numbers: ClassVar[dict[str, str]] = {}  # per sample: its name, and what it replaces
     sample_margin = Number(at_least=0, at_most=1e6)  # λ of the λ·R_sm that is added
 
@@ -196,7 +202,7 @@ class CosineLoss(ClassificationLoss):
         targets, valid = self.split_ignored(targets, cosines.shape[1])
         self.check_classes(cosines.shape[1], cosines.device)
         given = self.per_batch(self._given(given, cosines), None, targets)
-        if is_traced():
+        if self.label_smoothing or is_traced():
             own = own_of(self, cosines, targets, resolution)
             return self.of_cosines(cosines, own, valid, given)
         return matrix_loss(self, cosines, targets, valid, given, resolution)
@@ -223,7 +229,8 @@ class CosineLoss(ClassificationLoss):
                              f'with k ≥ {least}, got shapes {tuple(features.shape)} '
                              f'and {tuple(prototypes.shape)}')
         targets = check_integers(targets, n, features.device)
-        given = self.per_batch(self._given(given, features), features, targets, group)
+        ranks = group.group if isinstance(group, ClassShards) else group
+        given = self.per_batch(self._given(given, features), features, targets, ranks)
         if group is None and is_traced():
             targets, valid = self.split_ignored(targets, k)
             self.check_classes(k, features.device)
@@ -241,7 +248,7 @@ class CosineLoss(ClassificationLoss):
             attribute = self.numbers[name]
             if attribute in found: raise TypeError(f'{name} is given twice')
             value = per_sample(name, value, len(x), x.device,
-                               getattr(type(self), attribute, Number()))
+                               getattr(type(self), attribute, _ANY_NUMBER))
             dtype = torch.promote_types(x.dtype, torch.float32)
             found[attribute] = value.to(dtype) if isinstance(value, Tensor) else (
                 x.new_full((len(x),), value, dtype=dtype))
@@ -320,9 +327,11 @@ class CosineLoss(ClassificationLoss):
         given: dict[str, Tensor],  # numbers for each sample, [N] each
     ) -> Tensor:  # [] (or [N] for reduction='none')
         "What `linear` returns, by way of the matrix: slower, but torch sees each step."
-        cosines = cosine_matrix(features, prototypes)
-        angle = target_angle(features, prototypes, targets) if self.angular else None
-        own = Own(targets, cosines.gather(1, targets[:, None])[:, 0], angle)
+        dtype = work_dtype(features.dtype, prototypes.dtype)
+        z, w = (unit_rows(plain(x).to(dtype)) for x in (features, prototypes))
+        with full_precision(features.device.type): cosines = F.linear(z, w)
+        own = Own(targets, cosines.gather(1, targets[:, None])[:, 0],
+                  angle(z, w[targets]) if self.angular else None)
         return self.of_cosines(cosines, own, valid, given)
 
     def log_shares(
@@ -373,9 +382,12 @@ class MarginSoftmaxLoss(CosineLoss):
                          ignore_index=ignore_index)
         self.scale, self.sample_margin = scale, sample_margin
         self.label_smoothing = label_smoothing
-        if self.label_smoothing and prior is not None:
+        self._check_smoothing()
+
+    def _check_smoothing(self):
+        if self.label_smoothing and self.prior is not None:
             raise ValueError('label_smoothing must be 0 with a prior, '
-                             f'got {label_smoothing!r}')
+                             f'got {self.label_smoothing:g}')
 
     def curves(
         self,
@@ -426,6 +438,7 @@ class MarginSoftmaxLoss(CosineLoss):
 
     def _smoothed(self, cosines, own, valid, given):
         "The cross-entropy with smoothed labels of the edited, scaled cosines."
+        self._check_smoothing()
         if self.weight is not None and self.reduction == 'class-mean':
             raise ValueError('label_smoothing with class weights must have another '
                              "reduction than 'class-mean'")
@@ -510,6 +523,7 @@ class CombinedMarginLoss(MarginSoftmaxLoss):
     m1 = Number(at_least=1, at_most=10)
     m2 = Number(at_least=0, below=math.pi)
     m3 = Number(above=-2, below=2)
+    detach_margin = Flag()
 
     def __init__(
         self,
@@ -530,7 +544,7 @@ class CombinedMarginLoss(MarginSoftmaxLoss):
                          label_smoothing=label_smoothing, reduction=reduction,
                          ignore_index=ignore_index)
         self.m1, self.m2, self.m3 = m1, m2, m3
-        self.detach_margin = flag('detach_margin', detach_margin)
+        self.detach_margin = detach_margin
 
     def curves(self, own, m1, m2, m3):
         logit = _less(falling_cosine(_times(m1, own.angle) + m2), m3)
@@ -724,8 +738,7 @@ class LMSoftmaxLoss(MarginSoftmaxLoss):
     ):
         super().__init__(scale, sample_margin=sample_margin, weight=weight, prior=prior,
                          reduction=reduction, ignore_index=ignore_index)
-        self.aggregation, self._tilt = aggregation, None
-        if tilt is not None: self.tilt = tilt
+        self.aggregation, self.tilt = aggregation, tilt
 
     @property
     def tilt(self) -> float:
@@ -733,7 +746,10 @@ class LMSoftmaxLoss(MarginSoftmaxLoss):
         return self.scale if self._tilt is None else self._tilt
 
     @tilt.setter
-    def tilt(self, value: float):
+    def tilt(self, value: float | None):
+        if value is None:
+            self._tilt = None
+            return
         if self.aggregation == 'mean':
             raise ValueError(f'tilt must be None with a mean, got {value!r}')
         self._tilt = number('tilt', value, at_least=1e-6, at_most=1e6)
@@ -799,6 +815,9 @@ class ElasticFaceLoss(MarginSoftmaxLoss):
                          reduction=reduction, ignore_index=ignore_index)
         self.kind, self.std = kind, std
         self.margin = (.5 if kind == 'arc' else .35) if margin is None else margin
+        if not isinstance(generator, torch.Generator | None):
+            raise TypeError('generator must be a torch.Generator or None, '
+                            f'got {type(generator).__name__}')
         self.generator = generator
         if generator is None:
             self.generator = torch.Generator()

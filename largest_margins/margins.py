@@ -6,14 +6,16 @@ Docs: https://largest-margins.github.io/largest-margins/theory/margins.html.md""
 
 # %% auto #0
 __all__ = ['row_norms', 'moderate', 'unit_rows', 'angle', 'row_blocks', 'precise', 'class_margin', 'sample_margins',
-           'smallest_by_class', 'class_sample_margins', 'min_sample_margin', 'norm_ratio']
+           'smallest_by_class', 'class_sample_margins', 'min_sample_margin', 'norm_ratio', 'NeuralCollapse',
+           'neural_collapse']
 
 # %% ../nbs/theory/01_margins.ipynb #33f7b327
 import torch
 from torch import Tensor
 
-from .checks import (
-    check_cosines, check_prototypes, has_float64, plain, values_are_cheap)
+from largest_margins.checks import (
+    check_cosines, check_prototypes, check_targets, has_float64, plain,
+    values_are_cheap)
 
 # %% ../nbs/theory/01_margins.ipynb #10725e62
 def row_norms(
@@ -212,3 +214,52 @@ def norm_ratio(
     largest, smallest = row_norms(extremes.to(norms.dtype))[:, 0]
     dtype = torch.promote_types(prototypes.dtype, torch.float32)
     return (largest / smallest).to(dtype)
+
+# %% ../nbs/theory/01_margins.ipynb #c01nc003
+from typing import NamedTuple
+
+# %% ../nbs/theory/01_margins.ipynb #c01nc004
+class NeuralCollapse(NamedTuple):
+    "How far features and prototypes have collapsed; all 0 at the optimum."
+    nc1: Tensor  # tr(Σ_W Σ_B⁺)/k, spread within classes against that between them, []
+    nc2: Tensor  # distance of the class means from a simplex, []
+    nc3: Tensor  # distance of prototypes and class means from each other, []
+    nc4: Tensor  # share of samples whose nearest mean is of another class, []
+
+# %% ../nbs/theory/01_margins.ipynb #c01nc005
+@torch.no_grad()
+def neural_collapse(
+    features: Tensor,  # features of any norm, [N, d]; normalise them for the sphere
+    targets: Tensor,  # class of each sample, integers in 0..k−1, [N]; none is empty
+    prototypes: Tensor,  # prototypes of any norm, [k, d]
+) -> NeuralCollapse:
+    "The four measures of neural collapse (Papyan et al. 2020, Zhu et al. 2021)."
+    check_prototypes(prototypes)
+    check_prototypes(features, 'features', least=len(prototypes))
+    k = len(prototypes)
+    targets = check_targets(targets, len(features), k, features.device)
+    z, w = (plain(x).to(precise(x)) for x in (features, prototypes))
+    counts = torch.bincount(targets, minlength=k)
+    if (counts == 0).any():
+        raise ValueError('targets must have a sample of each class, class '
+                         f'{counts.argmin().item()} has none')
+    means = z.new_zeros(k, z.shape[1]).index_add(0, targets, z) / counts[:, None]
+    m = means - means.mean(0)
+    spread = (z - means[targets]) / counts[targets, None].sqrt()
+    if not m.any(): raise ValueError('features must have means that differ by class')
+    variances, axes = _principal(m)
+    nc1 = ((spread @ axes.T).square().sum(0) / variances).sum() / k ** 2
+    simplex = (torch.eye(k, device=z.device, dtype=z.dtype) - 1 / k) / (k - 1) ** .5
+    nc2, nc3 = ((g / g.norm() - simplex).norm() for g in (m @ m.T, w @ m.T))
+    nearest_mean = torch.cdist(z, means).argmin(1)
+    nearest_prototype = (z @ unit_rows(w).T).argmax(1)
+    nc4 = (nearest_mean != nearest_prototype).to(z.dtype).mean()
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    return NeuralCollapse(*(v.to(dtype) for v in (nc1, nc2, nc3, nc4)))
+
+
+def _principal(m):
+    "Variances between classes and their directions, up to rank k − 1."
+    _, sizes, axes = torch.linalg.svd(m, full_matrices=False)
+    rank = min(len(m) - 1, m.shape[1])
+    return sizes[:rank].square() / len(m), axes[:rank]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..checks import at_least_float32, check_features, plain
+from ..checks import check_features, plain
 from ..margins import angle, unit_rows
 
 # %% ../../nbs/losses/11_cosines.ipynb #1597cc0f

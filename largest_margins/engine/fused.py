@@ -10,13 +10,14 @@ __all__ = ['Own']
 # %% ../../nbs/losses/14_fused.ipynb #edabf133
 import math
 from functools import cache
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ..checks import (
-    check_features, check_integers, check_range, integer, plain, values_are_cheap)
+from largest_margins.checks import (
+    check_features, check_finite, check_integers, check_range, integer, plain,
+    values_are_cheap)
 from ..margins import moderate, row_blocks, row_norms, unit_rows
 from .cosines import angle_from_cosine, full_precision
 from .shards import ClassShards, OwnRows, all_ranks, one_process
@@ -75,7 +76,7 @@ class _Rows:
 
     def __init__(self, x, norms, usual, divided=False):
         if not usual: norms = _safe_norms(x)
-        self.norms, self.divided = norms, divided or not usual and values_are_cheap(x)
+        self.norms, self.divided = norms, divided or (not usual and values_are_cheap(x))
         self.x = x if not self.divided else x / norms if usual else unit_rows(x)
 
     def unit(self, rows=None):
@@ -125,7 +126,19 @@ class _Slopes:
 
     def step(self, g, rows, columns, here, theta=None, by_theta=None):
         "Losses of some rows; returns slopes by θ_y and by numbers for each sample."
-        s, at = self.scale or 1., columns[:, None]
+        seen = self._read(g, rows, columns[:, None], here, theta)
+        losses, slopes = self._terms(seen, rows)
+        self.losses.append(losses)
+        if not self.wanted: return {}
+        share, lead_share = (_part(v, rows) for v in self.shares)
+        pull, found = self._softmax_slopes(g, seen, slopes, share, theta, by_theta)
+        if self.weight: pull = self._margin_slopes(g, seen, lead_share, pull)
+        if pull is not None: _add(g, seen.at, pull, here)
+        if self.columns is not None: g.mul_(self.columns)
+        return found
+
+    def _read(self, g, rows, at, here, theta):
+        "Take the target out, and reduce the others; their exponentials stay in `g`."
         own = g.mul_(self.to_logits).gather(1, at)
         low = torch.finfo(g.dtype).min  # exp(low) is 0, and no nan where nothing is left
         g.scatter_(1, at, low if here is None else torch.where(here[:, None], low, own))
@@ -137,40 +150,40 @@ class _Slopes:
             local, total = exponentials_(g, self.bound,
                                          largest if self.prior is None else None)
         own, rest, largest, wins = self.shards.combine(
-            here, own[:, 0] / s if theta is None else theta, local, largest)
+            here, own[:, 0] / (self.scale or 1.) if theta is None else theta, local, largest)
         targets = _part(self.targets, rows)
         own = Own(targets, own) if theta is None else Own(targets, angle=own)
-        if self.weight: self.leads.append(largest / s - own.cosine)
-        losses, slopes = self._terms(own, rest, rows)
-        self.losses.append(losses)
-        if not self.wanted: return {}
-        share, lead_share = (_part(v, rows) for v in self.shares)
-        pull, by_given = None, {}
-        if self.scale:
-            by_rest = slopes.pop('rest') * (share * self.slope)
-            by_own = slopes.pop('own')
-            if not self.shards.alone: by_rest = by_rest * (local - rest).exp()
-            if total is not None: by_rest = by_rest / total
-            g.mul_(by_rest[:, None] if isinstance(by_rest, Tensor) else by_rest)
-            by_given = {name: slope * share for name, slope in slopes.items()}
-            if theta is None: pull = by_own * (share * self.slope / s)
-            elif by_theta is not None: pull = by_own * by_theta * (share * self.slope / s)
-            else: by_given['angle'] = by_own * share
-        else: g.zero_()
-        if self.weight:
-            lead = self.weight * self.slope / s * lead_share
-            _add(g, place[:, None], lead, wins)
-            pull = -lead if pull is None else pull - lead
-        if pull is not None: _add(g, at, pull, here)
-        if self.columns is not None: g.mul_(self.columns)
-        return by_given
+        return SimpleNamespace(at=at, own=own, local=local, total=total, rest=rest,
+                               largest=largest, place=place, wins=wins)
 
-    def _terms(self, own, rest, rows):
+    def _terms(self, seen, rows):
         "Losses of some rows, and their slopes by what the loss reads."
+        own, rest = seen.own, seen.rest
+        if self.weight: self.leads.append(seen.largest / (self.scale or 1.) - own.cosine)
         if not self.scale: return torch.zeros_like(own.cosine), {}
         if self.prior is not None: rest = rest - self.prior[own.targets]
         numbers = {name: _part(v, rows) for name, v in self.numbers.items()}
         return self.loss.terms(own, rest, numbers, self.wanted)
+
+    def _softmax_slopes(self, g, seen, slopes, share, theta, by_theta):
+        "From exponentials to slopes, in place; and the slope by the target's cosine."
+        if not self.scale:
+            g.zero_()
+            return None, {}
+        by_rest, by_own = slopes.pop('rest') * (share * self.slope), slopes.pop('own')
+        if not self.shards.alone: by_rest = by_rest * (seen.local - seen.rest).exp()
+        if seen.total is not None: by_rest = by_rest / seen.total
+        g.mul_(by_rest[:, None] if isinstance(by_rest, Tensor) else by_rest)
+        found = {name: slope * share for name, slope in slopes.items()}
+        if theta is None: return by_own * (share * self.slope / self.scale), found
+        if by_theta is None: return None, found | dict(angle=by_own * share)
+        return by_own * by_theta * (share * self.slope / self.scale), found
+
+    def _margin_slopes(self, g, seen, share, pull):
+        "λ·R_sm pulls at two cosines: the largest of the others, and the target's."
+        lead = self.weight * self.slope / (self.scale or 1.) * share
+        _add(g, seen.place[:, None], lead, seen.wins)
+        return -lead if pull is None else pull - lead
 
     def done(self):
         "The losses of all samples, and their negative margins if R_sm is added."
@@ -231,6 +244,8 @@ class _Pass:
         x, w = (v if v.dtype == dtype else v.to(dtype) for v in (features, prototypes))
         norms = [torch.linalg.vector_norm(v, dim=1, keepdim=True) for v in (x, w)]
         usual = moderate(torch.cat(norms))
+        if not usual:
+            for name, v in (('features', x), ('prototypes', w)): check_finite(name, v)
         self.x = _Rows(x, norms[0], usual)
         self.w = _Rows(w, norms[1], usual, divided=w.numel() <= 2**18)
         to_logits = loss.scale or 1.
@@ -253,36 +268,48 @@ class _Pass:
         columns, here = self.shards.place(_part(self.targets, rows))
         g = self._product(unit, rows)
         angle = _Angle(unit, self.w.unit(columns)) if self.loss.angular else None
+        found, losses = self._steps(g, rows, columns, here, angle)
+        if not self.wanted: return
+        weights = turn = None
+        if self.pooled is not None:
+            weights = self.pooled.weigh(rows, losses, self.gradients.values())[:, None]
+            found = {name: slope * weights[:, 0] for name, slope in found.items()}
+        if angle is not None:
+            turn = found.pop('angle')[:, None] / 2
+            if here is not None: turn = turn * here[:, None]
+        for name, slope in found.items(): self._store(name, slope, rows)
+        if 'features' in self.wanted: self._to_features(rows, unit, g, weights, angle, turn)
+        if 'prototypes' in self.wanted:
+            if weights is not None: unit = unit * weights
+            self._to_prototypes(unit, g, columns, angle, turn)
+
+    def _steps(self, g, rows, columns, here, angle):
+        "The slopes of a chunk, in blocks that fit into a CPU's cache."
         size = max(1, 2**18 // g.shape[1]) if self.shards.alone else g.shape[0]
         blocks = _parts(g.shape[0], size)
-        given = [self.slopes.step(
+        found = [self.slopes.step(
                      _part(g, block), _within(rows, block), _part(columns, block),
                      _part(here, block), angle and _part(angle.value, block))
                  for block in blocks]
-        if not self.wanted: return
-        given = {name: _joined([some[name] for some in given]) for name in given[0]}
-        weights = None
-        if self.pooled is not None:
-            losses = _joined(self.slopes.losses[-len(blocks):])
-            weights = self.pooled.weigh(rows, losses, self.gradients.values())[:, None]
-            given = {name: slope * weights[:, 0] for name, slope in given.items()}
-        turn = given.pop('angle')[:, None] / 2 if angle is not None else None
-        if here is not None and angle is not None: turn = turn * here[:, None]
-        for name, slope in given.items(): self._store(name, slope, rows)
-        if 'features' in self.wanted:
-            out = torch.mm(g, self.w.x)
-            if weights is not None: out.mul_(weights)
-            if angle is not None: out.addcmul_(angle.at_feature, turn)
-            self.x.to_tangents(out, unit, rows)
-            self._store('features', out, rows)
-        if 'prototypes' in self.wanted:
-            if weights is not None: unit = unit * weights
-            if 'prototypes' in self.gradients:
-                out = self.gradients['prototypes'].addmm_(g.T, unit)
-            else: out = self.gradients['prototypes'] = torch.mm(g.T, unit)
-            if angle is not None:
-                if not self.w.divided: turn = turn / self.w.norms[columns]
-                out.index_add_(0, columns, angle.at_own.mul_(turn), alpha=-1)
+        losses = _joined(self.slopes.losses[-len(blocks):])
+        return {name: _joined([some[name] for some in found]) for name in found[0]}, losses
+
+    def _to_features(self, rows, unit, g, weights, angle, turn):
+        "The gradient by some features: one product, and the target's angle."
+        out = torch.mm(g, self.w.x)
+        if weights is not None: out.mul_(weights)
+        if angle is not None: out.addcmul_(angle.at_feature, turn)
+        self.x.to_tangents(out, unit, rows)
+        self._store('features', out, rows)
+
+    def _to_prototypes(self, unit, g, columns, angle, turn):
+        "What some rows add to the gradient by the prototypes."
+        if 'prototypes' in self.gradients:
+            out = self.gradients['prototypes'].addmm_(g.T, unit)
+        else: out = self.gradients['prototypes'] = torch.mm(g.T, unit)
+        if angle is not None:
+            if not self.w.divided: turn = turn / self.w.norms[columns]
+            out.index_add_(0, columns, angle.at_own.mul_(turn), alpha=-1)
 
     def _product(self, unit, rows):
         "Inner products of some rows with all prototypes, in one buffer for all chunks."
@@ -336,11 +363,14 @@ class _Engine(torch.autograd.Function):
     @staticmethod
     def slope(ctx, tensors, slope, run, differentiable):
         "The gradients by each of the tensors that wants one, in their order."
-        if torch.is_grad_enabled():  # somebody wants the gradient of a gradient
-            wanted = [t for n, t in zip(ctx.names, tensors) if n in ctx.wanted]
-            found = dict(zip(ctx.wanted, torch.autograd.grad(
-                differentiable(), wanted, slope, create_graph=True,
-                materialize_grads=True)))
+        twice = torch.is_grad_enabled()  # somebody wants the gradient of a gradient
+        if twice or _many_at_once(slope):
+            with torch.enable_grad():  # of views: one may depend on another
+                views = {n: t.view_as(t) for n, t in zip(ctx.names, tensors)}
+                wanted = [views[n] for n in ctx.wanted]
+                found = dict(zip(ctx.wanted, torch.autograd.grad(
+                    differentiable(*views.values()), wanted, slope, create_graph=twice,
+                    materialize_grads=True)))
         else:
             found, ctx.gradients = ctx.gradients, None
             by_sample = ctx.loss.reduction == 'none'
@@ -350,6 +380,12 @@ class _Engine(torch.autograd.Function):
             if not by_sample and not (values_are_cheap(slope) and slope.item() == 1):
                 for gradient in found.values(): gradient.mul_(slope)
         return [_like(found.get(n), t) for n, t in zip(ctx.names, tensors)]
+
+
+def _many_at_once(slope):
+    "Whether many slopes are asked for together, as `is_grads_batched` does."
+    functorch = torch._C._functorch
+    return functorch.is_legacy_batchedtensor(slope) or functorch.is_batchedtensor(slope)
 
 
 def _like(gradient, tensor):
@@ -376,7 +412,7 @@ class _OfFeatures(_Engine):
     @staticmethod
     def backward(ctx, slope):
         features, prototypes, targets, *numbers = ctx.saved_tensors
-        def differentiable():
+        def differentiable(features, prototypes, *numbers):
             if ctx.shards.alone: return ctx.loss.of_matrix(
                 features, prototypes, targets, ctx.valid,
                 dict(zip(ctx.names[2:], numbers)))
@@ -415,7 +451,83 @@ class _OfCosines(_Engine):
     @staticmethod
     def backward(ctx, slope):
         cosines, targets, *numbers = ctx.saved_tensors
-        def differentiable(): return ctx.loss.of_cosines(
+        def differentiable(cosines, *numbers): return ctx.loss.of_cosines(
+            cosines, own_of(ctx.loss, cosines, targets, ctx.resolution), ctx.valid,
+            dict(zip(ctx.names[1:], numbers)))
+        by_cosines, *by_numbers = _Engine.slope(
+            ctx, (cosines, *numbers), slope,
+            _OfCosines.run(ctx, cosines, targets, *numbers), differentiable)
+        return *[None] * 4, by_cosines, None, *by_numbers
+
+    @staticmethod
+    def run(ctx, cosines, targets, *numbers):
+        "Slopes in a copy of the cosines."
+        loss, numbers = ctx.loss, dict(zip(ctx.names[1:], numbers))
+        def run(wanted, shares, logs):
+            g, theta, by_theta = cosines.clone(), None, None
+            slopes = _Slopes(loss, targets, numbers, one_process(g.shape[1]),
+                             loss.scale or 1., wanted, shares, g.dtype)
+            if loss.angular:
+                own = own_of(loss, cosines, targets, ctx.resolution)
+                most = 1 - ctx.resolution
+                theta, inner = own.angle, own.cosine.clamp(-most, most)
+                by_theta = ((1 - inner) * (1 + inner)).rsqrt_().neg_()
+            given = [slopes.step(_part(g, rows), rows, _part(targets, rows), None, _part(theta, rows),
+                                 _part(by_theta, rows))
+                     for rows in _parts(len(g), max(1, 2**18 // g.shape[1]))]
+            losses, leads = slopes.done()
+            if not wanted: return losses, leads, {}
+            found = {n: _joined([v[n] for v in given]) for n in given[0]} | dict(cosines=g)
+            if logs is not None:
+                pooled = _LogSumExp(logs, loss.tilt)
+                weights = pooled.weigh(None, losses, [])
+                for v in found.values(): v.mul_(weights[:, None] if v.ndim > 1 else weights)
+                pooled.finish(found.values())
+            return losses, leads, found
+        return run
+
+
+def own_of(
+    loss,  # a loss of cosines
+    cosines: Tensor,  # [N, k]
+    targets: Tensor,  # class of each sample, int64, [N]
+    resolution: float,  # the distance of 1 to the next smaller cosine
+) -> Own:
+    "What a matrix of cosines says about each sample's own class."
+    own = cosines.gather(1, targets[:, None])[:, 0]
+    return Own(targets, own, angle_from_cosine(own, resolution) if loss.angular else None)
+
+
+def matrix_loss(
+    loss,  # a loss of cosines
+    cosines: Tensor,  # that have been checked, [N, k]
+    targets: Tensor,  # class of each sample, int64, [N]
+    valid: Tensor | None,  # which samples count, [N]; None: all
+    numbers: dict[str, Tensor],  # further numbers for each sample, [N] each
+    resolution: float,  # the distance of 1 to the next smaller cosine
+) -> Tensor:  # the loss, [] (or [N] for reduction='none')
+    "What a loss of cosines returns."
+    return _OfCosines.apply(loss.frozen(), valid, resolution, tuple(numbers), cosines,
+                            targets, *numbers.values())
+
+# %% ../../nbs/losses/14_fused.ipynb #de81b36a
+class _OfCosines(_Engine):
+    "The loss of a matrix of cosines: one chunk, and no products."
+
+    @staticmethod
+    def forward(ctx, loss, valid, resolution, names, cosines, targets, *numbers):
+        ctx.loss, ctx.valid, ctx.resolution = loss, valid, resolution
+        ctx.names = 'cosines', *names
+        needed = ctx.needs_input_grad[4], *ctx.needs_input_grad[6:]
+        ctx.wanted = tuple(n for n, need in zip(ctx.names, needed) if need)
+        ctx.save_for_backward(cosines, targets, *numbers)
+        return _Engine.value(ctx, targets, cosines.shape[1], cosines.dtype,
+                             _OfCosines.run(ctx, cosines, targets, *numbers))
+
+    @staticmethod
+    def backward(ctx, slope):
+        cosines, targets, *numbers = ctx.saved_tensors
+        def differentiable(cosines, *numbers): return ctx.loss.of_cosines(
             cosines, own_of(ctx.loss, cosines, targets, ctx.resolution), ctx.valid,
             dict(zip(ctx.names[1:], numbers)))
         by_cosines, *by_numbers = _Engine.slope(
@@ -501,6 +613,9 @@ def fused_loss(
     "What `loss.linear` returns."
     if chunk_size != 'auto': chunk_size = integer('chunk_size', chunk_size, at_least=1)
     features, prototypes = plain(features), plain(prototypes)
+    if not torch.is_grad_enabled():  # no gradient is made in vain
+        features, prototypes = features.detach(), prototypes.detach()
+        numbers = {name: v.detach() for name, v in numbers.items()}
     shards = one_process(prototypes.shape[0])
     if group is not None:
         features, targets, numbers, shards = all_ranks(
@@ -521,10 +636,13 @@ def _cosines_by_rows(features, prototypes, shards):
     dtype = work_dtype(features.dtype, prototypes.dtype)
     w = prototypes.to(dtype)
     inverse = _safe_norms(w).reciprocal()[:, 0]
-    for rows in _parts(len(features), rows_at_once(len(features), shards.largest_size)):
+    size = rows_at_once(len(features), shards.largest_size)
+    buffer = w.new_empty(size, len(w))
+    for rows in _parts(len(features), size):
         unit = unit_rows(_part(features, rows).to(dtype))
         with full_precision(features.device.type):
-            yield torch.mm(unit, w.T).mul_(inverse), rows
+            cosines = torch.mm(unit, w.T, out=buffer[:len(unit)])
+        yield cosines.mul_(inverse), rows
 
 
 @torch.no_grad()
