@@ -32,9 +32,9 @@ from fastai.callback.schedule import ParamScheduler
 from fastai.callback.tracker import TrackerCallback
 from fastai.callback.training import GradientAccumulation
 from fastai.data.transforms import get_c
-from fastai.learner import Recorder, ValueMetric
+from fastai.learner import Learner, Recorder, ValueMetric
 from fastai.optimizer import Optimizer
-from fastai.torch_core import num_distrib, to_device
+from fastai.torch_core import apply, find_bs, num_distrib, to_device
 from fastcore.foundation import L
 from torch import Tensor, nn
 
@@ -60,12 +60,12 @@ def evaluate_once(model, *inputs):
 
 
 def _watch(model, *inputs):
-    "What the model returns, and input and output of the layers with a weight [k, …]."
+    "What the model returns, and the outputs of the layers with a weight [k, …]."
     seen, hooks = {}, []
     def remember(name, layer, args, output):
-        rows = len(args[0]) * getattr(layer, 'out_features', len(layer.weight))
-        if isinstance(output, Tensor) and output.numel() == rows:
-            seen[name] = args[0], output, output._version
+        size = find_bs(inputs) * getattr(layer, 'out_features', len(layer.weight))
+        if isinstance(output, Tensor) and output.numel() == size:
+            seen[name] = output, output._version
     for name, layer in model.named_modules():
         if isinstance(getattr(layer, 'weight', None), Tensor) and layer.weight.ndim > 1:
             hooks.append(layer.register_forward_hook(partial(remember, name)))
@@ -77,7 +77,7 @@ def _watch(model, *inputs):
 def _returned(result, seen):
     "The names of the layers whose very output the model returns."
     def memory(x): return x.untyped_storage()._cdata, x.numel()
-    return [name for name, (_, x, version) in seen.items() if isinstance(result, Tensor)
+    return [name for name, (x, version) in seen.items() if isinstance(result, Tensor)
             and memory(x) == memory(result) and x._version == version]
 
 
@@ -133,7 +133,7 @@ def _locate(model, inputs, given=None):
     if len(names) == 1: return layers[names[0]], True
     cosines = [n for n, m in layers.items() if isinstance(m, CosineLinear)]
     if len(cosines) == 1 and not names and (not inputs or (
-            cosines[0] in seen and _is_multiple(result, seen[cosines[0]][1]))):
+            cosines[0] in seen and _is_multiple(result, seen[cosines[0]][0]))):
         return layers[cosines[0]], False
     candidates = [f'{name} ({type(m).__name__})' for name, m in layers.items()
                   if getattr(getattr(m, 'weight', None), 'ndim', 0) == 2]
@@ -193,7 +193,8 @@ class HeadCallback(Callback):
         given = self._given_head
         if given is not None and not any(m is given for m in model.modules()):
             raise ValueError(f'head= must be a layer of the model, {given} is none')
-        inputs = [x[:2] for x in getattr(self.learn, 'xb', ()) if isinstance(x, Tensor)]
+        batch = [x for x in getattr(self.learn, 'xb', ()) if x is not None]
+        inputs = apply(lambda x: x[:2], batch)
         head, returned = _locate(model, inputs, given)
         k, rows = get_c(self.learn.dls), getattr(head, 'out_features', len(head.weight))
         if given is None and k and rows != k:
@@ -252,30 +253,28 @@ def _check_range(model, inputs, loss):
 def find_loss(
     loss,  # a loss function of any make
     kind: type | tuple = ClassificationLoss,  # what is looked for
-    depth: int = 4,  # wrappings, at most
+    depth: int = 6,  # how far to look
 ):  # the first such object, or None
     "The loss inside whatever wraps it."
     if isinstance(loss, kind): return loss
-    if not depth: return None
-    for part in _wrapped(loss):
-        found = find_loss(part, kind, depth - 1)
-        if found is not None: return found
-    return None
+    inside = _wrapped(loss) if depth else ()
+    found = (find_loss(part, kind, depth - 1) for part in inside)
+    return next((part for part in found if part is not None), None)
 
 
 def _wrapped(loss):
     "What a loss function holds: attributes, arguments, variables around it."
     owner = getattr(loss, '__self__', None)
-    if isinstance(owner, MixHandler): return [owner.old_lf]
-    if isinstance(loss, nn.Module): return [*loss.children(), *vars(loss).values()]
-    if isinstance(loss, partial):
-        return [loss.func, *loss.args, *loss.keywords.values()]
+    if isinstance(owner, MixHandler): return (owner.old_lf,)
+    if isinstance(loss, (list, tuple)): return loss[:99]
+    if isinstance(loss, dict): return tuple(loss.values())[:99]
+    if isinstance(loss, partial): return loss.func, loss.args, loss.keywords
     function = getattr(loss, '__func__', loss)
     if isinstance(function, FunctionType):
         around = getclosurevars(function)
-        return [owner, *around.nonlocals.values(), *around.globals.values()]
-    if isinstance(loss, (type, ModuleType)) or not hasattr(loss, '__dict__'): return []
-    return list(vars(loss).values())
+        return owner, around.nonlocals, around.globals
+    if isinstance(loss, (type, ModuleType, CosineLinear, Learner)): return ()
+    return tuple(getattr(loss, '__dict__', {}).values())
 
 # %% ../nbs/training/23_callbacks.ipynb #8b2f3af2
 class SampleMarginRegularizer(HeadCallback):

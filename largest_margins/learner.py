@@ -11,11 +11,10 @@ __all__ = ['ConvBody', 'margin_neck', 'MarginLearner', 'class_counts', 'recommen
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
-from functools import cache, partial
+from functools import partial
 from importlib.util import find_spec
 from inspect import signature
 from operator import attrgetter
-from types import CodeType
 
 import torch
 from fastai.callback import progress, schedule  # noqa: F401  fit_one_cycle and bars
@@ -23,12 +22,12 @@ from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import Normalize, get_c
 from fastai.learner import Learner
-from fastai.callback.fp16 import MixedPrecision
+from fastai.callback.data import CollectDataCallback
 from fastai.metrics import accuracy
 from fastai.vision.core import imagenet_stats
 from fastai.vision.learner import cut_model, default_split, model_meta
 from fastcore.basics import listify, noop
-from torch import Tensor, nn
+from torch import nn
 
 from .callbacks import (
     HeadCallback, MarginModel, MarginRecorder, bare, evaluate_once, find_loss,
@@ -105,7 +104,7 @@ class MarginLearner(Learner):
         if head is None or self.loss_func is not head.loss: return False
         loss = head.loss
         if not self.training: return _is_large(head) or isinstance(loss, AdaFaceLoss)
-        if not self.yb or getattr(loss, 'label_smoothing', 0): return False
+        if len(self.yb) != 1 or getattr(loss, 'label_smoothing', 0): return False
         return not self.recorder.train_metrics and not any(
             _reads_pred(cb, loss) for cb in self.cbs if cb.run and cb.run_train)
 
@@ -148,29 +147,15 @@ def _is_large(head): return head.out_features > _MANY
 
 
 def _reads_pred(cb, loss):
-    "Whether a callback asks for the prediction; of others' it is the code that tells."
+    "Whether a callback may look at the prediction."
     if hasattr(cb, 'reads_pred'): return cb.reads_pred(loss)
-    if isinstance(cb, MixedPrecision) or hasattr(cb, 'in_loss'): return False
-    own = [f for f in vars(cb).values() if callable(f)]
-    return _mention_pred(type(cb)) or any(map(_mentions_pred, own))
+    known = type(cb).__module__.partition('.')[0] in ('fastai', 'largest_margins')
+    defined = {*vars(cb)} if known else {*vars(cb), *dir(type(cb))}
+    return isinstance(cb, CollectDataCallback) or not defined.isdisjoint(_SEES_PRED)
 
 
-@cache
-def _mention_pred(kind):
-    "Whether the methods of a callback's class mention the prediction."
-    above = {Callback, HeadCallback, *Callback.__mro__}
-    return any(_mentions_pred(f) for base in kind.__mro__ if base not in above
-               for f in vars(base).values())
-
-
-def _mentions_pred(f):
-    "Whether a function, or one within it, reads an attribute that is a prediction."
-    f = getattr(f, 'fget', None) or getattr(f, '__func__', f)
-    codes = [f.__code__] if hasattr(f, '__code__') else []
-    for code in codes:
-        if {'pred', 'batch_cosines'} & {*code.co_names}: return True
-        codes += [c for c in code.co_consts if isinstance(c, CodeType)]
-    return False
+_SEES_PRED = {'after_pred', 'after_loss', 'before_backward', 'after_backward',
+              'before_step', 'after_step', 'after_batch'}
 
 # %% ../nbs/training/24_learner.ipynb #a158a660
 def class_counts(
@@ -252,7 +237,7 @@ def _classifier(arch, n_in, pretrained, weights):
     if timms: return model, (timms['mean'], timms['std'])
     return model, imagenet_stats if 'weights' in takes or arch in model_meta else None
 
-
+# %% ../nbs/training/24_learner.ipynb #b0d1e511
 def _take_channels(model, n_in, pretrained):
     "Let the first convolution take images of `n_in` channels."
     conv = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
@@ -268,7 +253,7 @@ def _take_channels(model, n_in, pretrained):
     if not pretrained: conv.reset_parameters()
     if hasattr(model, 'transform_input'): model.transform_input = False  # RGB only
 
-
+# %% ../nbs/training/24_learner.ipynb #b0d1e513
 def _normalize(dls, mean, std, n_in):
     "Give images the mean and std of the body's training, unless they have their own."
     if n_in != len(mean): return
