@@ -7,7 +7,8 @@ CHECK := build/check
 METADATA := settings.ini setup.py pyproject.toml
 DIFF := diff -rq -x __pycache__ -x .ipynb_checkpoints
 
-.PHONY: help demo test gpu-check notebooks docs hooks
+OLDEST := $(abspath build/oldest)
+.PHONY: help demo test oldest gpu-check notebooks docs hooks
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -29,7 +30,7 @@ help:  ## this list
 	touch $@
 
 .venv/.test: .venv/.torch $(METADATA)
-	$(BIN)/python -m pip install -e '.[fastai,dev,docs]'
+	$(BIN)/python -m pip install -e '.[fastai,bounds,dev,docs]'
 	touch $@ .venv/.demo
 
 demo: .venv/.demo  ## prove, train, and write a report to runs/demo (a few minutes after the first installation)
@@ -50,6 +51,14 @@ test: .venv/.test  ## every check: notebooks, export, style, site, pytest
 	cd $(CHECK) && $(BIN)/nbdev-test --n-workers 2
 	$(BIN)/python docs/build.py --check
 	$(BIN)/python -m pytest -n 2
+
+# In a .venv of its own, since other libraries are built for newer ones. The versions have wheels for Python 3.10 and 3.11.
+oldest:  ## the tests of what computes and reads, with the oldest NumPy and SciPy that settings.ini allows
+	$(PYTHON) -m venv --clear $(OLDEST)
+	$(OLDEST)/bin/python -m pip install $(TORCH) -e '.[fastai,dev]' \
+	  $$(sed -n 's/^requirements = //p' settings.ini | tr ' ' '\n' | sed -n '/^torch/!s/>=/==/p')
+	cd tests && $(OLDEST)/bin/python -m pytest -q test_bounds.py test_claims.py test_codes.py test_comparisons.py \
+	  test_data.py test_losses.py test_margins.py test_packing.py test_reid.py test_verification.py
 
 gpu-check: .venv/.test  ## everything that needs a GPU, measured and stored, in at most 8 minutes; says so without one
 	$(BIN)/python benchmarks/gpu.py

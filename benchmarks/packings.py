@@ -1,7 +1,9 @@
-"""The best packings found at many sizes, for the margin calculator: `python benchmarks/packings.py`.
+"""The best packings known at many sizes, for the margin calculator: `python benchmarks/packings.py`.
 
-Up to 40 classes have 40 random starts of `best_packing`, more classes have 4 to 1, all from seed 0. A size that
+Up to 50 classes have 40 starts of `best_packing`, more classes have 4 to 1, all from seed 0. A size that
 `benchmarks/results/packings.json` has is not searched again, so that a broken run goes on; `--fresh` begins anew.
+Then each size gets the best of three: what its search found, the best construction that contains it, and the best
+entry for more points or fewer dimensions. Each construction is a size of its own, with at most 1000 of its points.
 """
 import argparse
 import json
@@ -11,26 +13,59 @@ from time import process_time
 import torch
 from measure import RESULTS, store
 
+from largest_margins.bounds import class_margin_bound
 from largest_margins.codes import best_packing
+from largest_margins.constructions import constructions, known_packing
+from largest_margins.margins import class_margin
 
 FILE = RESULTS/'packings.json'
 DIMENSIONS = (*range(3, 9), 10, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+SPACE = (*range(41, 51), *range(55, 131, 5))  # in three dimensions, where Sloane's tables are
 MANY = (48, 56, 64, 100, 120, 128, 200, 240, 256, 500, 1000)
 
 
 def sizes():
-    "Classes and dimensions, without those whose best packing is a formula."
+    "Classes and dimensions that are searched, without those whose best packing is a formula."
     few = [(k, d) for d in range(3, 9) for k in range(2 * d + 1, 41)]
     many = [(k, d) for k in MANY for d in DIMENSIONS if k > 2 * d]
-    return few + many
+    return few + sorted({*many, *((k, 3) for k in SPACE)})
+
+
+def built_sizes():
+    "Classes and dimensions of the constructions."
+    return {(min(code.k, 1000), code.d) for code in constructions() if min(code.k, 1000) > 2 * code.d}
 
 
 def search(k, d):
     "What was found at a size, and the bound beside it, in degrees."
-    start, starts = process_time(), 40 if k <= 40 else min(4, max(1, 2000 // (k * d) + 1))
+    start, starts = process_time(), 40 if k <= 50 else min(4, max(1, 2000 // (k * d) + 1))
     packing = best_packing(k, d, starts=starts)
     return {'k': k, 'd': d, 'starts': starts, 'class_margin': math.degrees(packing.class_margin),
-            'bound': math.degrees(packing.bound), 'seconds': round(process_time() - start, 2)}
+            'how': packing.how, 'bound': math.degrees(packing.bound), 'seconds': round(process_time() - start, 2)}
+
+
+def built(k, d):
+    "A size that only a construction has."
+    return {'k': k, 'd': d, 'class_margin': 0., 'how': '',
+            'bound': math.degrees(class_margin_bound(k, d, 'levenshtein').radians)}
+
+
+def completed(rows):
+    "The rows, each with the best of its search, the constructions, and all rows that contain it."
+    best = []
+
+    def improve(row, margin, how):
+        "Rounding apart, a row is never below what it could have instead."
+        if margin > row['class_margin'] + 1e-9: row.update(class_margin=margin, how=how)
+
+    for row in sorted(rows, key=lambda row: (row['d'], -row['k'])):  # what contains a row comes before it
+        if known := known_packing(row['k'], row['d']):
+            improve(row, math.degrees(class_margin(known[0]).item()), known[1])
+        for other in best:
+            if other['k'] >= row['k']:
+                improve(row, other['class_margin'], f'of {other["k"]} points in {other["d"]} dimensions')
+        best.append(row)
+    return sorted(best, key=lambda row: (row['d'], row['k']))
 
 
 def main():
@@ -46,6 +81,8 @@ def main():
         store(sorted(rows, key=lambda row: (row['d'], row['k'])), FILE)
         print(f'{n} of {len(waiting)}: k={k} d={d} {rows[-1]["class_margin"]:.6f}° '
               f'of at most {rows[-1]["bound"]:.3f}°, {rows[-1]["seconds"]} s', flush=True)
+    rows += [built(k, d) for k, d in sorted(built_sizes() - {(row['k'], row['d']) for row in rows})]
+    store(completed(rows), FILE)
 
 
 if __name__ == '__main__':

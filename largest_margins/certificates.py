@@ -12,7 +12,9 @@ import json
 import re
 from fractions import Fraction
 from hashlib import sha256
-from math import comb, lcm
+from itertools import combinations_with_replacement, permutations, product
+from math import comb, lcm, prod
+from operator import mul
 
 # %% ../nbs/theory/04_certificates.ipynb #87db947d
 def _powers(
@@ -32,31 +34,74 @@ def _powers(
     return total
 
 # %% ../nbs/theory/04_certificates.ipynb #f29b535b
-_PIECES = 20_000  # intervals to look at before giving up
+def _lines(tensor, degree):
+    "The list cut into degree + 1 rows, one for each exponent of the first axis."
+    width = len(tensor) // (degree + 1)
+    return [tensor[i:i + width] for i in range(0, len(tensor), width)]
+
+
+def _substituted(tensor, degree, axes, low, high):
+    "The coefficients of (1 − y)ⁿ⁻ʲ yʲ, where t = low·(1 − y) + high·y on each axis."
+    unit = lcm(low.denominator, high.denominator)  # on each axis a factor unitⁿ is left
+    start, end, matrix = int(low * unit), int(high * unit), []
+    for i in range(degree + 1):  # tⁱ = (low·(1 − y) + high·y)ⁱ ((1 − y) + y)ⁿ⁻ⁱ
+        row = [1]
+        for a, b in [(start, end)] * i + [(unit, unit)] * (degree - i):
+            row = [a * x + b * y for x, y in zip([*row, 0], [0, *row])]
+        matrix.append(row)
+    for _ in range(axes):
+        tensor = [sum(map(mul, line, column)) for line in zip(*_lines(tensor, degree))
+                  for column in zip(*matrix)]
+    return tensor
+
+# %% ../nbs/theory/04_certificates.ipynb #87782c11
+_BITS = 128  # of the largest Bernstein coefficient
+_PIECES = 4000  # intervals or boxes to look at before giving up
+
+
+def _bernstein(tensor, degree, axes):
+    "The Bernstein coefficients as integers, rounded up, times a positive number."
+    row = [comb(degree, j) for j in range(degree + 1)]
+    binomials = [prod(each) for each in product(row, repeat=axes)]
+    common = lcm(*binomials)
+    tensor = [x * (common // c) for x, c in zip(tensor, binomials)]
+    largest = max(map(abs, tensor)) or 1
+    return [-((-x << _BITS) // largest) for x in tensor]
+
+
+def _halves(rows):
+    "The coefficients on both halves of the first axis, rounded up."
+    left, right = [], []
+    while rows:
+        left.append(rows[0])
+        right.append(rows[-1])
+        rows = [[(a + b + 1) >> 1 for a, b in zip(*pair)]
+                for pair in zip(rows, rows[1:])]
+    return left, right[::-1]
+
+
+def _no_box_positive(bernstein, degree, axes):
+    "Prove that a symmetric polynomial is ≤ 0; False if it is not, or too close."
+    boxes, known = [(bernstein, ('',) * axes)], set()  # each side: 'l', 'r', 'll', …
+    for _ in range(_PIECES):
+        if not boxes: return True
+        tensor, sides = boxes.pop()
+        if max(tensor) <= 0: continue
+        if tensor[0] > 0 or tensor[-1] > 0: return False  # values at two corners
+        for half, side in zip(_halves(_lines(tensor, degree)), 'lr'):
+            box = *sides[1:], sides[0] + side
+            if tuple(sorted(box)) in known: continue  # the same in another order
+            known.add(tuple(sorted(box)))
+            boxes.append(([x for line in zip(*half) for x in line], box))
+    return False
 
 
 def _nowhere_positive(powers, low, high):
-    "Prove that the polynomial is ≤ 0 on [low, high]; False if it is not, or too close."
-    n, moved = len(powers) - 1, list(powers)
-    for i in range(n):  # f(low + u)
-        for j in range(n - 1, i - 1, -1): moved[j] += low * moved[j + 1]
-    moved = [x * (high - low)**i for i, x in enumerate(moved)]
-    bernstein = [sum(Fraction(comb(i, j), comb(n, j)) * moved[j] for j in range(i + 1))
-                 for i in range(n + 1)]
-    common = lcm(*(b.denominator for b in bernstein))
-    pieces = [[b.numerator * (common // b.denominator) for b in bernstein]]
-    for _ in range(_PIECES):
-        if not pieces: return True
-        row = pieces.pop()
-        if max(row) <= 0: continue
-        if row[0] > 0 or row[-1] > 0: return False
-        left, right = [], []
-        for level in range(n, -1, -1):
-            left.append(row[0] << level)
-            right.append(row[-1] << level)
-            row = [a + b for a, b in zip(row, row[1:])]
-        pieces += [left, right[::-1]]
-    return False
+    "Prove that Σ powers[i] tⁱ is ≤ 0 on [low, high]; False if it is not, or too close."
+    while len(powers) > 1 and not powers[-1]: powers = powers[:-1]
+    common, n = lcm(*(x.denominator for x in powers)), len(powers) - 1
+    moved = _substituted([int(x * common) for x in powers], n, 1, low, high)
+    return _no_box_positive(_bernstein(moved, n, 1), n, 1)
 
 # %% ../nbs/theory/04_certificates.ipynb #34376bba
 def cosine_bounds(
@@ -73,7 +118,9 @@ def cosine_bounds(
     return min(total, total - term), max(total, total - term)
 
 # %% ../nbs/theory/04_certificates.ipynb #538e8821
-_MALFORMED = (TypeError, ValueError, LookupError, RecursionError, ZeroDivisionError)
+_MALFORMED = (TypeError, ValueError, LookupError, ArithmeticError, AttributeError,
+              RecursionError)
+_LENGTH = 10**7  # characters of the text, at most
 
 
 def verify(
@@ -81,29 +128,39 @@ def verify(
 ) -> bool:  # True only if what the certificate states is proved
     "Check a certificate in exact arithmetic, by the proof that its `kind` stands for."
     try:
-        if isinstance(certificate, str): certificate = json.loads(certificate)
+        text = certificate if isinstance(certificate, str) else json.dumps(certificate)
+        certificate = _parsed(text)
         proves = _KINDS[certificate['kind']]
         return certificate['sha256'] == checksum(certificate) and proves(certificate)
     except _MALFORMED: return False
 
 
+def _parsed(text):
+    if len(text) > _LENGTH or re.search('[0-9]{401}', text):
+        raise ValueError(f'at most {_LENGTH} characters, and numbers of 400 digits')
+    return json.loads(text, object_pairs_hook=_without_twins)
+
+
+def _without_twins(pairs):
+    if len(dict(pairs)) < len(pairs): raise ValueError('a key stands there twice')
+    return dict(pairs)
+
+
 def _delsarte(certificate):
     "No `k` points in `d` dimensions are more than `radians` apart."
     _only(certificate, 'k', 'd', 'cosine', 'radians', 'coefficients')
-    k, d = (_size(certificate[key]) for key in 'kd')
-    cosine, radians = map(_fraction, (certificate['cosine'], certificate['radians']))
-    c = _fractions(certificate['coefficients'], _DEGREE + 1)
+    k, d, cosine = _claim(certificate)
+    c, _ = _over_one_denominator(certificate['coefficients'], _DEGREE + 1)
     return (c[0] > 0 and min(c) >= 0 and (k - 1) * c[0] <= sum(c) < k * c[0]
-            and -1 < cosine < 1 and 0 <= radians <= Fraction(22, 7)
-            and cosine_bounds(radians)[1] <= cosine
             and _nowhere_positive(_powers(d, c), Fraction(-1), cosine))
 
 
 _KINDS = {'delsarte': _delsarte}
 
 # %% ../nbs/theory/04_certificates.ipynb #8310354b
-_FRACTION = re.compile(r'-?[0-9]{1,400}(/[0-9]{1,400})?')
+_FRACTION = re.compile(r'-?[0-9]{1,399}(/[0-9]{1,400})?')
 _DEGREE = 64  # the largest degree that is looked at
+_NUMBERS = 200_000  # in one list, at most
 
 
 def _only(certificate, *keys):
@@ -111,22 +168,43 @@ def _only(certificate, *keys):
         raise ValueError(f'the keys must be kind, sha256, {", ".join(keys)}')
 
 
-def _size(value):
-    if type(value) is not int or not 2 <= value <= 10**9:
-        raise ValueError(f'a size must be an integer from 2 to 10⁹, got {value!r}')
+def _list(value, least, most):
+    if not isinstance(value, list) or not least <= len(value) <= most:
+        raise ValueError(f'there must be a list of {least} to {most} entries')
     return value
 
 
-def _fraction(text):
+def _integer(value, low=-10**40, high=10**40):
+    if type(value) is not int or not low <= value <= high:
+        raise ValueError(f'there must be an integer from {low} to {high}')
+    return value
+
+
+def _fraction(text, digits=400):
     if not isinstance(text, str) or not _FRACTION.fullmatch(text):
         raise ValueError("a number must be a string like '-1/3', of at most 400 digits")
-    return Fraction(text)
+    parts = text.split('/')
+    if max(map(len, parts)) > digits:
+        raise ValueError(f'there must be a number of at most {digits} digits')
+    return Fraction(*map(int, parts))
 
 
-def _fractions(texts, most):
-    if not isinstance(texts, list) or not 2 <= len(texts) <= most:
-        raise ValueError(f'there must be a list of 2 to {most} numbers')
-    return [_fraction(text) for text in texts]
+def _claim(certificate):
+    "k, d and the cosine of an upper bound, if the cosine of the angle is not larger."
+    k, d = (_integer(certificate[key], 2, 10**9) for key in 'kd')
+    cosine, radians = (_fraction(certificate[key], 40) for key in ('cosine', 'radians'))
+    if not -1 < cosine < 1 or cosine_bounds(radians)[1] > cosine:
+        raise ValueError('the angle must have at most the cosine')
+    return k, d, cosine
+
+
+def _over_one_denominator(texts, most):
+    "Integers, and the denominator of at most 400 digits that they have in common."
+    numbers, common = [_fraction(text) for text in _list(texts, 1, most)], 1
+    for denominator in {x.denominator for x in numbers}:
+        common = lcm(common, denominator)
+        if common >> 1328: raise ValueError('no common denominator')  # 400 digits
+    return [x.numerator * (common // x.denominator) for x in numbers], common
 
 
 def checksum(
@@ -137,28 +215,156 @@ def checksum(
     return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 # %% ../nbs/theory/04_certificates.ipynb #bf5de6e0
-_ENTRIES = 10**6  # of a hull's points that are looked at
-
-
 def _hull(certificate):
     "Row `target` of `points` is `lower` to `upper` away from the others' convex hull."
     _only(certificate, 'points', 'target', 'weights', 'direction', 'lower', 'upper')
-    points, y = certificate['points'], certificate['target']
-    k, d = len(points), len(points[0])
-    if k * d > _ENTRIES or type(y) is not int or not 0 <= y < k: return False
-    v, weights = (_fractions(certificate[key], _ENTRIES) for key in
-                  ('direction', 'weights'))
-    points = [_fractions(row, d) for row in points]
-    if {len(row) for row in points} != {len(v)} or len(weights) != k: return False
-    lower, upper = map(_fraction, (certificate['lower'], certificate['upper']))
-    if min(weights) < 0 or weights[y] or sum(weights) != 1: return False
-    apart = [w - sum(x * c for x, c in zip(weights, column) if x)
+    rows, y = _list(certificate['points'], 2, _NUMBERS), certificate['target']
+    k, d = len(rows), len(rows[0])
+    entries = [x for row in rows for x in _list(row, d, d)]
+    _integer(y, 0, k - 1)
+    entries, unit = _over_one_denominator(entries, _NUMBERS)
+    points = [entries[i:i + d] for i in range(0, k * d, d)]
+    weights, total = _over_one_denominator(_list(certificate['weights'], k, k), k)
+    v, _ = _over_one_denominator(_list(certificate['direction'], d, d), d)
+    lower, upper = _fraction(certificate['lower']), _fraction(certificate['upper'])
+    if min(weights) < 0 or weights[y] or sum(weights) != total: return False
+    apart = [total * w - sum(map(mul, weights, column))
              for w, column in zip(points[y], zip(*points))]
-    lead = min(sum((a - b) * c for a, b, c in zip(points[y], row, v))
-               for j, row in enumerate(points) if j != y)
-    square = sum(x * x for x in v)
-    return (0 <= lower <= upper and sum(x * x for x in apart) <= upper * upper
-            and (lower == 0 or (lead > 0 and lead * lead >= lower * lower * square)))
+    ahead = sum(map(mul, points[y], v))
+    lead = min(ahead - sum(map(mul, row, v)) for row in [*points[:y], *points[y + 1:]])
+    square, length = sum(map(mul, apart, apart)), sum(map(mul, v, v))
+    return (0 <= lower <= upper and square <= (upper * unit * total)**2
+            and (lower == 0 or (lead > 0 and lead**2 >= (lower * unit)**2 * length)))
 
 
 _KINDS['hull'] = _hull
+
+# %% ../nbs/theory/04_certificates.ipynb #2aa4a42e
+_PRODUCTS = 2 * 10**7  # k²(d + 8), at most
+
+
+def _code(certificate):
+    "These `k` points in `d` dimensions are at least `radians` apart."
+    _only(certificate, 'k', 'd', 'radians', 'points')
+    k, d = _integer(certificate['k'], 2), _integer(certificate['d'], 1)
+    c, points = cosine_bounds(_fraction(certificate['radians'], 40))[0], []
+    if k * k * (d + 8) > _PRODUCTS: return False
+    for row in _list(certificate['points'], k, k):
+        points.append([_integer(x) for x in _list(row, d, d)])
+    squares = [sum(map(mul, x, x)) for x in points]
+    return min(squares) > 0 and all(
+        _at_most(c, sum(map(mul, points[i], points[j])), squares[i] * squares[j])
+        for i in range(k) for j in range(i))
+
+
+def _at_most(c, x, square):
+    "x ≤ c·√square, in integers."
+    left, right = (x * c.denominator)**2, c.numerator**2 * square
+    return x <= 0 or left <= right if c >= 0 else x < 0 and left >= right
+
+
+_KINDS['code'] = _code
+
+# %% ../nbs/theory/04_certificates.ipynb #2ad92c3e
+def _product(p, q):
+    "The product of two polynomials, {(i, j, m): coefficient of uⁱ vʲ tᵐ}."
+    total = {}
+    for (i, j, m), x in p.items():
+        for (a, b, c), y in q.items():
+            e = i + a, j + b, m + c
+            total[e] = total.get(e, 0) + x * y
+    return total
+
+
+def _projected(d, degree):
+    "Q_0 … Q_degree."
+    x = {(0, 0, 1): Fraction(1), (1, 1, 0): Fraction(-1)}  # t − uv
+    y = {(0, 0, 0): 1, (2, 0, 0): -1, (0, 2, 0): -1, (2, 2, 0): 1}  # (1 − u²)(1 − v²)
+    Q = [{(0, 0, 0): Fraction(1)}, x]
+    for n in range(1, degree):
+        up, down = _product(x, Q[n]), _product(y, Q[n - 1])
+        Q.append({e: ((2 * n + d - 3) * up.get(e, 0) - n * down.get(e, 0)) / (n + d - 3)
+                  for e in up | down})
+    return Q
+
+
+def _six_means(d, matrices):
+    "6·T̄: T summed over the orders of its arguments."
+    T, total = {}, {}
+    for F, Q in zip(matrices, _projected(d, len(matrices) - 1)):
+        weights = {(a, b, 0): x for a, row in enumerate(F) for b, x in enumerate(row)}
+        for e, x in _product(weights, Q).items(): T[e] = T.get(e, 0) + x
+    for e, x in T.items():
+        for order in permutations(e): total[order] = total.get(order, 0) + x
+    return total
+
+# %% ../nbs/theory/04_certificates.ipynb #1b7fe4d9
+_DETERMINANT = {(0, 0, 0): 1, (1, 1, 1): 2, (2, 0, 0): -1, (0, 2, 0): -1, (0, 0, 2): -1}
+
+
+def _dense(polynomial, degree):
+    "A list of coefficients, the last exponent running fastest."
+    if max(map(max, polynomial)) > degree: raise ValueError('the degree is higher')
+    return [polynomial.get(e, 0) for e in product(range(degree + 1), repeat=3)]
+
+
+def _never_positive(kernel, multiplier, degree, cosine):
+    "Prove kernel + q·D ≤ 0 on [−1, cosine]³, for a symmetric kernel."
+    n, low = degree, Fraction(-1)
+    common = lcm(*(x.denominator for x in kernel.values()))
+    kernel = {e: int(x * common) for e, x in kernel.items()}
+    total = _substituted(_dense(kernel, n), n, 3, low, cosine)
+    D = _substituted(_dense(_DETERMINANT, 2), 2, 3, low, cosine)
+    scale = common * cosine.denominator**(3 * (n - 2))  # total's, over that of D
+    for orders, q in zip(combinations_with_replacement(range(n - 1), 3), multiplier):
+        for i, j, m in set(permutations(orders)):
+            for (a, b, c), x in zip(product(range(3), repeat=3), D):
+                total[((i + a) * (n + 1) + j + b) * (n + 1) + m + c] += scale * q * x
+    return _no_box_positive(_bernstein(total, n, 3), n, 3)
+
+# %% ../nbs/theory/04_certificates.ipynb #ff3beb4d
+def _symmetric(triangle, size):
+    "The matrix of which the lower triangle is given."
+    if len(triangle) != size or [len(row) for row in triangle] != [*range(1, size + 1)]:
+        raise ValueError(f'there must be the lower triangle of {size} rows')
+    return [[_integer(triangle[max(i, j)][min(i, j)]) for j in range(size)]
+            for i in range(size)]
+
+
+def _positive_definite(matrix):
+    A, minor = [list(row) for row in matrix], 1
+    for i, row in enumerate(A):
+        if row[i] <= 0: return False
+        for below in A[i + 1:]:
+            below[i:] = [(row[i] * x - below[i] * y) // minor
+                         for x, y in zip(below[i:], row[i:])]
+        minor = row[i]
+    return True
+
+# %% ../nbs/theory/04_certificates.ipynb #4222c0ff
+def _three_point(certificate):
+    "No `k` points in `d` dimensions are more than `radians` apart."
+    _only(certificate, 'k', 'd', 'cosine', 'radians', 'coefficients', 'pairs',
+          'matrices', 'multiplier')
+    k, d, cosine = _claim(certificate)
+    matrices = _list(certificate['matrices'], 3, 11)
+    n = len(matrices) - 1
+    size = comb(n + 1, 3)
+    c = [_integer(x, 0) for x in _list(certificate['coefficients'], 1, 2 * n + 1)]
+    q = [_integer(x, 0) for x in _list(certificate['multiplier'], size, size)]
+    b = _symmetric(certificate['pairs'], 2)
+    F = [_symmetric(rows, n - i + 1) for i, rows in enumerate(matrices)]
+    if d < 3: return False
+    points = sum(c) + b[0][0] + sum(map(sum, F[0]))
+    if not (k - 1) * c[0] <= points < k * c[0]: return False
+    if not all(map(_positive_definite, [b, *F])): return False
+    six = _six_means(d, F)
+    line = _powers(d, c + [0] * (2 * n + 1 - len(c)))
+    line[0] += 2 * b[0][1] + b[1][1]
+    for (i, j, _), x in six.items(): line[i + j] += x / 2
+    six[0, 0, 0] += 6 * b[1][1]
+    return (_nowhere_positive(line, Fraction(-1), cosine)
+            and _never_positive(six, [6 * x for x in q], n, cosine))
+
+
+_KINDS['three-point'] = _three_point

@@ -111,13 +111,15 @@ class Number:
     at_least: float = -math.inf
     at_most: float = math.inf
     below: float = math.inf
+    default: float | None = None  # until it is set; None: it has none
 
     def __set_name__(self, owner, name): self.name = name
 
     def __get__(self, instance, owner=None) -> float:
         if instance is None: return self
-        try: return instance.__dict__[self.name]
-        except KeyError: raise AttributeError(self.name) from None
+        value = instance.__dict__.get(self.name, self.default)
+        if value is None: raise AttributeError(self.name)
+        return value
 
     def __set__(self, instance, value: float):
         instance.__dict__[self.name] = self.checked(self.name, value)

@@ -71,16 +71,23 @@ def riesz_energy(
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import count
+from numbers import Integral, Real
 
 import numpy as np
 import torch
-from scipy.optimize import linprog, minimize, nnls
-from scipy.sparse import csr_matrix, hstack
+from scipy.optimize import linprog, minimize
+from scipy.sparse import csr_matrix, hstack, vstack
 from torch import Tensor
 
 from .bounds import class_margin_bound
+from .constructions import known_packing
+from .jammed import jammed_certificate
 from .margins import class_margin
+from .threads import one_thread
 
 # %% ../nbs/theory/03_packing.ipynb #063aabbb
 _PAIRS = 2**18  # pairs in memory at a time
@@ -116,6 +123,7 @@ def _log_energy(points, p):
 # %% ../nbs/theory/03_packing.ipynb #6fa38346
 _EXPONENTS = 2, 8, 40, 200, 1000, 5000
 _FIRST = 0, 3, 1, 3, 2, 3  # which exponent starts begin with, in turn
+_LAST = 30_000, 200_000  # of packings that are too large for a linear programme
 
 
 class _TimeIsUp(Exception): pass
@@ -131,7 +139,7 @@ def _descend(points, p, iterations, deadline):
         norms = np.linalg.norm(rows, axis=1, keepdims=True)
         unit = rows / norms
         value, gradient = _log_energy(unit, p)
-        latest = unit, value
+        if value < latest[1]: latest = unit, value
         gradient -= (gradient * unit).sum(1, keepdims=True) * unit
         return value, (gradient / norms).ravel()
     try:
@@ -194,6 +202,10 @@ def _lift(points, deadline, steps=60, radius=.01):
     return points
 
 # %% ../nbs/theory/03_packing.ipynb #874d3e85
+_PROGRAMMES = 500  # coordinates, at most, for which linear programmes are quick
+_TILT = .03  # standard deviation of each coordinate, rad
+
+
 def _equalise(points, slack, deadline, steps=12):
     "Gauss–Newton on the equations that all contacts have the same cosine."
     (k, d), best, top = points.shape, points, _largest_cosine(points)
@@ -218,22 +230,129 @@ def _equalise(points, slack, deadline, steps=12):
     return best
 
 
-def _polish(points, deadline):
+def _tilted(points):
+    "The points, each moved a little at random."
+    noise = np.random.default_rng(0).standard_normal(points.shape)
+    return _normalised(points + _TILT * noise)
+
+
+def _polish(points, deadline, tilt=True):
     "To the nearest local optimum, and there to rounding."
-    if points.size <= 500: points = _lift(points, deadline)
-    for slack in (1e-2, 1e-3, 1e-4, 1e-6, 1e-9):
+    if points.size <= _PROGRAMMES:
+        points = _lift(points, deadline)
+        if tilt and time.monotonic() < deadline:
+            again = _lift(_tilted(points), deadline)
+            points = min(points, again, key=_largest_cosine)
+    else:
+        for p in _LAST: points = min(points, _descend(points, p, 1000, deadline)[0],
+                                     key=_largest_cosine)
+    for slack in (1e-3, 1e-4, 1e-6, 1e-9):
         if time.monotonic() > deadline: break
         points = _equalise(points, slack, deadline)
     return points
 
 # %% ../nbs/theory/03_packing.ipynb #05d791bc
+def _attained(cosine, bound):
+    "Whether nothing better than this largest cosine is possible, to `_RESOLUTION`."
+    return 2 * math.asin(math.sqrt((1 - cosine) / 2)) >= bound - _RESOLUTION
+
+
+_RESOLUTION = 1e-6  # rad: certified bounds stay as far above the optimum as that
+
+
+def _hop(best, rng):
+    "The points, up to three neighbours of which go into holes elsewhere."
+    k, d = best.shape
+    near = (best @ best[rng.integers(k)]).argsort()[::-1]
+    moved = int(rng.integers(1, 4))
+    points = np.delete(best, rng.permutation(near[:4 * moved])[:moved], 0)
+    for _ in range(moved):
+        tries = _normalised(rng.standard_normal((2000, d)))
+        holes = (tries @ points.T).max(1).argsort()[:20]
+        points = np.vstack([points, tries[rng.choice(holes)]])
+    return points
+
+
+def _less_one(points):
+    "The points without the one that is closest to the others."
+    cosines = points @ points.T
+    np.fill_diagonal(cosines, -1)
+    return np.delete(points, cosines.max(1).argmax(), 0)
+
+
+def _search(k, d, rng, starts, deadline, bound, progress):
+    "The best of many starts, each taken down the energies and polished."
+    best, top, highest, ends = None, 2., 2., []
+    energies = {p: [] for p in _EXPONENTS}
+    for m in count(1):
+        hops, crowded = m > 6 and m % 6 == 3, m % 6 == 5
+        points = _hop(best, rng) if hops else _normalised(
+            rng.standard_normal((k + crowded, d)))
+        first = 3 if hops else _FIRST[(m - 1) % 6] if k * d <= 10_000 else 2
+        if crowded: points = _less_one(_descend(points, 40, 300, deadline)[0])
+        if best is None: best = points
+        for n, p in enumerate(_EXPONENTS[first:], first):
+            now = time.monotonic()
+            until = now + (deadline - now) / (len(_EXPONENTS) - n)
+            points, energy = _descend(points, p, 1500 if p == 2 else 300, until)
+            if known := any(abs(energy - other) < 1e-9 for other in energies[p]): break
+            energies[p].append(energy)
+        end = _largest_cosine(points)
+        if end < top: best, top = points, end
+        if not known and all(abs(end - other) > 2e-6 for other in ends):
+            ends.append(end)
+            highest = min(highest, end)
+            if math.acos(end) > (.98 if d == 3 else .9995) * math.acos(highest):
+                points = _polish(points, deadline, tilt=False)
+                if (now := _largest_cosine(points)) < top: best, top = points, now
+        if progress: progress(m, starts if starts < math.inf else m, math.acos(top))
+        random, w = m - max(0, (m + 3) // 6 - 1), len(ends)
+        rest = random - w - 2
+        all_seen = m > 7 and rest > 0 and w * (random - 1) < (w + .5) * rest
+        if _attained(top, bound) or m >= starts or time.monotonic() > deadline: break
+        if all_seen and deadline == math.inf: break
+    return best if time.monotonic() > deadline else _release(_polish(best, deadline))
+
+# %% ../nbs/theory/03_packing.ipynb #5fd10332
+def _escape(pulls):
+    "A tangent direction along which no pull is positive; None if the point is held."
+    total, box = pulls.sum(0), [(-1, 1)] * pulls.shape[1]
+    found = linprog(total, A_ub=pulls, b_ub=np.zeros(len(pulls)), bounds=box)
+    if found.x is not None and found.fun < -1e-6: return _normalised(found.x[None])[0]
+    _, sizes, directions = np.linalg.svd(pulls)
+    sideways = directions[len(sizes):] if len(sizes) < len(directions) else (
+        directions[sizes < 1e-6])
+    return sideways[0] if len(sideways) else None
+
+
+def _release(points):
+    "Move each point that its contacts do not hold to where it has none."
+    for _ in range(len(points)):
+        i, j, cosines = _close_pairs(points, 1e-9)
+        if len(i) < len(points) // 2: break  # not polished: there is nothing to hold
+        for n in np.union1d(i, j):
+            at, others = points[n], points[np.concatenate([j[i == n], i[j == n]])]
+            tangents = np.linalg.svd(at[None])[2][1:]
+            if (away := _escape(others @ tangents.T)) is None: continue
+            steps = away @ tangents * np.geomspace(1e-4, .3, 30)[:, None]
+            tries = _normalised(np.concatenate([at + steps, at - steps]))
+            nearest = (tries @ np.delete(points, n, 0).T).max(1)
+            if nearest.min() > cosines.max() - 1e-8: continue
+            points = points.copy()
+            points[n] = tries[nearest.argmin()]
+            break
+        else: break
+    return points
+
+# %% ../nbs/theory/03_packing.ipynb #f87e5b94
 @dataclass(frozen=True, eq=False)
 class Packing:
     "Points on the sphere that are far apart, and how far they could be at best."
     points: Tensor  # unit rows, float64, [k, d]
     bound: float  # no k points in d dimensions have a larger class margin, radians
+    how: str = 'given'  # where the points come from
 
-    @property
+    @cached_property
     def class_margin(self) -> float:
         "The smallest angle, radians."
         return class_margin(self.points).item()
@@ -256,14 +375,59 @@ class Packing:
         tolerance: float = 1e-9,  # in cosine
     ) -> Tensor:  # indices of points, [r]
         "The points without a contact, which are free to move a little."
-        held = self.contacts(tolerance).flatten()
-        free = [i for i in range(len(self.points)) if i not in held]
-        return torch.tensor(free, dtype=torch.long)
+        free = torch.ones(len(self.points), dtype=torch.bool)
+        free[self.contacts(tolerance).flatten()] = False
+        return free.nonzero()[:, 0]
+
+    @cached_property
+    def certificate(self) -> dict | None:
+        "A proof for `verify_jammed` that this is a local optimum, if we have one."
+        if self.points.numel() > _PROGRAMMES: return None
+        return jammed_certificate(self.points.numpy(), self.contacts().numpy())
+
+    @cached_property
+    def rigidity(self) -> str:
+        "'jammed' (proved), 'flexible' if it moves and stays as good, 'unknown'."
+        if self.certificate: return 'jammed'
+        flexes = self.points.numel() <= _PROGRAMMES and _flexes(self.points.numpy())
+        return 'flexible' if flexes else 'unknown'
+
+    @cached_property
+    def optimum(self) -> str:
+        "'proven', 'local', 'stationary' or 'none': how far optimality is known."
+        if self.gap <= _RESOLUTION: return 'proven'
+        if self.certificate: return 'local'
+        return 'stationary' if _balances(self.points.numpy()) else 'none'
 
     def __repr__(self):
-        k, d = self.points.shape
-        margin, bound = math.degrees(self.class_margin), math.degrees(self.bound)
-        return f'Packing(k={k}, d={d}, class margin {margin:.6f}° ≤ {bound:.6f}°)'
+        (k, d), bound = self.points.shape, f'{math.degrees(self.bound):.6f}°'
+        if 'class_margin' not in self.__dict__ and k * k * d > 10**8:
+            return f'Packing(k={k}, d={d}, class margin not measured yet, ≤ {bound})'
+        margin = math.degrees(self.class_margin)
+        return f'Packing(k={k}, d={d}, class margin {margin:.6f}° ≤ {bound})'
+
+
+def _balances(points, slack=1e-6):
+    "Whether the pushes of the pairs within `slack` of the largest cosine balance."
+    i, j, _ = _close_pairs(points, slack)
+    k, d = points.shape
+    if len(i) > 5000 or k * d > 5000: return False
+    c = (points[i] * points[j]).sum(1, keepdims=True)
+    pushes = _rows_of(i, j, points[j] - c * points[i], points[i] - c * points[j], k * d)
+    found = linprog(np.zeros(len(i)), A_eq=vstack([pushes.T, np.ones((1, len(i)))]),
+                    b_eq=np.append(np.zeros(k * d), 1), method='highs',
+                    options={'primal_feasibility_tolerance': slack})
+    return found.status == 0
+
+
+def _flexes(points, step=.05):
+    "Whether the points that touch can move, no rotation, and touch no closer."
+    points = points[np.unique(np.concatenate(_close_pairs(points, 1e-9)[:2]))]
+    cosines = points @ points.T
+    moved = _lift(_normalised(points + step * np.random.default_rng(0).standard_normal(
+        points.shape)), math.inf)
+    as_good = abs(_largest_cosine(moved) - _largest_cosine(points)) < 1e-9
+    return bool(as_good and abs(moved @ moved.T - cosines).max() > step / 10)
 
 # %% ../nbs/theory/03_packing.ipynb #2fbb860a
 def best_packing(
@@ -271,84 +435,44 @@ def best_packing(
     d: int,  # dimension, ≥ 2
     *,
     seed: int = 0,  # the same seed gives the same points
-    starts: int | None = None,  # random starts at most; None: by size, up to 400
-    seconds: float | None = None,  # stop after about this long with the best so far
+    starts: int | None = None,  # starts at most; None: by size, up to 400
+    seconds: float | None = None,  # how long to search; None: until `starts` are done
     progress: Callable[[int, int, float], None] | None = None,  # told after each start
 ) -> Packing:  # the points, their class margin, a rigorous bound, and the gap
-    "The best packing of `k` points on the unit sphere that the search has found."
-    deadline = time.monotonic() + (seconds or math.inf)
+    "The best packing of `k` points on the unit sphere that is known or found."
     bound = class_margin_bound(k, d).radians
-    if starts is not None and (not isinstance(starts, int) or starts < 1):
+    if starts is not None and not (_is(starts, Integral) and starts >= 1):
         raise ValueError(f'starts must be an int ≥ 1 or None, got {starts!r}')
-    if seconds is not None and not seconds > 0:
+    if seconds is not None and not (_is(seconds, Real) and seconds > 0):
         raise ValueError(f'seconds must be > 0 or None, got {seconds!r}')
-    if (points := _closed_form(k, d)) is not None: return Packing(points, bound)
-    starts = starts or min(40 if d > 3 else 400, max(1, 2_000_000 // (k * k * d)))
-    rng = np.random.default_rng(seed)
-    points = _search(k, d, rng, starts, deadline, bound, progress)
-    return Packing(torch.from_numpy(points), bound)
+    if known := _closed_form(k, d) or known_packing(k, d):
+        known = Packing(known[0], bound, known[1])
+        if k <= 2 * d or d == 2 or known.gap <= _RESOLUTION: return known
+    largest = starts or min(40 if d > 3 else 400, max(1, 2_000_000 // (k * k * d)))
+    if seconds is not None: largest = starts or math.inf
+    with one_thread() if k * k * d <= _SMALL else nullcontext():
+        deadline = time.monotonic() + (seconds or math.inf)
+        points = _search(k, d, np.random.default_rng(seed), largest, deadline, bound,
+                         progress)
+    found = Packing(torch.from_numpy(points), bound, f'search, seed {seed}')
+    return max(found, known or found, key=lambda packing: packing.class_margin)
+
+
+_SMALL = 10**7  # multiplications for all pairs, up to which one thread is best
+
+
+def _is(value, kind): return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def _closed_form(k, d):
-    "A best packing if one is known in closed form, else None."
-    if k <= d + 1: return simplex(k, d)
+    "A best packing if one is known in closed form, and what it is; else None."
+    if k <= d + 1: return simplex(k, d), 'regular simplex'
     if d == 2:
         angles = torch.arange(k, dtype=torch.float64) * (2 * math.pi / k)
-        return torch.stack([angles.cos(), angles.sin()], 1)
+        return torch.stack([angles.cos(), angles.sin()], 1), 'regular polygon'
     if k <= 2 * d:
         axes = torch.eye(d, dtype=torch.float64)
-        return torch.cat([axes, -axes])[:k]
-
-
-def _search(k, d, rng, starts, deadline, bound, progress):
-    "The best of many random starts, each taken down the energies and polished."
-    best, top, ends, energies = None, 2., [], {p: [] for p in _EXPONENTS}
-    for m in range(1, starts + 1):
-        points, known = _normalised(rng.standard_normal((k, d))), False
-        first = _FIRST[(m - 1) % 6] if k * d <= 10_000 else 2
-        for n, p in enumerate(_EXPONENTS[first:], first):
-            now = time.monotonic()
-            until = now + (deadline - now) / (len(_EXPONENTS) - n)
-            points, energy = _descend(points, p, 1500 if p == 2 else 300, until)
-            known = any(abs(energy - other) < 1e-9 for other in energies[p])
-            if known: break  # an earlier start came through the same minimum
-            energies[p].append(energy)
-        end = _largest_cosine(points)
-        if best is None: best, top = points, end
-        if not known and all(abs(end - other) > 2e-6 for other in ends):
-            ends.append(end)
-            if math.acos(end) > .98 * math.acos(top):
-                points = _polish(points, deadline)
-                if (now := _largest_cosine(points)) < top: best, top = points, now
-        if progress: progress(m, starts, math.acos(top))
-        w, rest = len(ends), m - len(ends) - 2
-        all_seen = m > 7 and rest > 0 and w * (m - 1) < (w + .5) * rest
-        attained = 2 * math.asin(math.sqrt((1 - top) / 2)) >= bound - 5e-7
-        if all_seen or attained or time.monotonic() > deadline: break
-    return _release(best)
-
-# %% ../nbs/theory/03_packing.ipynb #5fd10332
-def _release(points):
-    "Move each point that its contacts do not hold to where it has none."
-    for _ in range(len(points)):
-        i, j, cosines = _close_pairs(points, 1e-9)
-        if len(i) < len(points): break  # not polished: there is nothing to hold
-        for n in np.union1d(i, j):
-            others = np.concatenate([j[i == n], i[j == n]])
-            at, others = points[n], points[np.concatenate([j[i == n], i[j == n]])]
-            pull = others - np.outer(others @ at, at)
-            hull = np.vstack([pull.T, np.ones(len(pull))])
-            away = -nnls(hull, np.append(0 * at, 1))[0] @ pull
-            if np.linalg.norm(away) < 1e-6: continue  # zero is in the hull: held
-            steps = away / np.linalg.norm(away) * np.geomspace(1e-4, .3, 30)[:, None]
-            tries = _normalised(at + steps)
-            nearest = (tries @ np.delete(points, n, 0).T).max(1)
-            if nearest.min() > cosines.max() - 1e-8: continue
-            points = points.copy()
-            points[n] = tries[nearest.argmin()]
-            break
-        else: break
-    return points
+        return torch.cat([axes, -axes])[:k], 'orthogonal axes'
 
 # %% ../nbs/theory/06_sample_margins.ipynb #b8cb78df
 from fractions import Fraction

@@ -6,14 +6,14 @@ Docs: https://largest-margins.github.io/largest-margins/training/data.html.md"""
 
 # %% auto #0
 __all__ = ['DATASETS', 'ImageData', 'ImageDataset', 'ImageLoader', 'show_images', 'rotate_images', 'RandomAffine', 'digits',
-           'mnist_5k', 'ImageFiles', 'image_folder', 'load', 'imbalanced_counts', 'imbalanced_indices']
+           'mnist_5k', 'image_folder', 'image_list', 'load', 'imbalanced_counts', 'imbalanced_indices']
 
 # %% ../nbs/training/21_data.ipynb #745f9b47
 import gzip
 import math
+import re
 import zlib
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .checks import number
+from .files import escape
+from .images import ImageFiles, image_files, is_clutter
 
 # %% ../nbs/training/21_data.ipynb #d6c2ee01
 @dataclass(frozen=True, eq=False)
@@ -226,7 +228,7 @@ def show_images(
         for ax in axes.flat: ax.axis('off')
     for ax, image, target in zip(np.ravel(axes), images, targets, strict=False):
         ax.imshow(image.permute(1, 2, 0).squeeze(-1), cmap='gray', vmin=0, vmax=255)
-        ax.set_title(classes[target], fontsize=7, color=GREY, pad=2)
+        ax.set_title(escape(classes[target], 'plot'), fontsize=7, color=GREY, pad=2)
         ax.axis('off')
 
 # %% ../nbs/training/21_data.ipynb #1d959a87
@@ -314,17 +316,34 @@ def mnist_5k(data=None, download=False) -> ImageData:
     return _with_split('mnist_5k', images, targets)
 
 # %% ../nbs/training/21_data.ipynb #9def1a3e
+_MOST_BYTES = 2**30  # of an unpacked file; the largest of EMNIST's has 547 million
+
+
 def _read_idx(path):
-    "An IDX file of bytes, compressed or not, as a tensor; ValueError if it is damaged."
-    try: content = (gzip.open if path.suffix == '.gz' else open)(path, 'rb').read()
-    except (OSError, EOFError, zlib.error) as e:
-        raise ValueError(f'{path} is damaged ({e}): replace the file') from e
-    n = content[3] if len(content) > 3 else 0
-    shape = [int.from_bytes(content[4 * i:4 * i + 4]) for i in range(1, n + 1)]
-    start, size = 4 + 4 * n, math.prod(shape)
-    if content[:3] != b'\0\0\x08' or not 1 <= n <= 3 or len(content) != start + size:
-        raise ValueError(f'{path} is damaged (not an IDX file of bytes): replace it')
-    return torch.frombuffer(bytearray(content[start:]), dtype=torch.uint8).view(shape)
+    "An IDX file of bytes, packed or not, as a tensor; ValueError if it is damaged."
+    with open(path, 'rb') as file:
+        packed = file.read(2) == b'\x1f\x8b'
+        file.seek(0)
+        try: shape, content = _idx_content(gzip.open(file) if packed else file)
+        except (gzip.BadGzipFile, EOFError, zlib.error, ValueError) as e:
+            raise ValueError(f'{path} is damaged ({e}): replace the file') from e
+    return torch.frombuffer(content, dtype=torch.uint8).view(shape)
+
+
+def _idx_content(file):
+    "The shape and the bytes of an open IDX file, of which no more is read than fits."
+    head = file.read(4)
+    n = head[3] if len(head) == 4 else 0
+    shape = [int.from_bytes(file.read(4), 'big') for _ in range(n)] if n < 4 else []
+    size = math.prod(shape)
+    if head[:3] != b'\0\0\x08' or not shape: raise ValueError('no IDX file of bytes')
+    if not 0 < size <= _MOST_BYTES:
+        raise ValueError(f'its header says {size:,} bytes, not 1 to {_MOST_BYTES:,}')
+    content = bytearray()
+    while len(content) <= size and (part := file.read(2**20)): content += part
+    if len(content) != size:
+        raise ValueError(f'its header {shape} does not fit what follows')
+    return shape, content
 
 
 def _idx_data(name, torchvision_name, classes, debian, data=None, download=False):
@@ -332,11 +351,14 @@ def _idx_data(name, torchvision_name, classes, debian, data=None, download=False
     from torchvision import datasets
     if download: getattr(datasets, torchvision_name)(_given(data), download=True)
     places = [Path(debian)] if data is None else [
-        Path(data), Path(data)/torchvision_name/'raw', Path(data)/name]
+        Path(data), Path(data, torchvision_name, 'raw'), Path(data, 'raw'),
+        Path(data, name)]
     def read(file):
-        for place in places:
-            for path in (place/file, place/f'{file}.gz'):
-                if path.exists(): return _read_idx(path)
+        names = [f'{stem}{packed}' for stem in (file, file.replace('-idx', '.idx'))
+                 for packed in ('', '.gz')]
+        folders = [place/name for place in places for name in ('', *names)]
+        found = [f/name for f in folders for name in names if (f/name).is_file()]
+        if found: return _read_idx(found[0])
         raise FileNotFoundError(_missing(name, file, places))
     tensors = [read(f'{split}-{what}-ubyte') for split in ('train', 't10k')
                for what in ('images-idx3', 'labels-idx1')]
@@ -386,73 +408,146 @@ def _cifar(name, torchvision_name, data=None, download=False):
                    torch.tensor(part.targets)]
     return ImageData(name, *splits, list(part.classes))
 
-# %% ../nbs/training/21_data.ipynb #4b2a0912
-class ImageFiles:
-    "Images on disk that index like a tensor of bytes, [N, 3, h, w]."
-
-    def __init__(
-        self,
-        paths: list[Path],  # image files
-        size: int,  # height and width after resizing and cropping, in pixels
-    ):
-        self.paths, self.shape = list(paths), torch.Size([len(paths), 3, size, size])
-        self.ndim = 4
-
-    def __len__(self): return len(self.paths)
-
-    def __getitem__(self, rows):
-        "One image [3, h, w], or those at the indices, [n, 3, h, w]."
-        if isinstance(rows, slice): rows = range(len(self))[rows]
-        rows = torch.as_tensor(rows)
-        if rows.ndim == 0: return self.decode(self.paths[rows])
-        with ThreadPoolExecutor() as pool:
-            images = list(pool.map(self.decode, [self.paths[i] for i in rows]))
-        return torch.stack(images) if images else torch.empty(0, *self.shape[1:]).byte()
-
-    def decode(
-        self,
-        path: Path,  # an image file
-    ) -> Tensor:  # bytes, [3, h, w]
-        "One image, its shorter side resized and the middle kept; ValueError if bad."
-        from PIL import Image, ImageOps
-        try:
-            with Image.open(path) as image:
-                square = ImageOps.fit(image.convert('RGB'), self.shape[2:])
-        except (OSError, SyntaxError, Image.DecompressionBombError) as e:
-            raise ValueError(f'{path} is not a readable image: {e}') from e
-        return torch.from_numpy(np.array(square)).permute(2, 0, 1)
-
 # %% ../nbs/training/21_data.ipynb #d37b0f23
+_ROLES = {'train': 'train', 'training': 'train', 'test': 'test', 'testing': 'test',
+          'eval': 'test', 'evaluation': 'test', 'val': 'val', 'valid': 'val',
+          'validation': 'val', 'validate': 'val', 'dev': 'val'}
+
+
+def _role(folder):
+    "What the name says a folder is for, 'train', 'test' or 'val'; None for a class."
+    letters = re.sub('[^a-z]', '', folder.name.casefold())
+    return _ROLES.get(re.sub('(data)?(set|split|data|images|imgs)?$', '', letters))
+
+
+def _subfolders(path):
+    return sorted(p for p in path.iterdir() if p.is_dir() and not is_clutter(p.name))
+
+
+def _splits(path):
+    "The folders of training and test; None for a split that is not there."
+    splits = [f for f in _subfolders(path) if _role(f)]
+    found = {role: [f for f in splits if _role(f) == role and _subfolders(f)]
+             for role in ('train', 'test', 'val')}
+    for folders in found.values():
+        if len(folders) > 1:
+            names = ' and '.join(folder.name for folder in folders)
+            raise ValueError(f'{path} must have one split of a kind, got {names}')
+    train, test, val = (next(iter(folders), None) for folders in found.values())
+    if train: return train, test or val
+    names = [folder.name for folder in splits]
+    a_vehicle = [name.casefold() for name in names] == ['train'] and \
+        len(_subfolders(path)) > 1
+    if names and not a_vehicle:
+        raise ValueError(f'{path} has {", ".join(names)}, but no training split with a '
+                         'folder for each class: make a folder train that has these')
+    return None, None
+
+# %% ../nbs/training/21_data.ipynb #0c1ccbc8
+def class_folders(
+    path: str | Path,  # holds one folder for each class
+) -> tuple[list[Path], Tensor, list[str]]:  # images, their classes [N], the names [k]
+    "Image files by class, in the order of the names."
+    path, files, targets, classes = Path(path), [], [], []
+    folders = _subfolders(path)
+    entered = {path.resolve(), *(folder.resolve() for folder in folders)}
+    if len(entered) <= len(folders):
+        raise ValueError(f'{path} must have different folders, some of '
+                         f'{", ".join(f.name for f in folders)} are links to others')
+    for folder in folders:
+        found = image_files(folder, entered)
+        own = [f for f in found if f.parent in (folder, folder/'images')]
+        if not found and folder.name == 'models': continue  # fastai's
+        if not own:
+            raise ValueError(f'{folder} must hold the images of a class, it holds '
+                             f'{"only folders" if found else "none"}: give the folder '
+                             'whose folders are the classes, or remove this one')
+        files += found
+        targets += [len(classes)] * len(found)
+        classes.append(folder.name)
+    if not classes: raise ValueError(f'{path} must hold a folder for each class')
+    return files, torch.tensor(targets), classes
+
+# %% ../nbs/training/21_data.ipynb #8e0affb5
 def image_folder(
-    path: str | Path,  # holds train/ and test/ (or val/), or the class folders
+    path: str | Path,  # holds train/ and test/ (or other names), or the class folders
     size: int = 64,  # height and width, in pixels
     budget: int = 2**31,  # bytes up to which all images are kept in memory
 ) -> ImageData:
-    "Images in one folder for each class, as torchvision's ImageFolder reads them."
-    from torchvision.datasets import ImageFolder
+    "Images in one folder for each class, split or not."
     path = Path(path)
     if not path.is_dir(): raise FileNotFoundError(f'{path} is not a directory')
-    def read(folder):
-        found = ImageFolder(folder)
-        files, targets = zip(*found.samples, strict=True)
-        return ImageFiles(files, size), torch.tensor(targets), found.classes
-    held_out = next((path/s for s in ('test', 'val') if (path/s).is_dir()), None)
-    if (path/'train').is_dir() and held_out:
-        train, targets, classes = read(path/'train')
-        test, test_targets, test_classes = read(held_out)
-        if classes != test_classes:
-            raise ValueError(f'{path} must hold the same classes in train and '
-                             f'{held_out.name}, only one has '
-                             f'{sorted(set(classes) ^ set(test_classes))}')
-    else:
-        images, targets, classes = read(path)
-        kept, held = _split(targets, .25)
-        train, test = (ImageFiles([images.paths[i] for i in rows], size)
-                       for rows in (kept, held))
-        targets, test_targets = targets[kept], targets[held]
-    if math.prod(train.shape) + math.prod(test.shape) <= budget:
-        train, test = (x[torch.arange(len(x))] for x in (train, test))
-    return ImageData(path.resolve().name, train, targets, test, test_targets, classes)
+    train, test = _splits(path)
+    files, targets, classes = class_folders(train or path)
+    held_out = class_folders(test) if test else None
+    if held_out and held_out[2] != classes:
+        raise ValueError(f'{path} must hold the same classes in {train.name} and '
+                         f'{test.name}, only one has '
+                         f'{sorted(set(classes) ^ set(held_out[2]))}')
+    return _file_data(path.resolve().name, (files, targets),
+                      held_out and held_out[:2], classes, size, budget)
+
+
+def _file_data(name, train, test, classes, size, budget):
+    "Image files and their targets as data; without a test split a quarter is held out."
+    if test is None:
+        files, targets = train
+        train, test = (([files[i] for i in rows], targets[rows])
+                       for rows in _split(targets, .25))
+    images = [ImageFiles(files, size) for files, _ in (train, test)]
+    if sum(math.prod(x.shape) for x in images) <= budget:
+        images = [x[torch.arange(len(x))] for x in images]
+    return ImageData(name, images[0], train[1], images[1], test[1], classes)
+
+# %% ../nbs/training/21_data.ipynb #fb72223c
+def image_list(
+    train: str | Path,  # lines such as 'train/n01440764/n01440764_190.JPEG 0'
+    test: str | Path | None = None,  # None: beside `train`, test or val in its name
+    root: str | Path | None = None,  # folder where the paths start; None: the list's
+    size: int = 64,  # height and width, in pixels
+    budget: int = 2**31,  # bytes up to which all images are kept in memory
+) -> ImageData:  # classes are called by their labels
+    "Images by lists of paths and labels; without one to test, a quarter is held out."
+    train = Path(train)
+    if test is None: test = _list_beside(train)
+    files, targets = _read_list(train, root)
+    held_out = _read_list(Path(test), root) if test else None
+    tested, labels = held_out or ([], targets)
+    both = sorted({*files} & {*tested})
+    if both: raise ValueError(f'{train} and {test} must not share images, {len(both)} '
+                              f'are in both, such as {both[0]}')
+    k = 1 + max(targets.max().item(), labels.max().item())
+    absent = sorted({*range(k)} - {*targets.tolist()})
+    if absent: raise ValueError(f'{train} must have each of the labels 0..{k - 1}, '
+                                f'{len(absent)} are missing, such as {absent[:5]}')
+    classes = [str(label) for label in range(k)]
+    return _file_data(train.stem, (files, targets), held_out, classes, size, budget)
+
+
+def _list_beside(train):
+    "The list to test with that goes by the same name as the one to train with."
+    names = [train.name.replace('train', split) for split in ('test', 'val')]
+    found = [path for path in map(train.with_name, names) if path.is_file()]
+    return found[0] if found and found[0] != train else None
+
+
+def _read_list(path, root):
+    "The files and labels of a list, after a look whether they are there."
+    files, labels, root = [], [], Path(path.parent if root is None else root)
+    lines = path.read_text(encoding='utf-8-sig').split('\n')
+    for i, line in enumerate(lines, 1):
+        if not line.strip(): continue
+        found = re.fullmatch(r'\s*(\S.*?)[\s,]+([0-9]{1,9})\s*', line)
+        if not found: raise ValueError(f'{path}, line {i}: wanted "path label", '
+                                       f'got {line.strip()!r}')
+        files.append(root/found[1])
+        labels.append(int(found[2]))
+    missing = [file for file in files if not file.is_file()]
+    if missing: raise FileNotFoundError(
+        f'{path}: {len(missing)} of {len(files)} images were not found, such as '
+        f'{missing[0]}; say where the paths start (root=DIR, --data DIR)')
+    if not files: raise ValueError(f'{path} holds no images')
+    return files, torch.tensor(labels)
 
 # %% ../nbs/training/21_data.ipynb #d3d8044b
 _FASHION = ['T-shirt', 'trouser', 'pullover', 'dress', 'coat', 'sandal', 'shirt',
@@ -467,15 +562,16 @@ DATASETS = dict(
 
 
 def load(
-    name: str | Path,  # a name in `DATASETS`, or the path of an image folder
-    data: str | Path | None = None,  # directory that holds the files
+    name: str | Path,  # a name in `DATASETS`, an image folder, or a list of images
+    data: str | Path | None = None,  # directory of the files, or of a list's images
     download: bool = False,  # allow torchvision to download into `data`
 ) -> ImageData:  # training and test images
-    "A data set by name, or the images of a folder."
+    "A data set by name, or the images of a folder or of a list."
     if name in DATASETS: return DATASETS[name](data=data, download=download)
     if Path(name).is_dir(): return image_folder(name)
+    if Path(name).is_file(): return image_list(name, root=data)
     raise ValueError(f'{str(name)!r} is neither a directory nor one of '
-                     f'{", ".join(DATASETS)}')
+                     f'{", ".join(DATASETS)}, nor a list of images')
 
 # %% ../nbs/training/21_data.ipynb #ae77cdf0
 def imbalanced_counts(

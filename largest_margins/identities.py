@@ -30,17 +30,18 @@ from torch import Tensor
 from .bodies import BODIES, make_body
 from .bounds import class_margin_bound
 from .callbacks import Checkpoint
-from .data import ImageData, RandomAffine
+from .checks import plain
+from .data import ImageData, RandomAffine, class_folders
 from .experiments import Configuration
 from .glyphs import write_glyph_market, write_glyph_pairs
-from .checks import plain
+from .images import ImageFiles
 from .margins import class_margin
 from .reid import (
-    ReIDData, ReIDFiles, cosine_distances, duke_folder, embed, evaluate, market_folder,
+    ReIDData, cosine_distances, duke_folder, embed, evaluate, market_folder,
     reid_learner, resnet50_body)
 from .tasks import Task, Words
 from .verification import (
-    Pair, evaluate_pairs, identity_overlap, read_pairs)
+    DeadNetwork, Pair, evaluate_pairs, identity_overlap, read_pairs)
 
 # %% ../nbs/experiments/39_identities.ipynb #bd27c170
 def warm_up_factor(
@@ -161,12 +162,15 @@ def _fit(learn, c):
 
 # %% ../nbs/experiments/39_identities.ipynb #878225bb
 def _measure(c, checkpoint, training, judge, names):
-    "Train and examine; None for all numbers of a training that diverged."
+    "Train and examine; None for all numbers of one that diverged or is dead."
     start = time.perf_counter()
     learn = train_identities(c, training, checkpoint)
     values = [v for v in learn.model.state_dict().values() if v.is_floating_point()]
     diverged = not all(v.isfinite().all() for v in values)
-    measured, further = (dict.fromkeys(names), {}) if diverged else judge(learn)
+    measured, further = dict.fromkeys(names), {}
+    if not diverged:
+        try: measured, further = judge(learn)
+        except DeadNetwork as e: diverged, further = True, dict(warnings=[str(e)])
     W = learn.model[-1].weight.detach().float().cpu()
     measured['class_margin'] = None if diverged else math.degrees(class_margin(W))
     history = [dict(train_loss=losses[0], class_margin=margins['class_margin'])
@@ -227,8 +231,8 @@ def reid_folder(
 class ReIDTask:
     "Pictures to train with, and queries to look for in a gallery."
     training: ImageData  # classes are the persons
-    query: Tensor | ReIDFiles  # bytes, [Q, c, h, w]
-    gallery: Tensor | ReIDFiles  # bytes, [G, c, h, w]
+    query: Tensor | ImageFiles  # bytes, [Q, c, h, w]
+    gallery: Tensor | ImageFiles  # bytes, [G, c, h, w]
     labels: tuple  # persons and cameras of queries, then of the gallery
 
 
@@ -272,9 +276,10 @@ def _describe_reid(c):
 
 
 def _note_reid(c, found):
-    return (f'{_who(c, found)}. Single query, matches on other cameras only, average '
-            'precision as the mean of the precisions at the matches, cosines of '
-            'features after the neck, no re-ranking')
+    return '. '.join([
+        _who(c, found), 'Single query, matches on other cameras only, average '
+        'precision as the mean of the precisions at the matches, cosines of '
+        'features after the neck, no re-ranking', *found.get('warnings', [])])
 
 
 def _no_classes(dataset, data): return 0
@@ -309,7 +314,7 @@ def pairs_task(
                      for first, second, same in read_pairs(root/'pairs.txt')]
         return PairsTask(training, pairs, None)
     paths, targets, classes, pairs = _pairs_folder(dataset)
-    images = ReIDFiles(paths, size, channels)
+    images = ImageFiles(paths, size, channels, crop=False)
     if math.prod(images.shape) <= 2**31: images = images[torch.arange(len(images))]
     training = _training(Path(dataset).resolve().name, images, targets, classes)
     return PairsTask(training, pairs, Path(dataset, 'test'))
@@ -317,18 +322,16 @@ def pairs_task(
 
 def _pairs_folder(dataset):
     "Image files, their targets, the classes and the pairs of a folder, checked."
-    from torchvision.datasets import ImageFolder
     root = Path(dataset)
     if not root.is_dir(): raise ValueError(f'{dataset!r} is neither a directory nor '
                                            'glyphs')
     pairs = read_pairs(root/'test'/'pairs.txt')
-    found = ImageFolder(root/'train')
-    paths, targets = zip(*found.samples, strict=True)
-    both = identity_overlap(found.classes, pairs)
+    paths, targets, classes = class_folders(root/'train')
+    both = identity_overlap(classes, pairs)
     if both:
         raise ValueError(f'{root}: train and test must not share identities, '
                          f'{len(both)} are in both, such as {both[:5]}')
-    return list(map(Path, paths)), torch.tensor(targets), found.classes, pairs
+    return paths, targets, classes, pairs
 
 # %% ../nbs/experiments/39_identities.ipynb #9175da74
 FARS = (.1, .01, .001, .0001)
@@ -355,7 +358,9 @@ def verify_pairs(
         return (dict(zip(names, numbers, strict=True)), dict(
             accuracies=folds.accuracies.tolist(),
             thresholds=folds.thresholds.tolist(), standard_deviation=100 * folds.std,
-            warnings=[str(t) for t in found.tar if not t.supported]))
+            warnings=[*(str(t) for t in found.tar if not t.supported),
+                      *([f'{found.zeros} images have a feature of zeros']
+                        if found.zeros else [])]))
     found = _measure(c, checkpoint, task.training, judge, names)
     return found | dict(pairs=len(task.pairs))
 

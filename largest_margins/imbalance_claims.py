@@ -18,7 +18,7 @@ from .claims import (
     Check, Claim, annealed, descend, dot, rational_points, register, shares)
 from .codes import simplex
 from .losses import GMSoftmaxLoss, LMSoftmaxLoss, NormFaceLoss
-from .margins import class_margin
+from .margins import class_margin, unit_rows
 from .regularizers import zero_centroid
 
 # %% ../nbs/theory/11_imbalance.ipynb #4095b77b
@@ -75,6 +75,29 @@ def _t8_optimised(centroid=1e4, k=10, d=16):
     return class_margin(W).rad2deg(), math.degrees(math.acos(-1 / (k - 1)))
 
 
+def _t8_two_classes(centroid=.1, k=2):
+    "The class margin, degrees, of two classes at ratio 100 and a small λ, and 180."
+    loss = LMSoftmaxLoss(5., weight=shares(k, 100, 'step'))
+    return class_margin(ends(loss, k, 3, centroid, seeds=1)).rad2deg(), 180
+
+
+def _t8_each(shift=0., scale=4., k=4):
+    "The least L − L* of samples with α and β of their own and Σ w = 0, and 0."
+    torch.manual_seed(0)
+    slack, other = [], 1 / (k - 1)
+    for _ in range(60):
+        half, Z = (unit_rows(torch.randn(n, 3).double()) for n in (k // 2, k))
+        cosines = Z @ torch.cat([half, -half]).T
+        a1 = 1.5 * torch.rand(k).double() - other + shift
+        a2, (b1, b2) = a1 - torch.rand(k), torch.randn(2, k).double() / 4
+        losses = GMSoftmaxLoss(scale, reduction='none')(
+            cosines, torch.arange(k), alpha1=a1, alpha2=a2, beta1=b1, beta2=b2)
+        rest = math.log(k - 1) - scale * (other + a1 + b1)
+        least = torch.logaddexp(scale * (a2 + b2 - a1 - b1), rest)
+        slack.append((losses - least).min().item())
+    return min(slack), 0
+
+
 def _t8_boundary_lambda(centroid=1., k=10, d=16):
     "The class margin at λ = 1, and 90°, which the simplex's 96.38° is well above."
     loss = LMSoftmaxLoss(20., weight=shares(k, 100, 'long-tailed'))
@@ -90,15 +113,19 @@ def _t8_boundary_alpha(alpha=-.5, k=6):
 
 
 register(Claim(
-    'T8', 'any n_j, k ≤ d+1, Σ w = 0, α1 ≥ 1/2: the optimum of GM-Softmax is the '
-    'simplex with z = w',
-    'for α1 > −1/(k−1) the optimum of GM-Softmax is the simplex with z = w, and L* '
-    'bounds the loss of each sample; a finite λ in R_W only approaches it',
-    'any n_j, k ≤ d+1, Σ w = 0, α2 ≤ α1',
-    (Check('exact', _t8_exact, '='),
-     Check('optimised', _t8_optimised, '=', .05, quick=False),
-     Check('boundary', _t8_boundary_lambda, '<'),
-     Check('boundary', _t8_boundary_alpha, '<'))))
+    'T8', "With zero centroid, balance does not matter, the slides' Theorem 8",
+    'mended', 'any n_j, k ≤ d+1, Σ w = 0, α_i1 ≥ 1/2: the optimum of GM-Softmax is '
+    'the simplex with z = w',
+    'for α_i1 > −1/(k−1), one for each sample, the optimum of GM-Softmax is the '
+    'simplex with z = w, and L* bounds the loss of each sample; for k ≥ 3 and unequal '
+    'n_j no finite λ in R_W attains it (RC), for k = 2 each does',
+    'any n_j, k ≤ d+1, Σ w = 0, α_i2 ≤ α_i1, any β_i1 and β_i2',
+    (Check('exact arithmetic', _t8_exact, '='),
+     Check('search', _t8_optimised, '=', .05, quick=False),
+     Check('search', _t8_two_classes, '=', 1e-3),
+     Check('search', _t8_each, '≥', 1e-9),
+     Check('search', _t8_boundary_lambda, '<'),
+     Check('counter-example', _t8_boundary_alpha, '<'))))
 
 # %% ../nbs/theory/11_imbalance.ipynb #92605908
 def _t5b_exact(weight=lambda n, k, N: Fraction(1, k * n)):
@@ -122,15 +149,15 @@ def _t5b_optimised(reduction='class-mean', k=10):
     return min(margins), math.degrees(math.acos(-1 / (k - 1)))
 
 
-def _t5b_boundary():
-    "The same with the plain mean, which is smaller."
-    return _t5b_optimised('mean')
+def _t5b_boundary(reduction='mean'):
+    "The same with the plain mean, and 90°, which the simplex's 96.38° is well above."
+    return _t5b_optimised(reduction)[0], 90
 
 
 register(Claim(
-    'T5b', '(ours: class-balanced averaging)',
+    'T5b', 'Class-balanced averaging', 'ours', '(ours)',
     'with the average taken per class first, T5 and T7 hold for any n_j, without the '
     'zero centroid', 'any n_j, k ≤ d+1, α1 ≥ (k−2)/(2(k−1)), α2 ≤ α1',
-    (Check('exact', _t5b_exact, '='),
-     Check('optimised', _t5b_optimised, '=', 1e-2, quick=False),
-     Check('boundary', _t5b_boundary, '<', quick=False))))
+    (Check('exact arithmetic', _t5b_exact, '='),
+     Check('search', _t5b_optimised, '=', 1e-2, quick=False),
+     Check('search', _t5b_boundary, '<', quick=False))))

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .claims import Check, Claim, annealed, descend, register
+from .claims import (
+    Check, Claim, annealed, descend, endpoints, register)
 from .codes import best_packing, simplex
 from .losses import LMSoftmaxLoss, SampleMarginLoss
 from .margins import class_margin
@@ -60,7 +61,7 @@ def _lm_certified(scale=20):
                   for m, a in enumerate(angles)]
         return sum(losses) / len(angles)
     stack, octagon = mean([0, 0, 0, 0, 0, 2, 4, 6], scale), mean(range(8), scale)
-    return float(stack.b), float(octagon.a)
+    return endpoints(stack)[1], endpoints(octagon)[0]
 
 
 def _lm_boundary(scale=20., aggregation='mean'):
@@ -84,15 +85,15 @@ def _lm_optimised(aggregation='logsumexp', k=8, d=3):
 
 
 register(Claim(
-    'LM', 'learning with LM-Softmax maximises γ_min for any d, k and balance',
+    'LM', 'LM-Softmax is a smooth R_sm', 'mended',
+    'learning with LM-Softmax maximises γ_min for any d, k and balance',
     'R_sm ≤ L ≤ R_sm + log(k−1)/s: learning with LM-Softmax maximises the mean sample '
     'margin up to that difference; its log-sum-exp over samples maximises γ_min as '
     's → ∞',
     'every d and k',
-    (Check('certified', _lm_certified, '<'),
-     Check('optimised', _lm_sandwich, '≤', 1e-12),
-     Check('optimised', _lm_optimised, '=', 1e-2), Check('boundary', _lm_boundary, '<'),
-     Check('boundary', _lm_repair, '<'))))
+    (Check('interval', _lm_certified, '<'), Check('search', _lm_sandwich, '≤', 1e-12),
+     Check('search', _lm_optimised, '=', 1e-2), Check('search', _lm_repair, '<'),
+     Check('counter-example', _lm_boundary, '<'))))
 
 # %% ../nbs/theory/10_lm_softmax.ipynb #f001c107
 def _je(cosines, scale, count):
@@ -133,8 +134,10 @@ def _je_boundary(k=4, scale=10.):
 
 
 register(Claim(
-    'JE', '(1/s) log ΣΣ e^{s(c_j−c_y)} ≥ (1/(sN)) Σ L_i + (1/s) log N',
+    'JE', "Jensen's inequality for LM-Softmax", 'mended',
+    '(1/s) log ΣΣ e^{s(c_j−c_y)} ≥ (1/(sN)) Σ L_i + (1/s) log N',
     '(1/s) log ΣΣ e^{s(c_j−c_y)} ≥ (1/N) Σ L_i + (1/s) log N, L_i having its 1/s '
     'already; minimising the right side bounds nothing', 'every W, Z and s',
-    (Check('exact', _je_exact, '='), Check('optimised', _je_optimised, '≥', 1e-12),
-     Check('boundary', _je_boundary, '<'))))
+    (Check('symbolic identity', _je_exact, '='),
+     Check('search', _je_optimised, '≥', 1e-12),
+     Check('counter-example', _je_boundary, '<'))))

@@ -6,8 +6,9 @@ Docs: https://largest-margins.github.io/largest-margins/losses/losses.html.md"""
 
 # %% auto #0
 __all__ = ['ClassificationLoss', 'CosineLoss', 'MarginSoftmaxLoss', 'NormFaceLoss', 'CosFaceLoss', 'falling_cosine',
-           'CombinedMarginLoss', 'ArcFaceLoss', 'SphereFaceLoss', 'LDAMLoss', 'class_balanced_weights', 'GMSoftmaxLoss',
-           'LMSoftmaxLoss', 'SampleMarginLoss', 'ElasticFaceLoss', 'AdaFaceLoss', 'FocalLoss', 'suggest_scale']
+           'CombinedMarginLoss', 'ArcFaceLoss', 'SphereFaceLoss', 'LDAMLoss', 'class_balanced_weights',
+           'ElasticFaceLoss', 'AdaFaceLoss', 'GMSoftmaxLoss', 'LMSoftmaxLoss', 'SampleMarginLoss', 'FocalLoss',
+           'suggest_scale']
 
 # %% ../nbs/losses/12_losses.ipynb #cf0220aa
 import math
@@ -151,7 +152,7 @@ class ClassificationLoss(nn.Module):
     def extra_repr(self) -> str:
         "The first argument, and each that differs from its default."
         shown = []
-        for i, (name, p) in enumerate(signature(type(self)).parameters.items()):
+        for name, p in signature(type(self)).parameters.items():
             value = vars(self).get(f'_{name}', getattr(self, name, p.default))
             if isinstance(value, Tensor): value = f'[{len(value)}]'
             elif value == p.default and name not in self.always_shown: continue
@@ -176,7 +177,7 @@ class CosineLoss(ClassificationLoss):
     scale: float | None = None  # s of the log-sum-exp; None: only the largest counts
     label_smoothing = 0.  # of the matrix of cosines only
     numbers: ClassVar[dict[str, str]] = {}  # per sample: its name, and what it replaces
-    sample_margin = Number(at_least=0, at_most=1e6)  # λ of the λ·R_sm that is added
+    sample_margin = Number(at_least=0, at_most=1e6, default=0.)  # λ of the λ·R_sm that is added
 
     def per_sample(
         self,
@@ -397,6 +398,16 @@ class MarginSoftmaxLoss(CosineLoss):
         "The hook: the two curves of equation (eq-family), which make the loss."
         return own.cosine, own.cosine
 
+    def curves_at(
+        self,
+        angle: Tensor,  # θ in radians, [n]
+        targets: Tensor | None = None,  # class of each, int64, [n]; None: class 0
+    ) -> tuple[Tensor, Tensor | None]:  # num and den, [n] each
+        "The two curves over the angle, for plots."
+        if targets is None: targets = torch.zeros_like(angle, dtype=torch.long)
+        numbers = self._filled(self.per_batch({}, None, targets), targets, angle.dtype)
+        return self.curves(Own(targets, angle=angle), **numbers)
+
     def with_slopes(
         self,
         own: Own,  # cosine, angle and class of each sample, [n] each
@@ -586,16 +597,17 @@ class ArcFaceLoss(CombinedMarginLoss):
         ignore_index: int = -100,  # samples with this target do not count
         prior: Tensor | Iterable[float] | None = None,  # counts or shares, > 0, [k]
     ):
-        number('margin', margin, at_least=0, below=math.pi)
-        super().__init__(scale, m2=margin, detach_margin=detach_margin, weight=weight,
+        super().__init__(scale, detach_margin=detach_margin, weight=weight, prior=prior,
                          sample_margin=sample_margin, label_smoothing=label_smoothing,
-                         reduction=reduction, ignore_index=ignore_index, prior=prior)
+                         reduction=reduction, ignore_index=ignore_index)
+        self.margin = margin
 
     @property
     def margin(self) -> float: return self.m2
 
     @margin.setter
-    def margin(self, value: float): self.m2 = value
+    def margin(self, value: float):
+        self.m2 = number('margin', value, at_least=0, below=math.pi)
 
 # %% ../nbs/losses/12_losses.ipynb #c8a97f45
 class SphereFaceLoss(CombinedMarginLoss):
@@ -615,16 +627,17 @@ class SphereFaceLoss(CombinedMarginLoss):
         ignore_index: int = -100,  # samples with this target do not count
         prior: Tensor | Iterable[float] | None = None,  # counts or shares, > 0, [k]
     ):
-        number('margin', margin, at_least=1, at_most=10)
-        super().__init__(scale, m1=margin, detach_margin=detach_margin, weight=weight,
+        super().__init__(scale, detach_margin=detach_margin, weight=weight, prior=prior,
                          sample_margin=sample_margin, label_smoothing=label_smoothing,
-                         reduction=reduction, ignore_index=ignore_index, prior=prior)
+                         reduction=reduction, ignore_index=ignore_index)
+        self.margin = margin
 
     @property
     def margin(self) -> float: return self.m1
 
     @margin.setter
-    def margin(self, value: float): self.m1 = value
+    def margin(self, value: float):
+        self.m1 = number('margin', value, at_least=1, at_most=10)
 
 # %% ../nbs/losses/12_losses.ipynb #15c127a5
 class LDAMLoss(MarginSoftmaxLoss):
@@ -678,6 +691,130 @@ def class_balanced_weights(
     if not beta: return torch.ones_like(counts, dtype=torch.float32)
     weights = 1 / -torch.expm1(counts * math.log(beta))
     return (weights * len(counts) / weights.sum()).float()
+
+# %% ../nbs/losses/12_losses.ipynb #4412ccad
+class ElasticFaceLoss(MarginSoftmaxLoss):
+    "A margin drawn anew for each sample (Boutros et al. 2022, ElasticFace)."
+    numbers: ClassVar = dict(margin='margin')
+    margin = Number(at_least=0, below=2)
+    std = Number(at_least=0, at_most=1)
+    kind = Choice('arc', 'cos')
+    always_shown: ClassVar = ('scale', 'margin', 'std', 'kind')
+
+    def __init__(
+        self,
+        scale: float = 64.,  # s > 0; 64 as in the paper, for faces
+        margin: float | None = None,  # its mean; None: 0.5 rad for arc, 0.35 for cos
+        std: float = 0.05,  # its standard deviation, in the same unit, in [0, 1]
+        kind: str = 'arc',  # 'arc' adds it to the angle, 'cos' takes it off the cosine
+        generator: torch.Generator | None = None,  # of the margins; None makes one
+        *,
+        sample_margin: float = 0.,  # λ ≥ 0 of the λ·R_sm that is added
+        weight: Tensor | Iterable[float] | None = None,  # of each class, ≥ 0, [k]
+        reduction: str = 'mean',  # 'mean', 'sum', 'none' or 'class-mean'
+        ignore_index: int = -100,  # samples with this target do not count
+        prior: Tensor | Iterable[float] | None = None,  # counts or shares, > 0, [k]
+    ):
+        super().__init__(scale, sample_margin=sample_margin, weight=weight, prior=prior,
+                         reduction=reduction, ignore_index=ignore_index)
+        self.kind, self.std = kind, std
+        self.margin = (.5 if kind == 'arc' else .35) if margin is None else margin
+        if not isinstance(generator, torch.Generator | None):
+            raise TypeError('generator must be a torch.Generator or None, '
+                            f'got {type(generator).__name__}')
+        self.generator = generator
+        if generator is None:
+            self.generator = torch.Generator()
+            self.generator.manual_seed(torch.randint(2**62, ()).item())
+
+    @property
+    def angular(self): return self.kind == 'arc'
+
+    def per_batch(self, given, features, targets, group=None):
+        "In training a margin for each sample, if none are given; else the mean for all."
+        if given or not self.training: return given
+        mean = torch.full(targets.shape, self.margin, device=self.generator.device)
+        drawn = torch.normal(mean, self.std, generator=self.generator)
+        return dict(margin=drawn.to(targets.device, non_blocking=True))
+
+    def curves(self, own, margin):
+        if self.angular: logit = falling_cosine(own.angle + margin)
+        else: logit = own.cosine - margin
+        return logit, logit
+
+    def with_slopes(self, own, margin):
+        slope = -_arcs(own.angle + margin)[1].sin() if self.angular else 1.
+        return *self.curves(own, margin), slope, slope
+
+    def get_extra_state(self): return dict(generator=self.generator.get_state())
+
+    def set_extra_state(self, state): self.generator.set_state(state['generator'])
+
+# %% ../nbs/losses/12_losses.ipynb #4b1dcc70
+class AdaFaceLoss(MarginSoftmaxLoss):
+    "A margin that follows the feature's norm, its quality (Kim et al. 2022, AdaFace)."
+    angular = True
+    margin = Number(at_least=0, below=2)
+    h = Number(above=0, at_most=10)
+    momentum = Number(above=0, at_most=1)
+
+    def __init__(
+        self,
+        scale: float = 64.,  # s > 0; 64 as in the paper, for faces
+        margin: float = 0.4,  # m, in units of angle and of cosine
+        h: float = 0.333,  # how much a norm counts, standard deviations to [−1, 1]
+        momentum: float = 0.01,  # of the running mean and deviation of norms, in (0, 1]
+        *,
+        sample_margin: float = 0.,  # λ ≥ 0 of the λ·R_sm that is added
+        weight: Tensor | Iterable[float] | None = None,  # of each class, ≥ 0, [k]
+        reduction: str = 'mean',  # 'mean', 'sum', 'none' or 'class-mean'
+        ignore_index: int = -100,  # samples with this target do not count
+        prior: Tensor | Iterable[float] | None = None,  # counts or shares, > 0, [k]
+    ):
+        super().__init__(scale, sample_margin=sample_margin, weight=weight, prior=prior,
+                         reduction=reduction, ignore_index=ignore_index)
+        self.margin, self.h, self.momentum = margin, h, momentum
+        self.register_buffer('norm_mean', torch.tensor(20.))  # as in the authors' code
+        self.register_buffer('norm_std', torch.tensor(100.))
+
+    @torch.no_grad()
+    def per_batch(self, given, features, targets, group=None):
+        "Quality q̂ in [−1, 1] of each sample; in training the statistics move on."
+        if features is None:
+            raise TypeError('AdaFaceLoss reads the norms of the features, which cosines '
+                            'do not have: use MarginHead(d, k, loss), or '
+                            'loss.linear(features, prototypes, targets)')
+        norms = row_norms(plain(features.detach()).to(
+            torch.promote_types(features.dtype, torch.float32)))[:, 0].clamp(1e-3, 100)
+        counted = targets != self.ignore_index
+        if self.training: self._follow(norms, counted.to(norms.dtype), group)
+        quality = (norms - self.norm_mean) / (self.norm_std + 1e-3) * self.h
+        return dict(quality=quality.clamp(-1, 1))
+
+    def _follow(self, norms, counted, group):
+        "Mean and standard deviation of the norms of all ranks, with momentum."
+        def summed(*values):
+            total = torch.stack([(v * counted).sum() for v in values])
+            if group is not None: dist.all_reduce(total, group=group)
+            return total
+        count, total = summed(counted, norms)
+        mean = total / count.clamp_min(1)
+        squares, = summed((norms - mean).square())
+        std = (squares / (count - 1).clamp_min(1)).sqrt()
+        for running, new in ((self.norm_mean, mean), (self.norm_std, std)):
+            new = torch.where(count > 1, new.to(running.dtype), running)
+            running.lerp_(new, self.momentum)
+
+    def curves(self, own, quality):
+        theta = (own.angle - self.margin * quality).clamp(0, math.pi)
+        logit = theta.cos() - self.margin * (1 + quality)
+        return logit, logit
+
+    def with_slopes(self, own, quality):
+        theta = own.angle - self.margin * quality
+        inside = (theta >= 0) & (theta <= math.pi)
+        slope = torch.where(inside, -theta.sin(), 0)
+        return *self.curves(own, quality), slope, slope
 
 # %% ../nbs/losses/12_losses.ipynb #74135abf
 class GMSoftmaxLoss(MarginSoftmaxLoss):
@@ -788,129 +925,6 @@ class SampleMarginLoss(CosineLoss):
     ):
         super().__init__(weight=weight, reduction=reduction, ignore_index=ignore_index)
         self.sample_margin = 1.
-
-# %% ../nbs/losses/12_losses.ipynb #4412ccad
-class ElasticFaceLoss(MarginSoftmaxLoss):
-    "A margin drawn anew for each sample (Boutros et al. 2022, ElasticFace)."
-    margin = Number(at_least=0, below=2)
-    std = Number(at_least=0, at_most=1)
-    kind = Choice('arc', 'cos')
-    always_shown: ClassVar = ('scale', 'margin', 'std', 'kind')
-
-    def __init__(
-        self,
-        scale: float = 64.,  # s > 0; 64 as in the paper, for faces
-        margin: float | None = None,  # its mean; None: 0.5 rad for arc, 0.35 for cos
-        std: float = 0.05,  # its standard deviation, in the same unit, in [0, 1]
-        kind: str = 'arc',  # 'arc' adds it to the angle, 'cos' takes it off the cosine
-        generator: torch.Generator | None = None,  # of the margins; None makes one
-        *,
-        sample_margin: float = 0.,  # λ ≥ 0 of the λ·R_sm that is added
-        weight: Tensor | Iterable[float] | None = None,  # of each class, ≥ 0, [k]
-        reduction: str = 'mean',  # 'mean', 'sum', 'none' or 'class-mean'
-        ignore_index: int = -100,  # samples with this target do not count
-        prior: Tensor | Iterable[float] | None = None,  # counts or shares, > 0, [k]
-    ):
-        super().__init__(scale, sample_margin=sample_margin, weight=weight, prior=prior,
-                         reduction=reduction, ignore_index=ignore_index)
-        self.kind, self.std = kind, std
-        self.margin = (.5 if kind == 'arc' else .35) if margin is None else margin
-        if not isinstance(generator, torch.Generator | None):
-            raise TypeError('generator must be a torch.Generator or None, '
-                            f'got {type(generator).__name__}')
-        self.generator = generator
-        if generator is None:
-            self.generator = torch.Generator()
-            self.generator.manual_seed(torch.randint(2**62, ()).item())
-
-    @property
-    def angular(self): return self.kind == 'arc'
-
-    def per_batch(self, given, features, targets, group=None):
-        "A margin for each sample; outside training the mean for all."
-        drawn = torch.full(targets.shape, self.margin, device=self.generator.device)
-        if self.training:
-            drawn = torch.normal(drawn, self.std, generator=self.generator)
-        return dict(drawn=drawn.to(targets.device, non_blocking=True))
-
-    def curves(self, own, drawn):
-        if self.angular: logit = falling_cosine(own.angle + drawn)
-        else: logit = own.cosine - drawn
-        return logit, logit
-
-    def with_slopes(self, own, drawn):
-        slope = -_arcs(own.angle + drawn)[1].sin() if self.angular else 1.
-        return *self.curves(own, drawn), slope, slope
-
-    def get_extra_state(self): return dict(generator=self.generator.get_state())
-
-    def set_extra_state(self, state): self.generator.set_state(state['generator'])
-
-# %% ../nbs/losses/12_losses.ipynb #4b1dcc70
-class AdaFaceLoss(MarginSoftmaxLoss):
-    "A margin that follows the feature's norm, its quality (Kim et al. 2022, AdaFace)."
-    angular = True
-    margin = Number(at_least=0, below=2)
-    h = Number(above=0, at_most=10)
-    momentum = Number(above=0, at_most=1)
-
-    def __init__(
-        self,
-        scale: float = 64.,  # s > 0; 64 as in the paper, for faces
-        margin: float = 0.4,  # m, in units of angle and of cosine
-        h: float = 0.333,  # how much a norm counts, standard deviations to [−1, 1]
-        momentum: float = 0.01,  # of the running mean and deviation of norms, in (0, 1]
-        *,
-        sample_margin: float = 0.,  # λ ≥ 0 of the λ·R_sm that is added
-        weight: Tensor | Iterable[float] | None = None,  # of each class, ≥ 0, [k]
-        reduction: str = 'mean',  # 'mean', 'sum', 'none' or 'class-mean'
-        ignore_index: int = -100,  # samples with this target do not count
-        prior: Tensor | Iterable[float] | None = None,  # counts or shares, > 0, [k]
-    ):
-        super().__init__(scale, sample_margin=sample_margin, weight=weight, prior=prior,
-                         reduction=reduction, ignore_index=ignore_index)
-        self.margin, self.h, self.momentum = margin, h, momentum
-        self.register_buffer('norm_mean', torch.tensor(20.))  # as in the authors' code
-        self.register_buffer('norm_std', torch.tensor(100.))
-
-    def forward(self, cosines, targets, **given):
-        raise TypeError('AdaFaceLoss reads the norms of the features, which cosines do '
-                        'not have: use MarginHead(d, k, loss), or '
-                        'loss.linear(features, prototypes, targets)')
-
-    @torch.no_grad()
-    def per_batch(self, given, features, targets, group=None):
-        "Quality ẑ in [−1, 1] of each sample; in training the statistics move on."
-        norms = row_norms(plain(features.detach()).to(
-            torch.promote_types(features.dtype, torch.float32)))[:, 0].clamp(1e-3, 100)
-        counted = targets != self.ignore_index
-        if self.training: self._follow(norms, counted.to(norms.dtype), group)
-        quality = (norms - self.norm_mean) / (self.norm_std + 1e-3) * self.h
-        return dict(quality=quality.clamp(-1, 1))
-
-    def _follow(self, norms, counted, group):
-        "Mean and standard deviation of the norms of all ranks, with momentum."
-        def summed(*values):
-            total = torch.stack([(v * counted).sum() for v in values])
-            if group is not None: dist.all_reduce(total, group=group)
-            return total
-        count, total = summed(counted, norms)
-        mean = total / count.clamp_min(1)
-        squares, = summed((norms - mean).square())
-        std = (squares / (count - 1).clamp_min(1)).sqrt()
-        for running, new in ((self.norm_mean, mean), (self.norm_std, std)):
-            running.lerp_(torch.where(count > 1, new, running), self.momentum)
-
-    def curves(self, own, quality):
-        theta = (own.angle - self.margin * quality).clamp(0, math.pi)
-        logit = theta.cos() - self.margin * (1 + quality)
-        return logit, logit
-
-    def with_slopes(self, own, quality):
-        theta = own.angle - self.margin * quality
-        inside = (theta >= 0) & (theta <= math.pi)
-        slope = torch.where(inside, -theta.sin(), 0)
-        return *self.curves(own, quality), slope, slope
 
 # %% ../nbs/losses/12_losses.ipynb #bd76fbce
 class FocalLoss(ClassificationLoss):

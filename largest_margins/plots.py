@@ -20,6 +20,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 from torch.nn import functional as F
 
+from .files import escape
 from .losses import CosineLoss, MarginSoftmaxLoss
 from .checks import check_cosines, check_prototypes
 from .margins import sample_margins
@@ -99,7 +100,7 @@ def _names(names, k):
     "The names of the classes, or their numbers."
     if names is None: return [str(i) for i in range(k)]
     if len(names) != k: raise ValueError(f'names must be {k} strings, got {len(names)}')
-    return names
+    return [escape(str(name), 'plot') for name in names]
 
 
 def _heat_map(values, names, ax, most, label):
@@ -327,9 +328,7 @@ def plot_target_logits(
     ax = axes_for(ax)
     theta = torch.linspace(0, math.pi, 721, dtype=torch.float64)
     for name, loss in losses.items():
-        targets = torch.zeros(len(theta), dtype=torch.long)
-        cosine = theta.cos()
-        num, _ = loss.own_curves(torch.stack([cosine, cosine], 1), cosine, targets)
+        num, _ = loss.curves_at(theta)
         ax.plot(theta.rad2deg(), num.detach(), label=name)
     ax.set(xlabel='angle to the own prototype (degrees)', ylabel='logit / s',
            xlim=(0, 180))

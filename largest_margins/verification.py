@@ -7,10 +7,12 @@ Docs: https://largest-margins.github.io/largest-margins/experiments/verification
 # %% auto #0
 __all__ = ['KFoldResult', 'kfold_accuracy', 'TARResult', 'tar_at_far', 'plot_roc', 'Pair', 'read_pairs', 'write_pairs',
            'read_pair_list', 'read_cfp_pairs', 'identity_overlap', 'read_bin', 'write_bin', 'decode_image',
-           'embed_images', 'pair_distances', 'VerificationResult', 'evaluate_pairs', 'plot_pair_distances', 'Templates',
-           'template_features', 'read_template_media', 'read_template_pairs', 'template_scores']
+           'DeadNetwork', 'embed_images', 'pair_distances', 'VerificationResult', 'evaluate_pairs',
+           'plot_pair_distances', 'Templates', 'template_features', 'read_template_media', 'read_template_pairs',
+           'template_scores']
 
 # %% ../nbs/experiments/35_verification.ipynb #2c4ef020
+import codecs
 import io
 import math
 import os
@@ -33,6 +35,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .checks import at_least_float32
+from .files import write_file
+from .images import read_image
 from .margins import unit_rows
 
 # %% ../nbs/experiments/35_verification.ipynb #a00f988f
@@ -89,6 +93,20 @@ def _labels(same, count):
         raise ValueError('same must hold 0 and 1 only, got '
                          f'{np.setdiff1d(same, (0, 1))[0]}')
     return same.astype(bool)
+
+# %% ../nbs/experiments/35_verification.ipynb #66089b7d
+def as_int64(
+    name: str,  # what it is called
+    values,  # integers of any width, signed or not, any shape
+) -> np.ndarray:  # int64, same shape
+    "Integers as int64; what does not fit is refused."
+    if isinstance(values, Tensor): values = values.detach().cpu()
+    values = np.asarray(values)
+    if values.dtype.kind not in 'iu' and values.size:
+        raise TypeError(f'{name} must be integers, got {values.dtype}')
+    if values.dtype.kind == 'u' and values.size and values.max() >= 2**63:
+        raise ValueError(f'{name} must be below 2**63, got {values.max()}')
+    return values.astype(np.int64)
 
 # %% ../nbs/experiments/35_verification.ipynb #8767eeec
 def kfold_accuracy(
@@ -310,7 +328,7 @@ def write_pairs(
             wanted = 'genuine' if same else 'an impostor'
             raise ValueError(f'pairs[{i}] must be {wanted}, got {pair}')
         lines.append('\t'.join([name, number, *([] if same else [other]), second]))
-    Path(path).write_text('\n'.join([*lines, '']), encoding='utf-8', newline='\n')
+    write_file(path, '\n'.join([*lines, '']))
 
 
 def _name_and_number(i, image):
@@ -409,8 +427,10 @@ class _Array:
 
 _CORES = 'numpy.core', 'numpy._core'
 _NAMES = {('numpy', 'ndarray'), ('numpy', 'dtype'), ('_codecs', 'encode'),
-          ('__builtin__', 'bytes'), ('builtins', 'bytes'),
-          *((f'{core}.multiarray', '_reconstruct') for core in _CORES),
+          *((module, name) for module in ('__builtin__', 'builtins')
+            for name in ('bytes', 'bytearray')),
+          *((f'{core}.multiarray', name) for core in _CORES
+            for name in ('_reconstruct', 'scalar')),
           *((f'{core}.numeric', '_frombuffer') for core in _CORES)}
 
 
@@ -423,8 +443,13 @@ def _named(module, name):
 def _call(function, arguments):
     "The calls that stand for bytes and arrays, done by hand; ValueError for others."
     match function, arguments:
-        case _Name('bytes'), (): return b''
+        case _Name('bytes' | 'bytearray'), (): return b''
+        case _Name('bytearray'), (bytes(raw),): return raw
         case _Name('encode'), (str(text), 'latin1'): return text.encode('latin1')
+        case _Name('bytearray'), (str(text), 'latin-1' | b'latin-1'):
+            return text.encode('latin1')
+        case _Name('scalar'), (_Array(value=np.dtype() as dtype), bytes(raw)):
+            return _array(raw, dtype, (), 'C').item()
         case _Name('_reconstruct'), (_Name('ndarray'), (0,), b'b'): return _Array()
         case _Name('dtype'), (str() | bytes() as code, _, _):
             return _Array(_dtype(code))
@@ -457,25 +482,53 @@ def _dtype(code):
 
 def _array(raw, dtype, shape, order):
     "An array over bytes that are there, and exactly as many as its shape needs."
-    fits = (isinstance(raw, bytes | bytearray) and isinstance(dtype, np.dtype)
+    fits = (isinstance(raw, bytes) and isinstance(dtype, np.dtype)
             and isinstance(shape, tuple) and len(shape) <= 2
             and all(isinstance(n, int) and 0 <= n <= max(1, len(raw)) for n in shape)
             and math.prod(shape) * dtype.itemsize == len(raw))
     if not fits:
-        size = len(raw) if isinstance(raw, bytes | bytearray) else reprlib.repr(raw)
+        size = len(raw) if isinstance(raw, bytes) else reprlib.repr(raw)
         raise ValueError(f'an array of shape {reprlib.repr(shape)} and dtype '
                          f'{reprlib.repr(dtype)} in {size} bytes')
-    return np.ndarray(shape, dtype, bytes(raw), order=order)
+    return np.ndarray(shape, dtype, raw, order=order)
 
 # %% ../nbs/experiments/35_verification.ipynb #4a21bdc8
 _VALUES = {'INT', 'BININT', 'BININT1', 'BININT2', 'LONG', 'LONG1', 'LONG4',
-           'SHORT_BINBYTES', 'BINBYTES', 'BINBYTES8', 'BYTEARRAY8', 'UNICODE',
+           'SHORT_BINBYTES', 'BINBYTES', 'BINBYTES8', 'UNICODE', 'STRING',
            'SHORT_BINUNICODE', 'BINUNICODE', 'BINUNICODE8'}
+
+_OPCODES = {opcode.code: opcode for opcode in pickletools.opcodes}
+
+
+def _opcodes(content):
+    "As `pickletools.genops`, but strings of Python 2 (protocol 0) are bytes."
+    file = io.BytesIO(content)
+    while True:
+        position, code = file.tell(), file.read(1)
+        opcode = _OPCODES.get(code.decode('latin1'))
+        if opcode is None: raise ValueError(f'it is damaged at byte {position}')
+        if opcode.name == 'STRING': value = _python_2_string(file.readline())
+        else: value = opcode.arg and opcode.arg.reader(file)
+        yield opcode, value, position
+        if opcode.name == 'STOP': return
+
+
+def _python_2_string(line):
+    "'caf\\xe9', with its quotes and its end of line, as bytes."
+    found = re.fullmatch(rb"(['\"])(.*)\1\n", line, re.DOTALL)
+    if not found: raise ValueError('a string has no end')
+    return codecs.escape_decode(found[2])[0]
 
 
 def _read_pickle(content):
     "What a pickle of arrays, bytes, lists, tuples, bools and ints holds."
-    stack, marks, memo = [], [], {}
+    stack, marks, memo, left = [], [], {}, 2 * len(content)
+    def no_larger(part):
+        "Each byte of the file may be made into bytes once, and these into an array."
+        nonlocal left
+        if isinstance(part, _Array): part = part.value
+        if isinstance(part, bytes | np.ndarray): left -= memoryview(part).nbytes
+        if left < 0: raise ValueError('more data than the file holds')
     def above_mark():
         start = marks.pop()
         items = stack[start:]
@@ -485,7 +538,7 @@ def _read_pickle(content):
         if not isinstance(stack[-1], list):
             raise ValueError(f'appending to {reprlib.repr(stack[-1])}')
         stack[-1].extend(items)
-    for opcode, value, position in pickletools.genops(content):
+    for opcode, value, position in _opcodes(content):
         try:
             match opcode.name:
                 case 'PROTO' | 'FRAME': pass
@@ -494,6 +547,7 @@ def _read_pickle(content):
                 case 'NEWTRUE' | 'NEWFALSE': stack.append(opcode.name == 'NEWTRUE')
                 case 'BINSTRING' | 'SHORT_BINSTRING':  # Python 2's str
                     stack.append(value.encode('latin1'))
+                case 'BYTEARRAY8': stack.append(bytes(value))
                 case 'MARK': marks.append(len(stack))
                 case 'EMPTY_LIST': stack.append([])
                 case 'EMPTY_TUPLE': stack.append(())
@@ -514,9 +568,11 @@ def _read_pickle(content):
                 case 'REDUCE':
                     arguments, function = stack.pop(), stack.pop()
                     stack.append(_call(function, arguments))
+                    no_larger(stack[-1])
                 case 'BUILD':
                     state = stack.pop()
                     _finish(stack[-1], state)
+                    no_larger(stack[-1])
                 case 'STOP': return stack.pop()
                 case _: raise ValueError(f'{opcode.name} {reprlib.repr(value)}')
         except (IndexError, KeyError, TypeError) as e:
@@ -561,9 +617,10 @@ def _bin_pairs(images, same):
 
 
 def _bin_image(i, image):
-    if isinstance(image, _Array): image = image.value
-    if isinstance(image, np.ndarray) and image.dtype == np.uint8:
-        image = image.tobytes()
+    if isinstance(image, _Array):
+        if isinstance(image.value, np.ndarray) and image.value.dtype == np.uint8:
+            image.value = image.value.tobytes()  # once, however often it is listed
+        image = image.value
     if not isinstance(image, bytes):
         raise ValueError(f'image {i} must be bytes or an array of bytes, '
                          f'got {reprlib.repr(image)}')
@@ -578,8 +635,8 @@ def write_bin(
     "Pairs with their images as a `.bin` file, images as bytes."
     pairs = list(pairs)
     images = [_content(image, root) for pair in pairs for image in pair[:2]]
-    with open(path, 'wb') as file:
-        pickle.dump((images, [bool(pair.same) for pair in pairs]), file, protocol=4)
+    same = [bool(pair.same) for pair in pairs]
+    write_file(path, pickle.dumps((images, same), protocol=4))
 
 
 _SUFFIXES = '', '.jpg', '.jpeg', '.png', '.bmp', '.webp'
@@ -587,12 +644,16 @@ _SUFFIXES = '', '.jpg', '.jpeg', '.png', '.bmp', '.webp'
 
 def _content(image, root):
     "The bytes of an encoded image, read from below the root if it is a path."
-    if isinstance(image, bytes): return image
+    return image if isinstance(image, bytes) else _file(image, root).read_bytes()
+
+
+def _file(image, root):
+    "The file of an image below the root, whose suffix may be left out."
     path, root = PurePosixPath(image), Path('.' if root is None else root)
     if path.is_absolute() or '..' in path.parts or '\\' in image:
         raise ValueError(f'{image!r} must be a path below the root')
     for suffix in _SUFFIXES:
-        if (file := root/f'{image}{suffix}').is_file(): return file.read_bytes()
+        if (file := root/f'{image}{suffix}').is_file(): return file
     raise FileNotFoundError(f'{image} was not found in {root}, with none of the '
                             f'suffixes {", ".join(_SUFFIXES[1:])} either')
 
@@ -605,20 +666,50 @@ def decode_image(
     "An image as networks for faces take it; ValueError if it cannot be read."
     if size is not None and (len(size) != 2 or min(size) < 1):
         raise ValueError(f'size must be (height, width), each ≥ 1, got {size}')
-    content = _content(image, root)
-    try:
-        with Image.open(io.BytesIO(content), formats=_FORMATS) as picture:
-            picture = picture.convert('RGB')
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        name = f'of {len(image)} bytes' if isinstance(image, bytes) else image
-        raise ValueError(f'the image {name} is not readable: {e}') from e
+    picture = read_image(image if isinstance(image, bytes) else _file(image, root))
     if size is not None and picture.size != (size[1], size[0]):
         picture = picture.resize((size[1], size[0]), Image.Resampling.BILINEAR)
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-    return (pixels.float() / 255 - .5) / .5
+    return pixels.float().div_(255).sub_(.5).div_(.5)
 
+# %% ../nbs/experiments/35_verification.ipynb #370c2e07
+def unit_features(
+    features: Tensor,  # of any norm, [n, d]
+    name: str = 'features',  # what to call them
+) -> Tensor:  # unit rows, at least float32, [n, d]; zero rows stay zero
+    "Features of norm 1, however large or small they were; zeros are counted."
+    if not isinstance(features, Tensor) or not features.is_floating_point():
+        raise TypeError(f'{name} must be floats [n, d], got '
+                        f'{getattr(features, "dtype", type(features).__name__)}')
+    if features.ndim != 2:
+        raise ValueError(f'{name} must be [n, d], got shape {tuple(features.shape)}')
+    features = at_least_float32(features)
+    largest = features.detach().abs().amax(1)
+    wrong = (~largest.isfinite()).nonzero()
+    if len(wrong):
+        raise ValueError(f'{name} must be finite, row {wrong[0].item()} is not')
+    zeros = (largest == 0).sum().item()
+    if zeros:
+        warnings.warn(f'{zeros} of {len(features)} {name} are zero, thus like nobody: '
+                      'their cosines count as 0', stacklevel=3)
+    return unit_rows(features)
 
-_FORMATS = 'JPEG', 'PNG', 'BMP', 'PPM', 'WEBP'
+# %% ../nbs/experiments/35_verification.ipynb #b2bb4aa3
+class DeadNetwork(ValueError):
+    "A network has one feature for all images."
+
+# %% ../nbs/experiments/35_verification.ipynb #26eb53fb
+def check_alive(
+    features: Tensor,  # unit rows of different images, or zeros, [n, d]
+):
+    "`DeadNetwork` if three or more features are all the same, up to rounding."
+    if len(features) < 3: return  # an image and its mirror image, perhaps
+    spread = (features - features[0]).abs().max()
+    if spread <= 1e-6 * features[0].abs().max():
+        same = 'a feature of zeros' if spread == 0 == features[0].abs().max() else \
+            'the same feature'
+        raise DeadNetwork(f'the network is dead: it has {same} for all {len(features)} '
+                          'images')
 
 # %% ../nbs/experiments/35_verification.ipynb #977e9216
 def embed_images(
@@ -649,7 +740,9 @@ def embed_images(
     if len(wrong):
         raise ValueError('embed must return finite features, got others for '
                          f'images[{wrong[0].item()}]')
-    return unit_rows(features)
+    features = unit_features(features, 'features of embed')
+    if len(set(images)) > 1: check_alive(features)
+    return features
 
 
 def _batch(images):
@@ -691,22 +784,22 @@ def pair_distances(
     *,
     chunk_size: int = 4096,  # pairs at a time, ≥ 1
 ) -> Tensor:  # squared distances of the unit features, in [0, 4], [N]
-    "Equation (eq-verification), a chunk of pairs at a time."
-    if features.ndim != 2: raise ValueError('features must be [n, d], '
-                                            f'got shape {tuple(features.shape)}')
-    rows = [torch.as_tensor(x) for x in (first, second)]
+    "Equation (eq-verification), a chunk of pairs at a time; 2 if a feature is zero."
+    z = unit_features(features)
+    rows = [torch.from_numpy(as_int64(name, x)).to(z.device)
+            for name, x in (('first', first), ('second', second))]
     for name, x in zip(('first', 'second'), rows, strict=True):
-        if x.is_floating_point() or x.ndim != 1 or x.shape != rows[0].shape:
-            raise ValueError('first and second must be integers [N], got '
-                             f'{x.dtype} of shape {tuple(x.shape)} for {name}')
+        if x.ndim != 1 or x.shape != rows[0].shape:
+            raise ValueError('first and second must be [N], got shape '
+                             f'{tuple(x.shape)} for {name}')
         if len(x) and not 0 <= x.min() <= x.max() < len(features):
             raise ValueError(f'{name} must be in 0..{len(features) - 1}, '
                              f'got {x.min()} to {x.max()}')
-    z = unit_rows(features)
-    distances = z.new_empty(len(rows[0]))
+    zero, distances = ~z.any(1), z.new_empty(len(rows[0]))
     chunks = (x.split(chunk_size) for x in (distances, *rows))
     for out, i, j in zip(*chunks, strict=True):
-        torch.sum((z[i.long()] - z[j.long()]).square(), 1, out=out)
+        torch.sum((z[i] - z[j]).square(), 1, out=out)
+        out.masked_fill_(zero[i] | zero[j], 2)
     return distances
 
 # %% ../nbs/experiments/35_verification.ipynb #25d61371
@@ -717,11 +810,14 @@ class VerificationResult:
     tar: list[TARResult]  # one for each FAR asked for; scores are cosines
     distances: Tensor  # squared distances of unit features, [N]
     same: Tensor  # whether each pair is genuine, bool, [N]
+    zeros: int = 0  # images whose feature is zero
 
     @property
     def cosines(self) -> Tensor: return 1 - self.distances / 2
 
-    def __str__(self): return '\n'.join(map(str, [self.accuracy, *self.tar]))
+    def __str__(self):
+        zeros = [f'{self.zeros} images have a feature of zeros'] if self.zeros else []
+        return '\n'.join(map(str, [self.accuracy, *self.tar, *zeros]))
 
 # %% ../nbs/experiments/35_verification.ipynb #a95e73ab
 def evaluate_pairs(
@@ -748,7 +844,8 @@ def evaluate_pairs(
     distances = pair_distances(features, first, second)
     accuracy = kfold_accuracy(distances, same, folds=folds, thresholds=thresholds)
     tar = [tar_at_far(1 - distances / 2, same, far) for far in fars]
-    return VerificationResult(accuracy, tar, distances, same)
+    zeros = (~features.any(1)).sum().item()
+    return VerificationResult(accuracy, tar, distances, same, zeros)
 
 # %% ../nbs/experiments/35_verification.ipynb #0fb58545
 def plot_pair_distances(
@@ -791,18 +888,18 @@ def template_features(
     if features.ndim != 2 or not count or not features.isfinite().all():
         raise ValueError('features must be [M, d], M ≥ 1, finite, '
                          f'got shape {tuple(features.shape)}')
-    keys = [np.asarray(x) for x in (templates, media)]
+    features = at_least_float32(features)
+    keys = [as_int64('templates', templates), as_int64('media', media)]
     for name, key in zip(('templates', 'media'), keys, strict=True):
-        if key.shape != (count,) or key.dtype.kind not in 'iu':
-            raise ValueError(f'{name} must be {count} integers, got {key.dtype} '
-                             f'{key.shape}')
+        if key.shape != (count,):
+            raise ValueError(f'{name} must be {count} integers, got shape {key.shape}')
     keys = np.stack(keys, 1)
     if flipped is not None:
         if flipped.shape != features.shape:
             raise ValueError(f'flipped must be {tuple(features.shape)}, as features '
                              f'are, got {tuple(flipped.shape)}')
         features = features + flipped
-    if not norm_weights: features = unit_rows(features)
+    if not norm_weights: features = unit_features(features)
     if detector_scores is not None:
         weights = _numbers('detector_scores', detector_scores)
         if weights.shape != (count,) or weights.min() < 0:
@@ -814,7 +911,8 @@ def template_features(
     means = _sums(features, medium.ravel(), len(groups))
     means /= torch.as_tensor(sizes).to(means)[:, None]
     ids, template = np.unique(groups[:, 0], return_inverse=True)
-    return Templates(ids.astype(np.int64), unit_rows(_sums(means, template, len(ids))))
+    sums = _sums(means, template, len(ids))
+    return Templates(ids, unit_features(sums, 'templates'))
 
 
 def _sums(rows, group, count):
@@ -861,7 +959,7 @@ def template_scores(
 ) -> Tensor:  # cosines, in [−1, 1], [N]
     "The cosine of each pair of templates, found by their numbers, in chunks."
     rows = []
-    for wanted in map(np.asarray, (first, second)):
+    for wanted in (as_int64('first', first), as_int64('second', second)):
         row = np.searchsorted(templates.ids, wanted).clip(max=len(templates.ids) - 1)
         missing = np.flatnonzero(templates.ids[row] != wanted)
         if len(missing):

@@ -2,16 +2,18 @@
 import copy
 import json
 import math
+from dataclasses import astuple, replace
 from fractions import Fraction
 from time import perf_counter
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mpmath import mp
 
-from largest_margins.bounds import Bound, class_margin_bound, min_sample_margin_bound
+from largest_margins.bounds import Bound, class_margin_bound, min_sample_margin_bound, stored_certificates
 from largest_margins.certificates import checksum, cosine_bounds, verify
 from largest_margins.codes import simplex
 from largest_margins.margins import class_margin
@@ -66,6 +68,75 @@ def test_rounded_outwards():
     assert min_sample_margin_bound(10, 16) == pytest.approx(10 / 9, abs=1e-15)
 
 
+def test_rounded_up_only_where_the_float_is_below():
+    "k/(k − 1) for the simplex, 1 up to 2d and from d + 2: the float above or equal that is nearest."
+    for k in range(2, 200):
+        value, exact = min_sample_margin_bound(k, k), Fraction(k, k - 1)
+        assert Fraction(value) >= exact > Fraction(math.nextafter(value, 0))
+    for d in (3, 4, 10, 100): assert [min_sample_margin_bound(k, d) for k in (2, d + 2, 2 * d)] == [2, 1, 1]
+
+
+@pytest.mark.parametrize('k', [3, 4, 100])
+def test_on_a_line_two_of_three_coincide(k):
+    bound = class_margin_bound(k, 1)
+    assert bound == class_margin_bound(k, 1, 'line') and bound.verify() and bound.attained
+    assert bound.radians == 0 == min_sample_margin_bound(k, 1)
+    assert class_margin_bound(2, 1).radians >= math.pi
+    with pytest.raises(ValueError, match='says nothing'): class_margin_bound(2, 1, 'line')
+
+
+@pytest.mark.parametrize('k,d', [(7, 3), (10**3, 4), (10**5, 4), (10**9, 4), (10**5, 5), (10**7, 8), (10**12, 50)])
+def test_caps_against_forty_digits(k, d):
+    "The share of the sphere in a cap of half the angle is at least 1/k, and hardly more."
+    bound = class_margin_bound(k, d, 'caps')
+    assert bound.verify() and not Bound(k, d, bound.radians * (1 - 1e-9), 'caps').verify()
+    with mp.workdps(40):
+        half = mp.mpf(bound.radians) / 2
+        share = mp.betainc(mp.mpf(d - 1) / 2, mp.mpf('.5'), 0, mp.sin(half)**2, regularized=True) / 2
+        assert 0 <= share * k - 1 < 1e-8
+
+
+def test_many_points_are_no_further_apart_than_fewer():
+    assert math.degrees(class_margin_bound(10**4, 4).radians) < 8.93
+    assert math.degrees(class_margin_bound(10**5, 4).radians) < 4.15
+
+
+@pytest.mark.parametrize('d,ks', [(1, range(2, 60)), (2, range(2, 60)), (3, [*range(2, 24), 32, 33, 200, 10**6]),
+                                  (4, [*range(2, 20), 24, 25, 26, 32, 33, 1632, 3311, 3312, 10**5, 10**9]),
+                                  (5, [9, 10, 11, 12, 32, 33, 34]), (8, [16, 17, 18, 32, 33, 240, 241]),
+                                  (24, [47, 48, 49, 50, 1000])])
+def test_never_rises_with_the_number_of_points(d, ks):
+    angles = [class_margin_bound(k, d).radians for k in ks]
+    assert all(a >= b for a, b in zip(angles, angles[1:]))
+
+
+def test_never_falls_with_the_dimension():
+    for k in (5, 8, 13, 25):
+        angles = [class_margin_bound(k, d).radians for d in range(1, 9)]
+        assert all(a <= b + 1e-9 for a, b in zip(angles, angles[1:])), k
+
+
+@pytest.mark.parametrize('k,d', [(26, 4), (9, 4), (33, 3), (33, 5), (40, 6), (17, 8)])
+def test_auto_is_no_larger_than_any_method(k, d):
+    methods = ['simplex', 'rankin', 'caps', 'levenshtein', 'delsarte', *['fejes-toth'] * (d == 3)]
+    bound = class_margin_bound(k, d)
+    assert bound.verify() and bound.radians <= min(class_margin_bound(k, d, m).radians for m in methods)
+
+
+def test_a_stored_certificate_serves_more_points_and_fewer_dimensions():
+    stored = class_margin_bound(8, 3, 'three-point')
+    assert stored == class_margin_bound(8, 3) and math.degrees(stored.radians) < 74.9
+    for size in ((8, 3), (9, 3), (8, 2)): assert Bound(*size, stored.radians, *astuple(stored)[3:]).verify()
+    for size in ((7, 3), (8, 4)): assert not Bound(*size, stored.radians, *astuple(stored)[3:]).verify()
+
+
+def test_numbers_of_other_libraries_are_welcome():
+    assert class_margin_bound(np.int64(8), np.int32(3)) == class_margin_bound(8, 3)
+    assert type(class_margin_bound(np.int64(11), 4).k) is int
+    for wrong in (True, np.float64(8), '8', None):
+        with pytest.raises((TypeError, ValueError), match='k must be'): class_margin_bound(wrong, 3)
+
+
 # Sloane's and proven values, degrees
 REACHED = {(7, 3): 77.8695421, (8, 3): 74.8584922, (9, 3): 70.5287794, (10, 3): 66.1468220, (13, 3): 57.1367031,
            (14, 3): 55.6705700, (24, 3): 43.6907671, (32, 3): 37.4752140, (10, 4): 80.4059318, (24, 4): 60.,
@@ -84,8 +155,8 @@ def test_auto_is_the_smallest():
     for k, d in ((8, 3), (24, 4), (40, 6)):
         every = [class_margin_bound(k, d, m).radians for m in ('simplex', 'rankin', 'levenshtein', 'delsarte')]
         assert class_margin_bound(k, d).radians <= min(every)
-    assert math.degrees(class_margin_bound(24, 4).radians) == pytest.approx(61.4096, abs=1e-4)
-    assert math.degrees(class_margin_bound(8, 3).radians) < 76.17
+    assert math.degrees(class_margin_bound(24, 4, 'delsarte').radians) == pytest.approx(61.4096, abs=1e-4)
+    assert math.degrees(class_margin_bound(8, 3, 'delsarte').radians) < 76.17
 
 
 @settings(max_examples=40, deadline=None)
@@ -167,6 +238,42 @@ def test_a_bound_cannot_borrow_a_certificate(certificate):
     assert not Bound(8, 3, bound.radians - 1e-3, 'delsarte', None, certificate).verify()
     assert not Bound(8, 3, 1.5, 'rankin').verify() and not Bound(4, 3, math.pi / 2, 'rankin').verify()
     assert not Bound(8, 3, 1.3, 'fejes-toth').verify() and not Bound(8, 2, .78, 'circle').verify()
+    assert not Bound(8, 3, bound.radians, 'rankin', None, certificate).verify()
+    assert not Bound(8, 3, bound.radians, 'three-point', None, certificate).verify()
+    assert not Bound(8, 3, bound.radians, 'delsarte', True, certificate).verify()  # nobody showed that
+    code = next(c for c in stored_certificates() if (c['kind'], c['k'], c['d']) == ('code', 8, 3))
+    for method in ('delsarte', 'three-point', 'code'):  # which says that they can be so far apart
+        assert not Bound(8, 3, float(Fraction(code['radians'])), method, None, code).verify()
+
+
+MALFORMED = [
+    dict(), dict(method='delsarte'), dict(method='levenshtein'), dict(method='three-point'), dict(method='auto'),
+    dict(method='nonsense'), dict(method=None), dict(method=[]), dict(k='8'), dict(k=None), dict(k=8.), dict(k=True),
+    dict(k=1), dict(k=0), dict(k=-8), dict(d=0), dict(d=-3), dict(d='3'), dict(radians=math.nan),
+    dict(radians=math.inf), dict(radians=-1.), dict(radians='1.2'), dict(radians=None), dict(radians=1j),
+    dict(attained=True), dict(attained=3),
+    dict(certificate={}), dict(certificate=[]), dict(certificate='x'), dict(certificate={'kind': 'delsarte'}),
+    dict(method='delsarte', certificate={}), dict(method='delsarte', certificate={'kind': 'delsarte', 'radians': '1'}),
+    dict(method='delsarte', certificate='{}'), dict(method='delsarte', certificate=7)]
+
+
+@pytest.mark.parametrize('changes', MALFORMED, ids=repr)
+def test_a_malformed_bound_is_not_proved(changes):
+    assert Bound(**{**dict(k=8, d=3, radians=1.2, method='rankin'), **changes}).verify() is False
+
+
+@pytest.mark.parametrize('method,k,d', [('simplex', 4, 3), ('rankin', 5, 3), ('fejes-toth', 12, 3), ('circle', 5, 2),
+                                        ('line', 3, 1), ('caps', 9, 3), ('delsarte', 9, 3), ('three-point', 9, 3)])
+def test_every_field_of_a_bound_counts(method, k, d):
+    bound = class_margin_bound(k, d, method)
+    assert bound.verify() is True
+    less = bound.radians - 1e-3
+    changes = (dict(radians=less), dict(method='guess'), dict(k=None), dict(d=None), dict(attained='yes'),
+               dict(certificate=[1]))
+    lies = [replace(bound, **change) for change in changes]
+    if bound.attained is None: lies.append(replace(bound, attained=True))
+    if bound.certificate: lies += [replace(bound, certificate=None), replace(bound, k=k - 1), replace(bound, d=d + 1)]
+    assert not any(lie.verify() for lie in lies)
 
 
 @given(st.fractions(0, Fraction(22, 7), max_denominator=10**6))

@@ -1,19 +1,24 @@
 "The ledger: everything passes, and every check can fail."
 import math
+from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 
 import pytest
 
 from largest_margins import claims as ledger
+from largest_margins import energy_claims as energy
 from largest_margins import generalization_claims as general
 from largest_margins import gm_softmax_claims as gm
 from largest_margins import imbalance_claims as imbalance
 from largest_margins import lm_softmax_claims as lm
+from largest_margins import optima_claims as optima
 from largest_margins import sample_margin_claims as r_sm
 from largest_margins import softmax_claims as softmax
 from largest_margins.claims import Check, Claim, claims, descend, dot, prove, rational_points, register
 
-ROWS = {'T4', 'L1', 'BP', 'T2', 'T2b', 'P3', 'GB', 'U', 'T5', 'P6', 'T7', 'JE', 'LM', 'T8', 'T5b', 'ME'}
+ROWS = {'T4', 'L1', 'BP', 'T2', 'T2b', 'P3', 'GB', 'U', 'T5', 'P6', 'T7', 'JE', 'LM', 'T8', 'T5b', 'ME', 'GM', 'SY',
+        'GO', 'MC', 'FS', 'AM', 'RC'}
 
 
 def test_all_claims_hold():
@@ -28,10 +33,12 @@ def test_all_claims_hold():
 def test_the_ledger_is_whole_and_each_claim_has_its_kinds_of_check():
     assert {c.id for c in claims()} == ROWS
     assert [c.id for c in claims()] == sorted(ROWS)
-    assert all(c.printed and c.corrected and c.valid_for for c in claims())
+    assert all(c.title and c.printed and c.corrected and c.valid_for for c in claims())
+    assert all((c.printed == '(ours)') == (c.verdict == 'ours') for c in claims())
+    assert all(c.corrected.startswith('as printed') for c in claims() if c.verdict == 'holds')
     kinds = {c.id: {check.kind for check in c.checks} for c in claims()}
     assert all('exact' in found or c == 'LM' for c, found in kinds.items())
-    assert all('boundary' in found for c, found in kinds.items() if c not in ('ME', 'T2b'))
+    assert {c for c, found in kinds.items() if 'boundary' not in found} == {'ME', 'T2b', 'T5b'}
     order = ['exact', 'certified', 'optimised', 'boundary']
     for c in claims():
         places = [order.index(check.kind) for check in c.checks]
@@ -45,14 +52,73 @@ def test_ids_and_quick():
     assert {e.claim for e in quick} == ROWS and sum(e.seconds for e in quick) < 20
 
 
-def test_no_id_for_two_claims():
-    with pytest.raises(ValueError, match='L1'): register(Claim('L1', 'else', '', '', ()))
+def test_the_theorems_of_the_slides_are_found_by_their_number():
+    title = {c.id: c.title for c in claims()}
+    for claim, number in dict(L1='Lemma 1', T2='Theorem 2', P3='Proposition 3', T4='Theorem 4', T5='Theorem 5',
+                              P6='Proposition 6', T7='Theorem 7', T8='Theorem 8').items():
+        assert f"the slides' {number}" in title[claim] and number in str(next(c for c in claims() if c.id == claim))
+
+
+def claim(*checks, verdict='holds'):
+    return Claim('X', 'two is two', verdict, 'so', 'as printed', 'always', checks)
+
+
+def test_no_id_for_two_claims_and_no_unknown_verdict():
+    with pytest.raises(ValueError, match='L1'): register(replace(claim(), id='L1'))
+    with pytest.raises(ValueError, match='verdict'): claim(verdict='perhaps')
 
 
 def test_an_error_is_a_failure_with_its_message():
     def broken(): raise ArithmeticError('does not add up')
-    found = ledger._run(Claim('X', '', '', '', ()), Check('exact', broken, '='))
+    found = ledger._run(claim(), Check('search', broken, '='))
     assert not found.passed and 'does not add up' in found.error and math.isnan(found.value)
+
+
+# what a float cannot tell apart, or hold
+@pytest.mark.parametrize('value,relation,reference,passed', [
+    (Fraction(1, 10**400), '=', 0, False), (Fraction(1, 10**400), '>', 0, True), (Fraction(1, 10**400), '≤', 0, False),
+    (-Fraction(1, 10**400), '≥', 0, False), (1 + Fraction(1, 10**30), '=', 1, False), (2**60 + 1, '<', 2**60, False),
+    (2**60 + 1, '>', 2**60, True), (10**400, '>', 10**399, True), (-10**400, '>', 10**399, False),
+    (Fraction(1, 3), '=', Fraction(2, 6), True)])
+@pytest.mark.parametrize('method', ['symbolic identity', 'exact arithmetic', 'interval'])
+def test_exact_numbers_are_compared_before_they_are_rounded(method, value, relation, reference, passed):
+    found = ledger._run(claim(), Check(method, lambda: (value, reference), relation))
+    assert found.passed is passed and not found.error and isinstance(found.value, float)
+
+
+@pytest.mark.parametrize('method', ['symbolic identity', 'exact arithmetic', 'interval'])
+def test_an_exact_check_gives_no_float_and_takes_no_tolerance(method):
+    for pair in ((.1, 0), (0, .1), (math.nan, 0), (0, math.inf)):
+        found = ledger._run(claim(), Check(method, lambda pair=pair: pair, '≥'))
+        assert not found.passed and 'must give fractions' in found.error
+    with pytest.raises(ValueError, match='tolerance'): Check(method, dict, '=', 1e-300)
+
+
+def test_a_check_is_refused_by_a_wrong_method_relation_or_tolerance():
+    for method in ('exact', 'optimised', ''):
+        with pytest.raises(ValueError, match='method must be one of symbolic identity'): Check(method, dict, '=')
+    with pytest.raises(ValueError, match='relation must be one of'): Check('search', dict, '==')
+    for relation in '<>':
+        with pytest.raises(ValueError, match='tolerance'): Check('search', dict, relation, 1e-9)
+    assert {m: Check(m, dict, '=').kind for m in ledger._KINDS} == {
+        'symbolic identity': 'exact', 'exact arithmetic': 'exact', 'interval': 'certified', 'certificate': 'certified',
+        'search': 'optimised', 'counter-example': 'boundary'}
+
+
+def test_the_ends_of_an_interval_are_exact():
+    from mpmath import iv
+    assert ledger.endpoints(iv.mpf([.1, 2])) == (Fraction(.1), 2)
+    low, high = ledger.endpoints(iv.exp(iv.mpf(-3000)))  # below the least float
+    assert 0 < low < high < Fraction(1, 10**400)
+
+
+def test_a_claim_is_printed_with_its_title_verdict_and_statements():
+    text = str(next(c for c in claims() if c.id == 'T2'))
+    assert text.startswith("T2: Sample margins and class margins, the slides' Theorem 2 (mended)\n")
+    assert 'printed   γ_min is maximal iff' in text and 'true      γ_min is maximal for' in text
+    assert 'valid for every d and k' in text
+    assert max(map(len, text.splitlines())) < 80
+    assert 'printed' not in str(next(c for c in claims() if c.verdict == 'ours'))
 
 
 def check_of(claim, run):
@@ -60,7 +126,7 @@ def check_of(claim, run):
     return next(c for c in next(c for c in claims() if c.id == claim).checks if c.run is run)
 
 
-# each check with a wrong constant, a flipped sign, or the wrong side of its boundary
+# each check with a wrong constant, a flipped sign, or the wrong side of its boundary; never with another relation
 WRONG = [
     ('L1', ledger._l1_exact, dict(cosine=lambda k: Fraction(-1, k))),
     ('L1', ledger._l1_certified, dict(cosine=lambda k: -1 / k)),
@@ -78,23 +144,38 @@ WRONG = [
     ('T2', ledger._t2_boundary, dict(square=Fraction(1))),
     ('T2', ledger._t2_exact, dict(margin=Fraction(9, 10))),
     ('T2b', ledger._t2b_exact, dict(factor=lambda S, g: (4 - S) * (2 * g + S))),
+    ('T2b', ledger._t2b_pair, dict(share=Fraction(51, 100))),
+    ('T2b', ledger._t2b_pair, dict(reflect=False)),
     ('T2b', ledger._t2b_certified, dict(margin=lambda delta: 1 - math.cos(delta) / 2)),
     ('T2b', ledger._t2b_optimised, dict(margin=lambda delta: 1 - math.cos(1.01 * delta))),
     ('T4', softmax._t4_exact, dict(sign=1)),
     ('T4', softmax._t4_optimised, dict(degrees=45.)),
+    ('T4', softmax._t4_flow, dict(time=20.)),
     ('T4', softmax._t4_boundary, dict(degrees=70.)),
     ('U', gm._u_exact, dict(sign=1)),
-    ('U', gm._u_certified, dict(factor=-1)),
-    ('U', gm._u_optimised, dict(curve=lambda loss, theta: theta.cos() + .1)),
-    ('U', gm._u_optimised, dict(curve=lambda loss, theta: (loss.m1 * theta).cos())),
+    ('U', gm._u_search, dict(line=lambda m2, theta: m2.cos() * theta.cos() - 1e-3)),
+    ('U', gm._u_search, dict(line=lambda m2, theta: (theta + m2 + .1).cos())),
     ('T5', gm._t5_exact, dict(slope=lambda a, b, k: 2 * a / k + b)),
     ('T5', gm._t5_certified, dict(constant=-1)),
     ('T5', gm._t5_reached, dict(constant=lambda k: -1 / (k - 1))),
     ('T5', gm._t5_reached, dict(constant=lambda k: 1 / k)),
     ('T5', gm._t5_optimised, dict(alpha=.38)),
     ('T5', gm._t5_boundary, dict(alpha=.42)),
+    ('U', gm._u_boundary, dict(m1=1)),
+    ('GM', gm._gm_symbolic, dict(reached=lambda alpha: 1 + alpha)),
+    ('GM', gm._gm_exact, dict(slope=lambda a, b, k: 2 * a / k + b)),
+    ('GM', gm._gm_lowest, dict(below=-.05)),
+    ('GM', gm._gm_stability, dict(curvature=lambda s: s**2)),
+    ('GM', gm._gm_boundary, dict(alpha=.38)),
+    ('SY', energy._sy_symbolic, dict(trace=lambda k, d: k**2 / (d + 1))),
+    ('SY', energy._sy_interval, dict(share=Fraction(11, 10))),
+    ('SY', energy._sy_search, dict(shift=1e-6)),
+    ('SY', energy._sy_boundary, dict(k=6)),
+    ('P6', gm._p6_exact, dict(slope=Fraction(49, 100))),
     ('P6', gm._p6_optimised, dict(cosine=lambda k: -1 / k)),
     ('P6', gm._p6_boundary, dict(m2=1.)),
+    ('ME', r_sm._me_exact, dict(smallest=max)),
+    ('ME', r_sm._me_exact, dict(smallest=lambda margins: sorted(margins)[-2])),
     ('T7', r_sm._t7_exact, dict(square=lambda k, S: Fraction(k * k - S) / k**2)),
     ('T7', r_sm._t7_optimised, dict(largest=lambda k: (k + 1) / k)),
     ('T7', r_sm._t7_boundary_many, dict(stacked=7)),
@@ -106,41 +187,118 @@ WRONG = [
     ('LM', lm._lm_boundary, dict(scale=5.)),
     ('LM', lm._lm_repair, dict(aggregation='mean')),
     ('JE', lm._je_exact, dict(inside=2)),
+    ('JE', lm._je_boundary, dict(scale=.9)),
     ('JE', lm._je_optimised, dict(count=lambda n: 2 * math.log(n))),
     ('T8', imbalance._t8_exact, dict(sign=1)),
     ('T8', imbalance._t8_optimised, dict(centroid=1.)),
+    ('T8', imbalance._t8_two_classes, dict(k=3)),
+    ('T8', imbalance._t8_each, dict(shift=-1.5)),
     ('T8', imbalance._t8_boundary_lambda, dict(centroid=100.)),
     ('T8', imbalance._t8_boundary_alpha, dict(alpha=0.)),
     ('T5b', imbalance._t5b_exact, dict(weight=lambda n, k, N: Fraction(1, N))),
     ('T5b', imbalance._t5b_optimised, dict(reduction='mean')),
+    ('T5b', imbalance._t5b_boundary, dict(reduction='class-mean')),
     ('GB', general._gb_exact, dict(power=2)),
     ('GB', general._gb_optimised, dict(exponent=.5)),
+    ('GB', general._gb_holds, dict(spare=.05)),
     ('GB', general._gb_falls, dict(larger=.5)),
-    ('GB', general._gb_boundary, dict(exponent=.25))]
+    ('GB', general._gb_boundary, dict(exponent=.25)),
+    ('GO', optima._go_exact, dict(factor=8)),
+    ('GO', optima._go_certified, dict(tilt=.1)),
+    ('GO', optima._go_optimised, dict(d=2)),
+    ('GO', optima._go_boundary, dict(d=7)),
+    ('MC', optima._mc_exact, dict(sign=1)),
+    ('MC', optima._mc_above, dict(factor=.98)),
+    ('MC', optima._mc_below, dict(factor=1.02)),
+    ('MC', optima._mc_boundary, dict(reduction='mean')),
+    ('FS', optima._fs_exact, dict(others=lambda k: k)),
+    ('FS', optima._fs_exact, dict(twice=1)),
+    ('FS', optima._fs_optimised, dict(times=.1)),
+    ('FS', optima._fs_boundary, dict(aggregation='logsumexp')),
+    ('AM', optima._am_exact, dict(margin=Fraction(2, 5))),
+    ('AM', optima._am_certified, dict(stretch=1.1)),
+    ('AM', optima._am_optimised, dict(margin=.6)),
+    ('AM', optima._am_boundary, dict(margin=.4)),
+    ('RC', optima._rc_exact, dict(square=lambda k, s: s / (k - 1))),
+    ('RC', optima._rc_optimised, dict(times=2.)),
+    ('RC', optima._rc_boundary, dict(ratio=1)),
+    ('RC', optima._rc_boundary, dict(strength=1e5))]
 
 
 @pytest.mark.parametrize('claim,run,wrong', WRONG, ids=lambda x: getattr(x, '__name__', None))
 def test_a_wrong_claim_fails(claim, run, wrong):
     check = check_of(claim, run)
-    assert check.holds(*map(float, run()))
-    try: values = [*map(float, run(**wrong))]
-    except ArithmeticError: return
-    assert not check.holds(*values)
-
-
-# those without a constant, whose other relation is what the paper prints, or nonsense
-OTHERWISE = [(r_sm._me_exact, 'exact', '≤'), (lm._je_boundary, 'boundary', '≥'), (gm._u_boundary, 'boundary', '≤'),
-             (gm._p6_exact, 'exact', '<'), (imbalance._t5b_boundary, 'boundary', '=')]
-
-
-@pytest.mark.parametrize('run,kind,relation', OTHERWISE, ids=lambda x: getattr(x, '__name__', None))
-def test_the_other_way_round_it_fails(run, kind, relation):
-    assert not Check(kind, run, relation).holds(*map(float, run()))
+    owner = next(c for c in claims() if c.id == claim)
+    assert ledger._run(owner, check).passed
+    spoiled = ledger._run(owner, replace(check, run=partial(run, **wrong)))
+    assert not spoiled.passed and (not spoiled.error or spoiled.error.startswith('ArithmeticError'))
 
 
 def test_every_check_is_broken_above():
-    broken = {run for _, run, _ in WRONG} | {run for run, _, _ in OTHERWISE}
-    assert {check.run for claim in claims() for check in claim.checks} == broken
+    assert {check.run for claim in claims() for check in claim.checks} == {run for _, run, _ in WRONG}
+
+
+# --- the rules ---
+
+def test_a_loss_bounds_the_distance_from_the_simplex():
+    import torch
+
+    from largest_margins.codes import simplex
+    from largest_margins.losses import ArcFaceLoss, CosFaceLoss, LMSoftmaxLoss, NormFaceLoss
+    from largest_margins.margins import class_margin, unit_rows
+    kinds = ((NormFaceLoss, {}), (lambda s: CosFaceLoss(s, .35), dict(offset=-.35)),
+             (lambda s: ArcFaceLoss(s, .5), dict(slope=math.cos(.5))), (LMSoftmaxLoss, dict(target_in_sum=False)))
+    generator = torch.Generator().manual_seed(0)
+    for n in range(200):
+        k, s = 2 + n % 5, (1., 8., 32.)[n % 3]
+        loss, options = kinds[n % 4]
+        noise = .3**(n % 7) * torch.randn(4, k, k, generator=generator, dtype=torch.float64)
+        W = unit_rows(simplex(k, k) + noise[0])
+        Z = torch.cat([unit_rows(W + noise[m]) for m in (1, 2, 3)])[:2 * k + 1]  # uneven: one class has a third
+        targets = torch.arange(k).repeat(3)[:2 * k + 1]
+        value = loss(s)
+        value.reduction = 'class-mean'
+        bound = gm.distance_from_simplex(value(Z @ W.T, targets).item(), k, s, **options)
+        class_mean = [(W[c] - Z[targets == c]).square().sum(1).mean() for c in range(k)]
+        assert W.mean(0).norm() <= bound.centroid + 1e-6
+        assert torch.stack(class_mean).mean().sqrt() <= bound.feature + 1e-6
+        assert class_margin(W) >= bound.class_margin - 1e-6
+    exact = gm.distance_from_simplex(math.log(1 + 9 * math.exp(-16 * 10 / 9)), 10, 16.)
+    assert exact[:3] == pytest.approx((0, 0, 0), abs=1e-6) and exact.class_margin == pytest.approx(math.acos(-1 / 9))
+    assert gm.distance_from_simplex(800., 10, 16.) == (1, 2, 1, 0)
+    for wrong in (dict(k=1), dict(scale=0.), dict(slope=.4), dict(loss=0.), dict(loss=-1., target_in_sum=False)):
+        with pytest.raises(ValueError): gm.distance_from_simplex(**{'loss': 1., 'k': 6, 'scale': 8.} | wrong)
+
+
+def test_the_largest_angular_margin():
+    assert math.cos(gm.largest_angular_margin(6)) == pytest.approx(.4)
+    assert gm.largest_angular_margin(2) == math.pi / 2 > gm.largest_angular_margin(3) > math.pi / 3
+    with pytest.raises(ValueError): gm.largest_angular_margin(1)
+
+
+def test_the_least_class_margin_at_a_scale():
+    import torch
+
+    from largest_margins.codes import best_packing, simplex
+    W = simplex(2, 5)
+    assert energy.log_gaussian_energy(3 * W, 7.).item() == pytest.approx(math.log(2) - 14)
+    assert energy.least_class_margin(W, 7.) == pytest.approx(math.pi)
+    points = best_packing(8, 3).points
+    bounds = [energy.least_class_margin(points, s) for s in (1., 10., 100., 1e4, 1e6)]
+    assert bounds == sorted(bounds) and bounds[0] == 0
+    assert best_packing(8, 3).class_margin - 1e-4 < bounds[-1] <= best_packing(8, 3).class_margin
+    with pytest.raises(ValueError): energy.least_class_margin(torch.eye(3), 0.)
+
+
+def test_universally_optimal_codes_have_the_best_class_margin_that_is_proved():
+    from largest_margins.bounds import class_margin_bound
+    from largest_margins.codes import best_packing
+    for k, d in ((6, 3), (12, 3), (5, 2), (8, 4), (16, 5), (27, 6)):
+        assert energy.universally_optimal(k, d)
+        best = best_packing(k, d, seconds=20).class_margin
+        assert best == pytest.approx(class_margin_bound(k, d).radians, abs=1e-5)
+    assert not any(energy.universally_optimal(k, 3) for k in (5, 7, 8, 9, 24))
+    with pytest.raises(ValueError): energy.universally_optimal(1, 3)
 
 
 # --- the tools ---

@@ -1,28 +1,42 @@
 "Every loader on real files or small ones in the same format, every kind of damage, and the batches."
 import gzip
 import hashlib
+import io
 import pickle
+import re
+import struct
+import subprocess
+import threading
+import tracemalloc
+import zlib
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from fastai.distributed import DistributedDL
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from PIL import Image
 from torchvision import datasets
 from torchvision.transforms.functional import InterpolationMode, rotate
 
 from largest_margins import data as module
+from largest_margins import images as images_module
 from largest_margins.data import (
     ImageData,
-    ImageFiles,
     RandomAffine,
     image_folder,
+    image_list,
     imbalanced_counts,
     imbalanced_indices,
     load,
     rotate_images,
 )
+from largest_margins.images import ImageFiles, read_image
+from largest_margins.reid import ReIDImages, _show
+from largest_margins.verification import decode_image, embed_images
 
 LONG_100 = [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
 LONG_10 = [5000, 3871, 2997, 2320, 1796, 1391, 1077, 834, 645, 500]
@@ -112,7 +126,7 @@ def test_fashion_mnist_of_debian():
 # Files in the format of MNIST
 
 def idx(array):
-    head = bytes([0, 0, 8, array.ndim]) + b''.join(n.to_bytes(4) for n in array.shape)
+    head = bytes([0, 0, 8, array.ndim]) + b''.join(n.to_bytes(4, 'big') for n in array.shape)
     return head + array.astype(np.uint8).tobytes()
 
 
@@ -135,6 +149,35 @@ def test_idx_files_compressed_or_not_in_each_layout(mnist, tmp_path_factory, lay
     assert data.train_images.shape == (30, 1, 28, 28) and data.test_targets.tolist() == [*range(10)] * 2
     expected = np.random.default_rng(0).integers(0, 256, (30, 28, 28))
     assert np.array_equal(data.train_images[:, 0].numpy(), expected)
+
+
+@pytest.mark.parametrize('name', ['{}.idx3-ubyte', '{}.idx3-ubyte.gz', '{0}-idx3-ubyte/{0}.idx3-ubyte',
+                                  '{0}-idx3-ubyte/{0}-idx3-ubyte', 'raw/{}.idx3-ubyte'])
+@pytest.mark.parametrize('packed', [False, True])
+def test_idx_files_with_a_dot_and_in_folders_of_their_own(mnist, name, packed):
+    expected = load('mnist', mnist)
+    for split in ('train', 't10k'):
+        content = gzip.decompress((mnist/f'{split}-images-idx3-ubyte.gz').read_bytes())
+        (mnist/f'{split}-images-idx3-ubyte.gz').unlink()
+        path = mnist/name.format(f'{split}-images')
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(gzip.compress(content) if packed else content)  # whatever the suffix says
+    data = load('mnist', mnist)
+    assert torch.equal(data.train_images, expected.train_images) and torch.equal(data.test_images, expected.test_images)
+
+
+@pytest.mark.parametrize('shape,size,message', [((10, 28, 28), 10**8, 'does not fit'), ((2**31, 9, 9), 10, 'says 1')])
+def test_no_more_is_unpacked_than_the_header_announces(mnist, shape, size, message):
+    path = mnist/'train-images-idx3-ubyte.gz'
+    head = bytes([0, 0, 8, 3]) + b''.join(n.to_bytes(4, 'big') for n in shape)
+    with gzip.open(path, 'wb') as file:
+        file.write(head)
+        for _ in range(size // 10**6): file.write(bytes(10**6))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=f'train-images-idx3-ubyte.gz is damaged.*{message}'): load('mnist', mnist)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**23
 
 
 DAMAGE = dict(
@@ -259,6 +302,240 @@ def test_a_damaged_image_is_named(folder):
     (folder/'red'/'3.png').write_bytes(b'no image')
     with pytest.raises(ValueError, match='3.png'): image_folder(folder)
     with pytest.raises(FileNotFoundError, match='nowhere'): image_folder('nowhere')
+
+
+def copied(folder, *places):
+    "The class folders, in each of the places."
+    for place in places:
+        for c in ('blue', 'red'):
+            (folder/place/c).mkdir(parents=True)
+            for path in (folder/c).iterdir(): (folder/place/c/path.name).write_bytes(path.read_bytes())
+    for c in ('blue', 'red'):
+        for path in (folder/c).iterdir(): path.unlink()
+        (folder/c).rmdir()
+
+
+@pytest.mark.parametrize('train,test', [
+    ('train', 'valid'), ('train', 'validation'), ('training', 'testing'), ('Train', 'Test'), ('Training', 'Testing'),
+    ('training_set', 'test_set'), ('TRAIN', 'VAL'), ('train-data', 'test-data'), ('train2017', 'val2017'),
+    ('trainset', 'testset'), ('train_images', 'validate'), ('train', 'dev'), ('train', 'Eval')])
+def test_splits_under_the_names_that_people_have(folder, train, test):
+    copied(folder, train, test)
+    (folder/test/'red'/'0.png').unlink()
+    data = load(folder)
+    assert data.classes == ['blue', 'red'] and data.counts == [8, 8] and len(data.test_targets) == 15
+
+
+def test_test_goes_before_val_unless_it_has_no_classes(folder):
+    copied(folder, 'train', 'val', 'test')
+    (folder/'test'/'red'/'0.png').unlink()
+    assert len(load(folder).test_targets) == 15
+    for c in ('blue', 'red'):
+        for path in (folder/'test'/c).iterdir(): path.rename(folder/'test'/f'{c}{path.name}')
+        (folder/'test'/c).rmdir()
+    assert len(load(folder).test_targets) == 16
+
+
+def test_training_alone_is_no_class(folder):
+    copied(folder, 'train')
+    (folder/'test').mkdir()
+    assert load(folder).counts == [6, 6] and load(folder).classes == ['blue', 'red']
+
+
+@pytest.mark.parametrize('names', [['train'], ['train', 'test1'], ['Train', 'Test'], ['test', 'cats'], ['val', 'cats'],
+                                   ['training', 'cats', 'dogs']])
+def test_splits_without_classes_are_refused(tmp_path, names):
+    for name in names:
+        (tmp_path/name).mkdir()
+        for i in range(4): Image.new('L', (8, 8)).save(tmp_path/name/f'{i}.png')
+    with pytest.raises(ValueError, match='no training split with a folder for each class'): load(tmp_path)
+
+
+def test_a_train_is_a_vehicle_beside_others(folder):
+    (folder/'blue').rename(folder/'train')
+    assert load(folder).classes == ['red', 'train']
+
+
+def test_two_splits_of_a_kind_are_refused(folder):
+    copied(folder, 'train', 'Training', 'test')
+    with pytest.raises(ValueError, match='one split of a kind, got Training and train'): load(folder)
+
+
+def test_what_systems_and_fastai_leave_behind_is_no_class(folder):
+    expected = load(folder)
+    for name in ('.ipynb_checkpoints', '__MACOSX/blue', 'models', '@eaDir', '.git', '__pycache__'):
+        (folder/name).mkdir(parents=True)
+    (folder/'models'/'best.pth').touch()
+    for name in ('__MACOSX/blue/._0.png', '.ipynb_checkpoints/0-checkpoint.png', 'blue/._0.png', 'blue/Thumbs.db',
+                 'red/desktop.ini', 'red/.DS_Store', 'labels.csv'): (folder/name).write_bytes(b'\0')
+    data = load(folder)
+    assert data.classes == expected.classes and torch.equal(data.train_images, expected.train_images)
+    Image.new('RGB', (9, 9)).save(folder/'models'/'0.png')  # now it is one
+    assert load(folder).classes == ['blue', 'models', 'red']
+
+
+@pytest.mark.parametrize('nested', ['{}/train', '{}/deep/deeper', 'archive/{}/train'])
+def test_classes_that_hold_only_folders_are_refused(folder, nested):
+    for c in ('blue', 'red'):
+        files = list((folder/c).iterdir())
+        (folder/nested.format(c)).mkdir(parents=True)
+        for path in files: path.rename(folder/nested.format(c)/path.name)
+        if not any((folder/c).iterdir()): (folder/c).rmdir()
+    with pytest.raises(ValueError, match='only folders: give the folder whose folders are the classes'): load(folder)
+
+
+def test_a_class_without_images_is_refused_and_tiny_imagenet_is_read(folder):
+    for c in ('blue', 'red'):
+        (folder/c/'images').mkdir()
+        for path in (folder/c).glob('*.png'): path.rename(folder/c/'images'/path.name)
+        (folder/c/f'{c}_boxes.txt').touch()
+    assert load(folder).counts == [6, 6]
+    (folder/'labels').mkdir()
+    with pytest.raises(ValueError, match='labels must hold the images of a class, it holds none'): load(folder)
+    with pytest.raises(ValueError, match='must hold a folder for each class'): load(folder/'red'/'images')
+
+
+def test_links_lead_to_every_folder_once(folder):
+    expected = load(folder)
+    (folder/'blue'/'loop').symlink_to('.', target_is_directory=True)
+    (folder/'blue'/'up').symlink_to('..', target_is_directory=True)
+    (folder/'red'/'other').symlink_to('../blue', target_is_directory=True)
+    data = load(folder)
+    assert data.counts == expected.counts and torch.equal(data.train_images, expected.train_images)
+    (folder/'green').symlink_to('blue', target_is_directory=True)
+    with pytest.raises(ValueError, match='are links to others'): load(folder)
+    (folder/'green').unlink()
+    (folder/'red').rename(folder.parent/'elsewhere')
+    (folder/'red').symlink_to(folder.parent/'elsewhere', target_is_directory=True)
+    assert load(folder).counts == expected.counts
+
+
+# Lists of images
+
+@pytest.fixture
+def lists(folder):
+    lines = [f'{c}/{i}.png {label}' for label, c in enumerate(('blue', 'red')) for i in range(8)]
+    (folder/'X_LT_train.txt').write_text('\n'.join(lines[:5] + ['', *lines[8:10]]))
+    (folder/'X_LT_test.txt').write_text('\r\n'.join(lines[6:8] + lines[14:]))
+    return folder
+
+
+def test_lists_of_paths_and_labels(lists):
+    data = load(lists/'X_LT_train.txt')
+    assert data.counts == [5, 2] and data.test_targets.tolist() == [0, 0, 1, 1] and data.classes == ['0', '1']
+    assert (data.train_images[data.train_targets == 1, 0] == 255).all()
+    elsewhere = lists.parent/'X_LT_train.txt'
+    (lists/'X_LT_train.txt').rename(elsewhere)
+    assert len(load(elsewhere, data=lists).test_targets) == 2, 'a quarter of each class, at least one'
+    assert image_list(elsewhere, lists/'X_LT_test.txt', lists).counts == [5, 2]
+    with pytest.raises(FileNotFoundError, match=r'7 of 7 images were not found.*0\.png.*--data DIR'): load(elsewhere)
+    (lists/'val.csv').write_text('blue/0.png,0\nred/a b.png\t1\n')
+    (lists/'red'/'0.png').rename(lists/'red'/'a b.png')
+    assert image_list(lists/'val.csv', lists/'X_LT_test.txt').counts == [1, 1]
+
+
+@pytest.mark.parametrize('text,message', [
+    ('blue/0.png 0\nred/0.png\n', 'line 2: wanted "path label"'), ('blue/0.png -1\n', 'line 1: wanted'),
+    ('blue/0.png 0\nred/0.png 2\n', r'each of the labels 0\.\.2, 1 are missing, such as \[1\]'),
+    ('blue/0.png 1\nred/0.png 2\n', r'missing, such as \[0\]'), ('\n', 'holds no images'),
+    ('blue/6.png 0\nred/0.png 1\n', r'must not share images, 1 are in both, such as .*6\.png')])
+def test_bad_lists(lists, text, message):
+    (lists/'X_LT_train.txt').write_text(text)
+    with pytest.raises(ValueError, match=message): load(lists/'X_LT_train.txt')
+
+
+# What strangers call an image
+
+def chunk(kind, data): return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+
+
+def png_of_zeros(width, height):
+    "A small file that unpacks to width times height black pixels."
+    packer = zlib.compressobj(9)
+    rows = b''.join(packer.compress(bytes(width + 1)) for _ in range(height)) + packer.flush()
+    header = struct.pack('>IIBBBBB', width, height, 8, 0, 0, 0, 0)
+    return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header) + chunk(b'IDAT', rows) + chunk(b'IEND', b'')
+
+
+def readers(path):
+    "Every way in which the library opens an image."
+    images = ReIDImages([path], torch.tensor([1]), torch.tensor([1]))
+    axes = Figure().subplots()
+    return [lambda: read_image(path), lambda: ImageFiles([path], 8)[0], lambda: images.pixels((8, 4)),
+            lambda: images.pixels((8, 4), channels=1), lambda: decode_image(path.name, path.parent),
+            lambda: embed_images([path.name], lambda x: x.flatten(1), path.parent),
+            lambda: _show(axes, path, '', 'black', '-')]
+
+
+EPS = b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n'
+
+
+@pytest.mark.parametrize('name', ['a.png', 'a.jpg', 'a.eps.png'])
+@pytest.mark.parametrize('content', [EPS, b'\xc5\xd0\xd3\xc6' + struct.pack('<II', 32, len(EPS)) + bytes(20) + EPS,
+                                     b'', b'GIF8', b'<html>', png_of_zeros(9, 9)[:40]])
+def test_no_program_is_run_and_the_name_is_said(tmp_path, monkeypatch, name, content):
+    def refuse(*args, **kwargs): raise AssertionError('a program was started')
+    for call in ('Popen', 'check_call', 'run', 'call'): monkeypatch.setattr(subprocess, call, refuse)
+    (tmp_path/name).write_bytes(content)
+    for read in readers(tmp_path/name):
+        with pytest.raises(ValueError, match=rf'the image .*{re.escape(name)} is not readable'): read()
+
+
+def test_a_bomb_is_refused_by_its_header_and_large_images_come_one_at_a_time(tmp_path, monkeypatch):
+    (tmp_path/'bomb.png').write_bytes(png_of_zeros(12_000, 12_000))
+    assert (tmp_path/'bomb.png').stat().st_size < 200_000
+    for read in readers(tmp_path/'bomb.png'):
+        with pytest.raises(ValueError, match=r'bomb.png is not readable: .*144,000,000 pixels.*MOST_PIXELS'): read()
+    (tmp_path/'large.png').write_bytes(png_of_zeros(60, 50))
+    at_once, most, lock, convert = [0], [0], threading.Lock(), Image.Image.convert
+    def counted(self, mode):
+        with lock: at_once[0] += 1
+        most[0] = max(most[0], at_once[0])
+        image = convert(self, mode)
+        with lock: at_once[0] -= 1
+        return image
+    monkeypatch.setattr(images_module, '_LARGE', 1000)
+    monkeypatch.setattr(Image.Image, 'convert', counted)
+    assert len(ImageFiles([tmp_path/'large.png'] * 40, 8)[:]) == 40 and most == [1]
+    monkeypatch.setattr(images_module, 'MOST_PIXELS', 2000)
+    with pytest.raises(ValueError, match='3,000 pixels'): read_image(tmp_path/'large.png')
+
+
+@pytest.mark.parametrize('mode', ['I;16', 'I', 'F'])
+def test_deep_pixels_are_refused_not_cut_off(tmp_path, mode):
+    name = 'a.png' if mode == 'I;16' else 'a.tif'
+    Image.new(mode, (4, 4), 30_000).save(tmp_path/name)
+    with pytest.raises(ValueError, match='scale them to 8 bits'): read_image(tmp_path/name)
+
+
+def encoded(kind):
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 9, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(buffer, kind)
+    return buffer.getvalue()
+
+
+ENCODED = {kind: encoded(kind) for kind in images_module.FORMATS}
+
+
+@settings(deadline=None, max_examples=400)
+@given(st.data())
+def test_damaged_images_have_one_kind_of_error(tmp_path_factory, data):
+    content = bytearray(ENCODED[data.draw(st.sampled_from(images_module.FORMATS))])
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    content = bytes(content[:data.draw(st.integers(0, len(content)))])
+    path = tmp_path_factory.getbasetemp()/'mutant.png'
+    path.write_bytes(content)
+    for source, name in ((path, 'mutant.png'), (content, f'of {len(content):,} bytes')):
+        try: assert read_image(source).mode == 'RGB'
+        except ValueError as e: assert f'{name} is not readable: ' in str(e) and not str(e).endswith(': ')
+
+
+def test_every_format_is_read(tmp_path):
+    for kind, content in ENCODED.items(): assert read_image(content, 'L').size == (9, 12), kind
+    with pytest.raises(FileNotFoundError, match='nowhere'): read_image(tmp_path/'nowhere.png')
+    with pytest.raises(IsADirectoryError): read_image(tmp_path)
 
 
 # Batches

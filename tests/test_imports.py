@@ -9,7 +9,7 @@ HEAVY = {'fastai', 'fastcore', 'matplotlib', 'torchvision', 'timm', 'PIL', 'skle
          'nbdev'}
 PACKAGE = Path(__file__).parent.parent/'largest_margins'
 TRAINING = {'data', 'plots', 'callbacks', 'learner', 'experiments', 'report', 'cli', 'glyphs', 'reid', 'verification',
-            'bodies', 'recipes', 'tables', 'tasks', 'identities', 'comparisons', 'all'}
+            'images', 'bodies', 'recipes', 'tables', 'tasks', 'identities', 'comparisons', 'all'}
 LIGHT = sorted({p.stem for p in PACKAGE.glob('*.py') if not p.stem.startswith('_')} - TRAINING)
 
 

@@ -11,6 +11,7 @@ from largest_margins import codes
 from largest_margins.bounds import class_margin_bound
 from largest_margins.codes import Packing, best_packing, log_riesz_energy
 from largest_margins.margins import class_margin, unit_rows
+from largest_margins.threads import _openblas
 
 SLOANE = {  # degrees, three dimensions (Sloane, Hardin, Smith: Tables of spherical codes)
     4: 109.4712206, 5: 90, 6: 90, 7: 77.8695422, 8: 74.8584922, 9: 70.5287794, 10: 66.1468220, 11: 63.4349488,
@@ -65,6 +66,105 @@ def test_rattlers_and_contacts():
     assert len(best_packing(24, 3).contacts()) == 60 and len(best_packing(240, 8).contacts()) == 6720
 
 
+@pytest.mark.parametrize('contact', [20, 45, 70])
+def test_a_point_escapes_unless_zero_is_inside_the_hull_of_its_pulls(contact):
+    "Two contacts on opposite sides: zero lies between their pulls, and yet the point slips away sideways."
+    c, s = math.cos(math.radians(contact)), math.sin(math.radians(contact))
+    sides = np.array([[s, 0, c], [-s, 0, c]])
+    moved = codes._release(np.concatenate([[[0, 0, 1.]], sides]))
+    assert (moved[:1] @ sides.T).max() < c - 1e-4 and np.allclose(moved[1:], sides)
+    turn = np.arange(3) * 2 * math.pi / 3
+    three = np.stack([s * np.cos(turn), s * np.sin(turn), np.full(3, c)], 1)
+    held = codes._release(np.concatenate([[[0, 0, 1.]], three]))
+    assert np.allclose(held[0], [0, 0, 1])
+
+
+def test_the_polish_leaves_a_stationary_arrangement_that_is_no_optimum():
+    square = np.array([[1., 0, 0], [-1, 0, 0], [0, 1, 0], [0, -1, 0]])
+    assert codes._largest_cosine(codes._lift(square, math.inf)) == pytest.approx(0, abs=1e-12)
+    assert codes._largest_cosine(codes._polish(square, math.inf)) == pytest.approx(-1 / 3, abs=1e-12)
+
+
+def test_a_packing_says_what_it_has_reached():
+    for k, d in ((4, 3), (9, 2), (5, 3), (12, 3), (56, 7), (275, 22)): assert best_packing(k, d).optimum == 'proven'
+    assert best_packing(8, 3, starts=2).optimum == 'local'
+    random = torch.randn(12, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert Packing(unit_rows(random), 3.).optimum == 'none'
+    square = torch.tensor([[1., 0, 0], [-1, 0, 0], [0, 1, 0], [0, -1, 0]], dtype=torch.float64)
+    assert Packing(square, 3.).optimum == 'stationary'
+    assert Packing(torch.cat([square, torch.tensor([[0, 0, 1.]])]), 3.).rigidity == 'flexible'
+
+
+class Clock:
+    "Time that passes by a little each time that one looks."
+    def __init__(self, tick): self.now, self.tick = 0., tick
+    def monotonic(self):
+        self.now += self.tick
+        return self.now
+
+
+def starts_of(monkeypatch, tick=1e-4, **kwargs):
+    seen = []
+    with monkeypatch.context() as m:
+        m.setattr(codes, 'time', Clock(tick))
+        packing = best_packing(9, 4, progress=lambda *told: seen.append(told), **kwargs)
+    return len(seen), packing
+
+
+def test_seconds_shorten_and_lengthen_the_search(monkeypatch):
+    plain, _ = starts_of(monkeypatch)
+    few, _ = starts_of(monkeypatch, seconds=.05)
+    many, _ = starts_of(monkeypatch, seconds=3)
+    assert few < plain < many
+    assert starts_of(monkeypatch, seconds=3, starts=plain)[0] <= plain
+
+
+def test_a_search_that_had_no_time_says_so(monkeypatch):
+    done, packing = starts_of(monkeypatch, tick=1, seconds=.5)
+    assert done == 1 and packing.optimum == 'none'
+
+
+def test_the_time_of_the_bound_is_not_the_searchs_own(monkeypatch):
+    clock, bound = Clock(1e-4), class_margin_bound(9, 4)
+    def slow(k, d):
+        clock.now += 1000
+        return bound
+    seen = []
+    monkeypatch.setattr(codes, 'class_margin_bound', slow)
+    monkeypatch.setattr(codes, 'time', clock)
+    best_packing(9, 4, seconds=1, progress=lambda *told: seen.append(told))
+    assert len(seen) > 1
+
+
+def test_small_problems_have_one_thread_and_the_setting_comes_back(monkeypatch):
+    before, inside, search = threads(), [], codes._search
+    def watched(*args):
+        inside.append(threads())
+        return search(*args)
+    monkeypatch.setattr(codes, '_search', watched)
+    best_packing(7, 3, starts=1)
+    assert set(inside[0]) == {1} and threads() == before
+    monkeypatch.setattr(codes, '_search', None)
+    with pytest.raises(TypeError): best_packing(7, 3, starts=1)
+    assert threads() == before
+
+
+def threads(): return [torch.get_num_threads(), *(get() for _, get in _openblas())]
+
+
+def test_numpy_and_scipy_have_an_openblas_that_listens():
+    assert len(_openblas()) == 2
+
+
+def test_repr_and_margin_measure_once(monkeypatch):
+    measured = []
+    monkeypatch.setattr(codes, 'class_margin', lambda points: measured.append(1) or torch.tensor(1.))
+    large = Packing(torch.zeros(100_000, 3, dtype=torch.float64), 1.)
+    assert 'k=100000, d=3' in repr(large) and not measured
+    small = Packing(torch.zeros(10, 3, dtype=torch.float64), 1.)
+    assert repr(small) == repr(small) and small.class_margin == 1 and measured == [1]
+
+
 def test_never_above_the_bound():
     for k, d in ((7, 3), (9, 4), (15, 5), (40, 3), (60, 6)):
         packing = best_packing(k, d, starts=3)
@@ -95,7 +195,9 @@ def test_large_ones_in_the_time_given_and_far_below_k_squared_numbers():
 
 
 @pytest.mark.parametrize('kwargs,message', [(dict(starts=0), 'starts'), (dict(starts=1.5), 'starts'),
-                                            (dict(seconds=0), 'seconds'), (dict(seconds=-1), 'seconds')])
+                                            (dict(starts=True), 'starts'), (dict(seconds=0), 'seconds'),
+                                            (dict(seconds=-1), 'seconds'), (dict(seconds=True), 'seconds'),
+                                            (dict(seconds=math.nan), 'seconds'), (dict(seconds='1'), 'seconds')])
 def test_refuses(kwargs, message):
     with pytest.raises(ValueError, match=message): best_packing(7, 3, **kwargs)
 

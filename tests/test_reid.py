@@ -1,6 +1,7 @@
 "Rankings against a walk down each list, folders in the real format with every trap, batches of people, end to end."
 import pickle
 import shutil
+import time
 import warnings
 
 import matplotlib.pyplot as plt
@@ -18,13 +19,13 @@ from torchvision.models import resnet18, resnet50
 from largest_margins.data import RandomAffine
 from largest_margins.glyphs import write_glyph_market
 from largest_margins.heads import MarginHead
+from largest_margins.images import ImageFiles
 from largest_margins.learner import ConvBody
 from largest_margins.losses import CosFaceLoss, LMSoftmaxLoss, NormFaceLoss
 from largest_margins.plots import BLUE, ORANGE
 from largest_margins.reid import (
     BNNeck,
     PKSampler,
-    ReIDFiles,
     cosine_distances,
     duke_folder,
     embed,
@@ -37,6 +38,7 @@ from largest_margins.reid import (
     reid_learner,
     resnet50_body,
 )
+from largest_margins.verification import DeadNetwork
 
 
 @pytest.fixture(autouse=True)
@@ -172,6 +174,41 @@ def test_anything_that_holds_numbers_is_taken():
     assert plain.mAP == arrays.mAP == graph.mAP == .5
 
 
+@pytest.mark.parametrize('dtype', [np.uint8, np.uint16, np.uint32, np.uint64, np.int8, np.int16, '>i4', '>u8'])
+def test_ids_of_every_width(dtype):
+    distances, labels = torch.tensor([[.1, .2, .3]]), ([1], [1], [2, 1, 7], [1, 2, 3])
+    arrays = [np.array(x, dtype) for x in labels]
+    assert evaluate(distances, *arrays, junk=7).mAP == evaluate(distances, *labels).mAP == .5
+    if not str(dtype).startswith('>'):
+        assert evaluate(distances, *map(torch.from_numpy, arrays)).mAP == .5
+    with pytest.raises(ValueError, match='query_ids must be below 2'):
+        evaluate(distances, np.array([2**63], np.uint64), *labels[1:])
+
+
+@pytest.mark.parametrize('junk', [2, (2,), [2, 9], {2}, np.array([2]), torch.tensor([2]), np.int64(2)])
+def test_junk_in_every_form(junk):
+    assert evaluate(torch.tensor([[.1, .2]]), [1], [1], [2, 1], [1, 2], junk=junk).mAP == 1
+
+
+@pytest.mark.parametrize('junk', [-1, (), None])
+def test_junk_that_is_not_there(junk):
+    assert evaluate(torch.tensor([[.1, .2]]), [1], [1], [2, 1], [1, 2], junk=junk).mAP == .5
+    with pytest.raises(TypeError, match='junk must be integers'): evaluate(*ONE, junk=[.5])
+
+
+def test_ranks_cost_less_than_sorting():
+    g = torch.Generator().manual_seed(0)
+    distances, drawn = torch.rand(150, 15_913, generator=g), torch.randint(750, (16_063,), generator=g)
+    def cpu(f):
+        start = time.process_time()
+        f()
+        return time.process_time() - start
+    ids, cameras = drawn.split([150, 15_913]), (drawn % 6).split([150, 15_913])
+    ours = [cpu(lambda: evaluate(distances, ids[0], cameras[0] + 9, ids[1], cameras[1])) for _ in range(3)]
+    sorting = [cpu(lambda: np.argsort(distances.numpy(), axis=1, kind='stable')) for _ in range(3)]
+    assert min(ours) < min(sorting)
+
+
 ONE = torch.tensor([[0., 1.]]), [1], [1], [1, 2], [2, 2]
 
 
@@ -255,7 +292,7 @@ def test_market_folder(market):
     assert repr(data).splitlines() == [
         'run_2024_c1     ids   images  cameras', 'train             3        4        3',
         'query             2        2        2', 'gallery           3        5        3',
-        'gallery: 2 images are distractors, together one id; 3 junk images left out']
+        'gallery: 2 images are distractors (ids: 1); 3 junk images left out']
 
 
 def test_training_classes_are_the_sorted_persons(market):
@@ -280,13 +317,96 @@ def test_queries_without_a_match_are_counted(market):
 
 @pytest.mark.parametrize('split,name,message', [
     ('query', 'IMG_1234.jpg', 'query: 1 files are not named like.*IMG_1234.jpg'),
-    ('bounding_box_train', '-1_c1s1_000401_03.jpg', 'train must hold persons ≥ 1, got -1'),
-    ('bounding_box_train', '0000_c1s1_000401_03.jpg', 'train must hold persons ≥ 1, got 0'),
-    ('query', '0000_c1s1_000401_03.jpg', 'query must hold persons ≥ 1, got 0'),
+    ('bounding_box_train', '-1_c1s1_000401_03.jpg', 'train must hold persons ≥ 0, got -1'),
+    ('bounding_box_train', '0000_c1s1_000401_03.jpg', r'not share persons, 1 are in both, such as \[0\]'),
+    ('query', '-1_c1s1_000401_03.jpg', 'query must hold persons ≥ 0, got -1'),
     ('bounding_box_test', '0005_c2_f0046985.jpg', 'named as in DukeMTMC-reID, see duke_folder')])
 def test_what_does_not_belong_is_an_error(market, split, name, message):
     (market/split/name).write_bytes(b'')
     with pytest.raises(ValueError, match=message): market_folder(market)
+
+
+@pytest.mark.parametrize('clutter', ['._0002_c1s1_000451_03.jpg', 'desktop.ini', 'Desktop.ini', 'Thumbs.db',
+                                     '.DS_Store', '.ipynb_checkpoints/0002_c1s1_000451_03.jpg', '@eaDir/a.jpg'])
+def test_what_systems_leave_behind_is_passed_over(market, clutter):
+    expected = repr(market_folder(market))
+    for split in ('query', 'bounding_box_test', 'bounding_box_train'):
+        (market/split/clutter).parent.mkdir(exist_ok=True)
+        (market/split/clutter).write_bytes(b'\0\5\x16\7')
+    assert repr(market_folder(market)) == expected
+
+
+def test_ids_from_zero(tmp_path):
+    root = fill(tmp_path/'zero', ['0002_c1_1.png', '0003_c1_1.png'], ['0000_c1_0.png', '0001_c2_0.png'],
+                ['0000_c2_1.png', '0001_c1_1.png', '0004_c1_1.png', '0004_c2_1.png'])
+    data = market_folder(root)
+    assert data.unmatched() == [] and repr(data).splitlines()[-1] == (
+        'gallery: 2 images are distractors (ids: 1); 0 junk images left out')
+    assert evaluate(torch.tensor([[0., 1, 2, 3], [1, 0, 2, 3]]), *data.labels).mAP == 1
+    trained = market_folder(fill(tmp_path/'trained', ['0000_c1_1.png', '0001_c1_1.png'], ['0002_c1_1.png'],
+                                 ['0002_c2_1.png']))
+    assert trained.training((8, 4)).classes == ['0', '1']
+
+
+def test_each_split_may_number_its_people(tmp_path):
+    root = fill(tmp_path/'own', ['0000_c1_1.png', '0001_c2_1.png'], ['0000_c1_0.png'],
+                ['0000_c2_1.png', '0001_c1_1.png'])
+    with pytest.raises(ValueError, match='2 are in both.*if each split has numbers of its own, say shared_ids=False'):
+        market_folder(root)
+    data = market_folder(root, shared_ids=False)
+    assert data.train.persons.tolist() == [0, 1] and data.query.persons.tolist() == [0] and data.unmatched() == []
+
+
+def test_cuhk03_np_is_two_folders_and_the_choice_is_named(tmp_path):
+    for kind in ('labeled', 'detected'):
+        fill(tmp_path/'cuhk03-np'/kind, ['0003_c1_21.png', '0003_c2_25.png'], ['0001_c1_1.png'], ['0001_c2_6.png'])
+    with pytest.raises(FileNotFoundError, match='bounding_box_train is not a directory.*have one: detected, labeled'):
+        market_folder(tmp_path/'cuhk03-np')
+    data = market_folder(tmp_path/'cuhk03-np'/'labeled', cameras=2)
+    assert data.train.persons.tolist() == [3, 3] and data.name == 'labeled'
+
+
+def test_veri(tmp_path):
+    root = tmp_path/'VeRi'
+    for split, names in (('image_train', ['0001_c001_00016450_0.jpg', '0001_c020_00016460_0.jpg']),
+                         ('image_query', ['0002_c002_00030600_0.jpg']),
+                         ('image_test', ['0002_c002_00030600_0.jpg', '0002_c003_00084280_0.jpg'])):
+        (root/split).mkdir(parents=True)
+        for name in names: Image.new('RGB', (20, 16)).save(root/split/name)
+        (root/f'name_{split[6:]}.txt').write_text('\n'.join(names))
+    data = market_folder(root, cameras=20)
+    assert data.train.cameras.tolist() == [1, 20] and data.gallery.persons.tolist() == [2, 2] and data.unmatched() == []
+    assert evaluate(torch.tensor([[0., 1.]]), *data.labels).mAP == 1, 'the query itself is of the same camera'
+
+
+MSMT = dict(list_train=['0000/0000_000_01_0303morning_0015_0.jpg 0', '0000/0000_001_14_0303morning_0020_1.jpg 0',
+                        '0001/0001_000_03_0303noon_0012_2.jpg 1'],
+            list_val=['0001/0001_001_05_0303noon_0013_2.jpg 1'],
+            list_query=['0000/0000_000_01_0113morning_0001_0.jpg 0'],
+            list_gallery=['0000/0000_004_15_0113afternoon_0007_0.jpg 0', '0001/0001_000_02_0113noon_0009_0_ex.jpg 1'])
+
+
+@pytest.mark.parametrize('folders', [('train', 'test'), ('mask_train_v2', 'mask_test_v2')])
+def test_msmt17(tmp_path, folders):
+    root = tmp_path/'MSMT17_V1'
+    for file, lines in MSMT.items():
+        folder = root/folders['query' in file or 'gallery' in file]
+        for line in lines:
+            path = folder/line.split()[0]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new('RGB', (8, 16)).save(path)
+        (root/f'{file}.txt').write_text('\n'.join([*lines, '']))
+    data = market_folder(root, cameras=15)
+    assert data.train.persons.tolist() == [0, 0, 1] and data.train.cameras.tolist() == [1, 14, 3]
+    assert data.gallery.persons.tolist() == [0, 1] and data.gallery.cameras.tolist() == [15, 2]
+    assert data.unmatched() == [] and data.training((8, 4)).classes == ['0', '1']
+    assert evaluate(torch.tensor([[0., 1.]]), *data.labels).mAP == 1
+    with pytest.raises(ValueError, match=r'have a camera outside 1\.\.14'): market_folder(root, cameras=14)
+    with pytest.raises(FileNotFoundError, match='have one: MSMT17_V1'): market_folder(tmp_path)
+    path.unlink()
+    with pytest.raises(ValueError, match='1 files of list_gallery.txt are missing: 0001_000_02'): market_folder(root)
+    (root/'list_query.txt').write_text('0000.jpg 0\n')
+    with pytest.raises(ValueError, match=r'list_query\.txt, line 1: wanted a line such as'): market_folder(root)
 
 
 def test_the_first_few_unknown_names_are_listed(market):
@@ -323,7 +443,7 @@ def test_duke_needs_a_word_and_says_why(tmp_path):
 def test_pictures_in_memory_and_on_disk_are_the_same(market):
     images = market_folder(market).train
     here, there = images.pixels((32, 16)), images.pixels((32, 16), budget=0)
-    assert isinstance(there, ReIDFiles) and here.dtype == torch.uint8 and here.shape == there.shape == (4, 3, 32, 16)
+    assert isinstance(there, ImageFiles) and here.dtype == torch.uint8 and here.shape == there.shape == (4, 3, 32, 16)
     assert torch.equal(there[torch.tensor([3, 1])], here[[3, 1]])
     for picture, path in zip(here, images.paths, strict=True):  # of one colour, as JPEG keeps it
         assert picture.flatten(1).unique(dim=1)[:, 0].tolist() == list(Image.open(path).getpixel((0, 0)))
@@ -336,10 +456,10 @@ def test_a_picture_is_squeezed_not_cropped(tmp_path):
     wide = np.zeros((10, 40, 3), np.uint8)
     wide[:, :20] = 255
     Image.fromarray(wide).save(tmp_path/'a.png')
-    half = ReIDFiles([tmp_path/'a.png'], (20, 10), channels=1)[0][0]
+    half = ImageFiles([tmp_path/'a.png'], (20, 10), channels=1, crop=False)[0][0]
     assert half.shape == (20, 10) and half[:, :4].eq(255).all() and half[:, 6:].eq(0).all()
     (tmp_path/'a.png').write_bytes(b'no image')
-    with pytest.raises(ValueError, match='a.png is not a readable image'): ReIDFiles([tmp_path/'a.png'])[0]
+    with pytest.raises(ValueError, match='a.png is not readable'): ImageFiles([tmp_path/'a.png'], 8)[0]
 
 
 # Batches of people
@@ -384,10 +504,11 @@ def test_epochs_differ_seeds_differ_and_nothing_is_lost_for_good():
 
 @pytest.mark.parametrize('args,message', [
     (([1, 2], 0, 1), 'people must be an int ≥ 1'), (([1, 2], 1, 0), 'images'), (([1, 2], 1, 1.5), 'images'),
-    (([1., 2.], 1, 1), 'persons must be integers'), (([[1, 2]], 1, 1), 'persons'),
+    (([[1, 2]], 1, 1), 'persons'),
     (([1, 1, 2], 3, 1), 'at most the 2')])
 def test_bad_samplers(args, message):
     with pytest.raises(ValueError, match=message): PKSampler(*args)
+    with pytest.raises(TypeError, match='persons must be integers'): PKSampler([1., 2.], 1, 1)
 
 
 # The network, on glyphs
@@ -462,6 +583,31 @@ def test_cosine_distances_rank_as_euclidean_ones_of_unit_vectors():
     assert torch.allclose(distances, torch.cdist(F.normalize(x), F.normalize(y))**2 / 2, atol=1e-5)
 
 
+def test_features_of_zeros_are_like_nobody_and_tiny_ones_like_others():
+    x, y = torch.randn(3, 8), torch.randn(4, 8)
+    x[1], y[2] = 0, 0
+    with pytest.warns(UserWarning, match='1 of [34] (query|gallery) are zero'): distances = cosine_distances(x, y)
+    assert (distances[1] == 1).all() and (distances[:, 2] == 1).all()
+    whole = x[::2]
+    def unit(z): return z.double() / z.double().norm(dim=1, keepdim=True)
+    for scale in (1e-38, 1e-40, 1e37):
+        tiny = whole * scale
+        expected = unit(tiny) @ unit(y[:2]).T
+        assert torch.allclose(1 - cosine_distances(tiny, y[:2]).double(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize('value', [0., 1.])
+def test_a_dead_network_is_said_to_be_one(glyphs, training, value):
+    class Dead(nn.Module):
+        def forward(self, x): return torch.full((len(x), 4), value, requires_grad=True)
+    learn = reid_learner(training.dataloaders(64, seed=0), ConvBody(widths=(8, 8)), NormFaceLoss(20.))
+    learn.model = nn.Sequential(Dead(), nn.Identity(), nn.Identity())
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        with pytest.raises(DeadNetwork, match='the network is dead'):
+            embed(learn, glyphs.query.pixels((28, 28), 1))
+
+
 def test_resnet_without_the_last_stride_and_with_the_users_weights(tmp_path):
     torch.manual_seed(0)
     published = resnet50()
@@ -476,6 +622,9 @@ def test_resnet_without_the_last_stride_and_with_the_users_weights(tmp_path):
     torch.save(resnet18().state_dict(), tmp_path/'other.pth')
     with pytest.raises(ValueError, match="other.pth does not hold the weights of torchvision's resnet50"):
         resnet50_body(tmp_path/'other.pth')
+    for content in (b'not weights', b'', b'PK\x03\x04 half a zip'):
+        (tmp_path/'text.pth').write_bytes(content)
+        with pytest.raises(ValueError, match="text.pth does not hold the weights"): resnet50_body(tmp_path/'text.pth')
 
 
 class Malice:

@@ -122,3 +122,48 @@ def test_tampered_certificates_are_refused():
         direction=signed(true, direction=[str(-Fraction(x)) for x in true['direction']]))
     assert verify(true)
     assert {name: verify(lie) for name, lie in lies.items()} == dict.fromkeys(lies, False)
+
+
+# --- the theorem: what holds at every optimum, and for every prototypes ---
+
+@pytest.mark.parametrize('k,d', [(4, 3), (5, 3), (6, 3), (7, 4), (5, 2), (8, 2)])
+def test_few_classes_and_classes_on_the_circle_have_no_optimum_but_best_packings(k, d):
+    from largest_margins.claims import largest_margin
+    from largest_margins.margins import class_margin
+    best = best_packing(k, d).class_margin
+    for seed in range(3):
+        found, W, Z = largest_margin(k, d, seed)
+        if found < 1 - math.cos(best) - 1e-4: continue  # this descent stuck
+        assert (W - Z).norm(dim=1).max() < .02  # √ of the slack
+        assert class_margin(W).item() == pytest.approx(best, abs=.02)
+        break
+    else: pytest.fail('no descent reached the optimum')
+
+
+@pytest.mark.parametrize('k,d,seed', [(4, 2, 0), (5, 3, 1), (7, 3, 2), (9, 4, 3), (12, 3, 4)])
+def test_the_prototype_is_the_best_feature_exactly_where_the_pulls_balance(k, d, seed):
+    from scipy.optimize import nnls
+    packing, moved = best_packing(k, d).points, unit_rows(prototypes(k, d, seed))
+    for W in (packing, moved):
+        features, _ = largest_sample_margins(W)
+        for y, w in enumerate(W):
+            cosines = W @ w
+            cosines[y] = -2
+            pulls = W[cosines > cosines.max() - 1e-9] - cosines.max() * w
+            system = np.vstack([pulls.T.numpy(), np.ones(len(pulls))])
+            unbalanced = nnls(system, np.append(np.zeros(d), 1.))[1]
+            assert ((features[y] - w).norm() < 1e-6) == (unbalanced < 1e-6)
+
+
+def test_reflecting_a_feature_raises_every_lead_and_symmetrising_loses_nothing():
+    generator = torch.Generator().manual_seed(0)
+    for d in (2, 3, 5, 9):
+        W, Z = unit_rows(torch.randn(400, 6, d, generator=generator, dtype=torch.float64).flatten(0, 1)).view(
+            2, 200, 6, d)
+        def leads(W, Z): return (W * Z).sum(-1, keepdim=True) - Z @ W.transpose(-1, -2)
+        below = (W * Z).sum(-1, keepdim=True).clamp(max=0)
+        Z = Z - 2 * below * W
+        assert (leads(W, Z) >= leads(W, Z + 2 * below * W) - 1e-12).all()
+        U = (W + Z) / (W + Z).norm(dim=-1, keepdim=True)
+        both = (leads(W, Z) + leads(W, Z).transpose(-1, -2)) / 2
+        assert (1 - U @ U.transpose(-1, -2) - both >= -1e-12).all()

@@ -25,6 +25,7 @@ from torch import nn
 
 from largest_margins import verification as module
 from largest_margins.verification import (
+    DeadNetwork,
     Pair,
     Templates,
     decode_image,
@@ -533,14 +534,92 @@ def with_dtype(state, code=b'u1'):
     return b'(cnumpy\ndtype\n(V' + code + b'\nI00\nI01\ntR' + state + b'bt.'
 
 
+# Written by Python 2.7.18, by pickle and cPickle, the arrays and np.bool_ by NumPy 1.16.6
+STRINGS_OF_PYTHON_2 = [
+    (b'((lp1\nS\'caf\\xe9\\n\\\'"\\\\\'\np2\naS\'\'\naS\'\\xff\\xd8\\x00\'\np3\naS"it\'s"\np4\na(lp5\nI01\na'
+     b'I00\nat.'),
+    (b'((lp0\nS\'caf\\xe9\\n\\\'"\\\\\'\np1\naS\'\'\np2\naS\'\\xff\\xd8\\x00\'\np3\naS"it\'s"\np4\na(lp5\nI0'
+     b'1\naI00\natp6\n.'),
+]
+THREE_BYTES_OF_PYTHON_2 = [
+    (b"((lp0\nc__builtin__\nbytearray\np1\n(V\xff\xd8\\u000a\np2\nS'latin-1'\np3\ntp4\nRp5\nag1\n(V\np6\nS'l"
+     b"atin-1'\np7\ntp8\nRp9\na(lp10\nI01\natp11\n."),
+    (b'\x80\x02]q\x00(c__builtin__\nbytearray\nq\x01X\x05\x00\x00\x00\xc3\xbf\xc3\x98\nq\x02U\x07latin-1q'
+     b'\x03\x86q\x04Rq\x05h\x01X\x00\x00\x00\x00q\x06U\x07latin-1q\x07\x86q\x08Rq\te]q\n\x88a\x86q\x0b.'),
+    (b"((lp1\ncnumpy.core.multiarray\n_reconstruct\np2\n(cnumpy\nndarray\np3\n(I0\ntS'b'\ntRp4\n(I1\n(I3\ntc"
+     b"numpy\ndtype\np5\n(S'u1'\nI0\nI1\ntRp6\n(I3\nS'|'\nNNNI-1\nI-1\nI0\ntbI00\nS'\\xff\\xd8\\n'\ntbag2\n("
+     b"g3\n(I0\ntS'b'\ntRp7\n(I1\n(I0\ntg6\nI00\nS''\ntba(lp8\ncnumpy.core.multiarray\nscalar\np9\n(g5\n(S'b"
+     b"1'\nI0\nI1\ntRp10\n(I3\nS'|'\nNNNI-1\nI-1\nI0\ntbS'\\x01'\ntRp11\nat."),
+    (b'(]q\x01(cnumpy.core.multiarray\n_reconstruct\nq\x02(cnumpy\nndarray\nq\x03(K\x00tU\x01btRq\x04(K\x01('
+     b'K\x03tcnumpy\ndtype\nq\x05(U\x02u1K\x00K\x01tRq\x06(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK'
+     b'\x00tbI00\nU\x03\xff\xd8\ntbh\x02(h\x03(K\x00tU\x01btRq\x07(K\x01(K\x00th\x06I00\nU\x00tbe]q\x08cnump'
+     b'y.core.multiarray\nscalar\nq\t(h\x05(U\x02b1K\x00K\x01tRq\n(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff'
+     b'\xff\xffK\x00tbU\x01\x01tRq\x0bat.'),
+    (b'\x80\x02]q\x01(cnumpy.core.multiarray\n_reconstruct\nq\x02cnumpy\nndarray\nq\x03K\x00\x85U\x01b\x87Rq'
+     b'\x04(K\x01K\x03\x85cnumpy\ndtype\nq\x05U\x02u1K\x00K\x01\x87Rq\x06(K\x03U\x01|NNNJ\xff\xff\xff\xffJ'
+     b'\xff\xff\xff\xffK\x00tb\x89U\x03\xff\xd8\ntbh\x02h\x03K\x00\x85U\x01b\x87Rq\x07(K\x01K\x00\x85h\x06'
+     b'\x89U\x00tbe]q\x08cnumpy.core.multiarray\nscalar\nq\th\x05U\x02b1K\x00K\x01\x87Rq\n(K\x03U\x01|NNNJ'
+     b'\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tbU\x01\x01\x86Rq\x0ba\x86.'),
+]
+
+
+@pytest.mark.parametrize('content', STRINGS_OF_PYTHON_2)
+def test_what_python_2_wrote_in_protocol_0(content):
+    assert read_bin(content) == [Pair(b'caf\xe9\n\'"\\', b'', True), Pair(b'\xff\xd8\x00', b"it's", False)]
+    with pytest.raises(ValueError, match='a string has no end'): read_bin(content.replace(b"'\np", b'\np', 1))
+
+
+@pytest.mark.parametrize('content', THREE_BYTES_OF_PYTHON_2)
+def test_arrays_and_bytearrays_of_python_2(content):
+    assert read_bin(content) == [Pair(b'\xff\xd8\n', b'', True)]
+
+
+@pytest.mark.parametrize('protocol', range(6))
+@pytest.mark.parametrize('kind', [bytes, bytearray, lambda x: np.frombuffer(x, np.uint8)])
+def test_flags_of_numpy_and_bytearrays(protocol, kind):
+    for flags in ([np.bool_(flag) for flag in FLAGS], [np.int64(flag) for flag in FLAGS], (np.uint8(1), np.False_)):
+        content = pickle.dumps(([kind(x) for x in IMAGES], flags), protocol=protocol)
+        assert read_bin(content) == PAIRS and all(type(pair.same) is bool for pair in read_bin(content))
+
+
+SIZE, COUNT = 250_000, 4000
+LARGE = b'B' + struct.pack('<I', SIZE) + bytes(SIZE) + b'q\xf0'  # bytes, in the memo
+TEXT = b'X' + struct.pack('<I', SIZE) + b'a' * SIZE + b'q\xf0'
+GET = b'h\xf0'
+
+
+def listed(first, again): return b'\x80\x04(](' + first + again * (COUNT - 1) + b'e](' + b'\x88' * (COUNT // 2) + b'et.'
+
+
+def array_of(raw):
+    return ARRAY + b'(K\x01J' + struct.pack('<i', SIZE) + b'\x85' + BYTES_DTYPE + b'\x89' + raw + b'tb'
+
+
+BYTEARRAY = b'\x96' + struct.pack('<Q', SIZE) + bytes(SIZE) + b'q\xf0'
+
+
+@pytest.mark.parametrize('content', [
+    listed(LARGE, GET), listed(array_of(LARGE) + b'q\xf1', b'h\xf1'), listed(array_of(LARGE), array_of(GET)),
+    listed(BYTEARRAY, GET), listed(array_of(BYTEARRAY), array_of(GET)),
+    listed(b'cbuiltins\nbytearray\n' + LARGE + b'\x85R', b'cbuiltins\nbytearray\n' + GET + b'\x85R'),
+    listed(b'c_codecs\nencode\n' + TEXT + b'Vlatin1\n\x86R', b'c_codecs\nencode\n' + GET + b'Vlatin1\n\x86R')],
+    ids=['bytes', 'array', 'arrays', 'bytearray', 'arrays of a bytearray', 'bytearrays', 'encoded'])
+def test_many_references_to_one_image_take_little(content):
+    tracemalloc.start()
+    try: assert len(read_bin(content)) == COUNT // 2
+    except ValueError as e: assert 'more data than the file holds' in str(e)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 12 * SIZE + 1000 * COUNT
+
+
 @pytest.mark.parametrize('content,refused', [
     (b"cos\nsystem\n(S'touch ran'\ntR.", 'os.system'), (b"cposix\nsystem\n(S'touch ran'\ntR.", 'posix.system'),
     (b'(Vtouch ran\nios\nsystem\n.', "INST 'os system'"), (b'(cos\nsystem\nVtouch ran\no.', 'os.system'),
     (b'cbuiltins\neval\n.', 'builtins.eval'), (b'c__builtin__\nexec\n.', '__builtin__.exec'),
-    (b'cbuiltins\nbytearray\n.', 'builtins.bytearray'), (b'cbuiltins\ngetattr\n.', 'builtins.getattr'),
+    (b'cbuiltins\ngetattr\n.', 'builtins.getattr'),
     (b'c_codecs\ndecode\n.', '_codecs.decode'), (b'ccodecs\nencode\n.', 'codecs.encode'),
     (b'cnumpy\nload\n.', 'numpy.load'), (b'cnumpy\nfromfile\n.', 'numpy.fromfile'),
-    (b'cnumpy.core.multiarray\nscalar\n.', 'numpy.core.multiarray.scalar'),
     (b'cnumpy.testing\nruntest\n.', 'numpy.testing.runtest'),
     (b'cevil.numpy\nndarray\n.', 'evil.numpy.ndarray'), (b'cevilnumpy\nndarray\n.', 'evilnumpy.ndarray'),
     (b'cnumpy.core\nndarray\n.', 'numpy.core.ndarray'), (b'cx.numpy.core.multiarray\n_reconstruct\n.', 'x.numpy.core'),
@@ -548,7 +627,7 @@ def with_dtype(state, code=b'u1'):
     (named('numpy.ndarray', '__class__'), 'numpy.ndarray.__class__'), (named('os', 'system'), 'os.system'),
     (named('numpy', 'ndarray.__reduce__'), 'numpy.ndarray.__reduce__'),
     (image_list(Reduced(print, 'ran')), 'builtins.print'), (image_list(Reduced(exec, 'ran'), 2), '__builtin__.exec'),
-    (image_list([[[Reduced(eval, '1')]]]), 'builtins.eval'), (image_list(np.uint8(3)), 'numpy._core.multiarray.scalar'),
+    (image_list([[[Reduced(eval, '1')]]]), 'builtins.eval'),
     (image_list(Path('x')), 'pathlib'), (image_list(partial(print)), 'functools.partial'),
     (image_list(np.array([Reduced(eval, '1')])), "dtype 'O8'"), (image_list(np.array([None])), "dtype 'O8'"),
     (image_list(np.array(['a'])), "dtype 'U1'"), (image_list(np.array([b'a'])), "dtype 'S1'"),
@@ -556,7 +635,7 @@ def with_dtype(state, code=b'u1'):
     (image_list(np.zeros(1, [('x', 'u1')])), "dtype 'V1'"), (image_list(np.zeros(1, 'O')), "dtype 'O8'"),
     (image_list(np.zeros((2, 2, 2), 'u1')), 'an array of shape (2, 2, 2)'),
     (image_list({'a': 1}), 'EMPTY_DICT'), (image_list({1}), 'EMPTY_SET'), (image_list(1.5), 'BINFLOAT'),
-    (b"(S'x'\nt.", 'STRING'), (b'\x82\x01.', 'EXT1'), (b'Pid\n.', 'PERSID'), (b'I1\nQ.', 'BINPERSID'),
+    (b'\x82\x01.', 'EXT1'), (b'Pid\n.', 'PERSID'), (b'I1\nQ.', 'BINPERSID'),
     (b'I1\n2.', 'DUP'), (b'I1\n0.', 'POP'), (b'\x80\x05\x97.', 'NEXT_BUFFER'),
     (b'cnumpy\nndarray\n)\x81.', 'NEWOBJ'), (b'cnumpy\nndarray\n)R.', "call of _Name(name='ndarray')"),
     (b'I1\n)R.', 'a call of 1'), (b'cbuiltins\nbytes\n(I9\ntR.', "call of _Name(name='bytes')"),
@@ -653,7 +732,8 @@ def test_noise_is_no_bin_file(content):
     (([], []), '0 images and 0 flags'), (([b'a', b'b'], [2]), 'flag 0 must be a bool, got 2'),
     (([b'a', b'b'], [None]), 'flag 0 must be a bool'), (([b'a', 'b'], [True]), 'image 1 must be bytes'),
     (([b'a', None], [True]), 'image 1'), (([b'a', np.zeros(2)], [True]), 'image 1 must be bytes or an array of bytes'),
-    (([b'a', bytearray(b'b')], [True]), 'image 1'), (([b'a', b'b'], np.array([[True]])), 'flag 0'),
+    (([b'a', np.uint8(3)], [True]), 'image 1'), (([b'a', b'b'], np.array([[True]])), 'flag 0'),
+    (([b'a', b'b'], [np.float32(1)]), 'flag 0 must be a bool, got 1.0'),
     (([b'a', b'b'], np.array([.5])), 'flag 0 must be a bool, got 0.5'),
     (([b'a', b'b'], np.array(True)), 'wanted a list of flags')])
 def test_data_of_another_form(loaded, message, tmp_path):
@@ -691,11 +771,11 @@ def test_decoding(noise, tmp_path):
 def test_images_that_are_refused(noise, tmp_path):
     bomb = bytearray(png(noise[0]))
     bomb[16:24] = struct.pack('>II', 60_000, 60_000)
-    for content in (b'', b'junk', png(noise[0])[:60], bytes(bomb), png(noise[0], 'GIF'), png(noise[0], 'TIFF'),
+    for content in (b'', b'junk', png(noise[0])[:60], bytes(bomb), b'II*\0', b'GIF89a',
                     b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n'):
         with pytest.raises(ValueError, match='image of .* bytes is not readable'): decode_image(content)
     (tmp_path/'a.png').write_bytes(b'junk')
-    with pytest.raises(ValueError, match=r'image a\.png is not readable'): decode_image('a.png', tmp_path)
+    with pytest.raises(ValueError, match=r'image .*a\.png is not readable'): decode_image('a.png', tmp_path)
     with pytest.raises(FileNotFoundError, match='b was not found'): decode_image('b', tmp_path)
     (tmp_path/'inside').mkdir()
     for name in ('../a.png', str(tmp_path/'a.png'), 'x/../../a', '..\\a.png'):
@@ -752,6 +832,60 @@ def test_bad_embeddings(embed, error, message, noise):
     with pytest.raises(error, match=message): embed_images([png(x) for x in noise], embed, size=None)
 
 
+def test_zero_features_are_like_nobody_and_are_counted(noise):
+    images = [png(x) for x in noise]
+    def embed(x): return x.flatten(1) * (torch.arange(len(x)) % 3 > 0)[:, None]  # every third face is not found
+    with pytest.warns(UserWarning, match='3 of 7 features of embed are zero'):
+        features = embed_images(images, embed, size=None, flip=False)
+    assert (~features.any(1)).tolist() == [True, False, False] * 2 + [True]
+    with pytest.warns(UserWarning, match='3 of 7 features are zero'):
+        distances = pair_distances(features, [0, 0, 1, 0, 1], [3, 1, 3, 0, 1])
+    assert distances.tolist() == [2, 2, 2, 2, 0], 'cosine 0 with others, with other zeros and with itself'
+    with pytest.warns(UserWarning, match='1 of 3 features are zero'):
+        scores = template_scores(Templates(np.array([3, 5, 9]), torch.tensor([[0., 0], [1, 0], [0, 1]])),
+                                 [3, 3, 5, 5], [3, 5, 5, 9])
+    assert scores.tolist() == [0, 0, 1, 0]
+    with pytest.warns(UserWarning) as said:
+        templates = template_features(torch.tensor([[0., 0], [0, 0], [3, 4]]), [1, 1, 2], [1, 2, 1])
+    messages = [str(warning.message) for warning in said]
+    assert '2 of 3 features are zero' in messages[0] and '1 of 2 templates are zero' in messages[1]
+    assert templates.features[0].tolist() == [0, 0] and templates.features[1].tolist() == pytest.approx([.6, .8])
+
+
+def test_failed_detections_are_not_accepted(people):
+    root, pairs = people
+    lost = {image(f'P{i}', j) for i in (0, 5) for j in (1, 2)}
+    for path in lost: (root/f'{path}.png').write_bytes(png(np.zeros((8, 8, 3))))
+    def blind(x): return colour(x) * (x.flatten(1).amax(1, keepdim=True) > -1)
+    with pytest.warns(UserWarning, match='4 of 32 features of embed are zero'):
+        result = evaluate_pairs(pairs, blind, root, folds=2, fars=(.1,), size=(8, 8))
+    touched = torch.tensor([bool({p.first, p.second} & lost) for p in pairs])
+    assert (result.cosines[touched] == 0).all() and result.zeros == 4
+    assert '4 images have a feature of zeros' in str(result)
+
+
+@pytest.mark.parametrize('value', [0., 2.])
+def test_a_dead_network_is_said_to_be_one(people, value):
+    root, pairs = people
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        with pytest.raises(DeadNetwork, match='the network is dead: it has .* for all 32 images'):
+            evaluate_pairs(pairs, lambda x: torch.full((len(x), 5), value), root, folds=2)
+
+
+@pytest.mark.parametrize('scale', [1e-44, 1e-40, 1e-38, 1e-30, 1e30, 1e37])
+def test_features_of_any_size(scale):
+    features = (torch.randn(20, 8, generator=torch.Generator().manual_seed(0)) * scale * (9 if scale < 1e-43 else 1))
+    features[(features == 0).all(1)] = 1
+    unit = features.double() / features.double().norm(dim=1, keepdim=True)
+    i, j = torch.triu_indices(20, 20)
+    expected = (unit[i] - unit[j]).square().sum(1)
+    assert (pair_distances(features, i, j).double() - expected).abs().max() < 1e-5
+    templates = template_features(features, range(20), [0] * 20)
+    assert (templates.features.double() - unit).abs().max() < 1e-5
+    assert (1 - template_scores(templates, i, j).double() - expected / 2).abs().max() < 1e-5
+
+
 def test_bad_batches(noise):
     images = [png(noise[0]), png(noise[1][:5])]
     with pytest.raises(ValueError, match=re.escape('size=None needs images of one size, got (5, 4) and (6, 4)')):
@@ -776,9 +910,20 @@ def test_distances_of_pairs(n, d, count, chunk_size, seed):
 def test_bad_rows():
     z = torch.eye(3)
     for first, second, message in (([0], [3], 'second must be in 0..2'), ([-1], [0], 'first must be in 0..2'),
-                                   ([0.], [0], 'for first'), ([0, 1], [0], 'for second')):
+                                   ([0, 1], [0], 'for second')):
         with pytest.raises(ValueError, match=message): pair_distances(z, first, second)
     with pytest.raises(ValueError, match='features must be'): pair_distances(z[0], [0], [0])
+    with pytest.raises(TypeError, match='first must be integers, got float64'): pair_distances(z, [0.], [0])
+
+
+@pytest.mark.parametrize('dtype', [np.uint8, np.uint16, np.uint32, np.uint64, np.int8, '>i4', '>u8'])
+def test_numbers_of_rows_and_templates_of_every_width(dtype):
+    z, first, second = torch.eye(3), np.array([0, 1, 2], dtype), np.array([0, 2, 2], dtype)
+    assert pair_distances(z, first, second).tolist() == [0, 2, 0]
+    templates = template_features(z, first, np.array([5, 5, 5]))
+    assert template_scores(templates, first, second).tolist() == [1, 0, 1]
+    if np.dtype(dtype).isnative: assert pair_distances(z, *map(torch.from_numpy, (first, second))).tolist() == [0, 2, 0]
+    with pytest.raises(ValueError, match='first must be below'): pair_distances(z, np.array([2**63], np.uint64), [0])
 
 
 # The whole way
@@ -899,7 +1044,7 @@ def test_a_long_video_counts_as_much_as_a_photograph():
     (lambda z: template_features(z[:0], [], []), 'M ≥ 1'),
     (lambda z: template_features(z * math.inf, [1, 1], [1, 1]), 'finite'),
     (lambda z: template_features(z, [1], [1, 1]), 'templates must be 2 integers'),
-    (lambda z: template_features(z, [1, 1], [1., 1]), 'media must be 2 integers'),
+    (lambda z: template_features(z, [1, 1], [1]), 'media must be 2 integers'),
     (lambda z: template_features(z, [1, 1], [1, 1], flipped=z[:1]), 'flipped must be (2, 2)'),
     (lambda z: template_features(z, [1, 1], [1, 1], detector_scores=[1.]), 'detector_scores must be 2 numbers'),
     (lambda z: template_features(z, [1, 1], [1, 1], detector_scores=[1., -1]), 'got 2 from -1'),
