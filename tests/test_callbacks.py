@@ -24,6 +24,7 @@ from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper
+from processes import returned, run_on_ranks
 from torch import nn
 from torch.nn import functional as F
 
@@ -40,7 +41,7 @@ from largest_margins.callbacks import (
     has_bfloat16,
 )
 from largest_margins.engine.cosines import cosine_matrix
-from largest_margins.heads import CosineLinear, MarginHead
+from largest_margins.heads import CosineLinear, MarginHead, ShardedMarginHead
 from largest_margins.losses import (
     ArcFaceLoss,
     CosFaceLoss,
@@ -592,3 +593,22 @@ def test_meaningless_arguments():
         with pytest.raises(error, match='start_epoch must be'): DeferredReweighting(COUNTS, start)
     assert DeferredReweighting(COUNTS, np.int64(3)).start_epoch == 3
     with pytest.raises(ValueError, match='most_classes'): MarginRecorder(most_classes=0)
+
+
+# Classes shared out over processes
+
+def _sharded(rank):
+    torch.manual_seed(0)
+    head = ShardedMarginHead(D, K, CosFaceLoss(20., .1))
+    model = MarginModel(nn.Linear(8, D), head)
+    assert find_head(model) is head
+    learn = Learner(data(), model, head.loss, metrics=accuracy, cbs=[MarginRecorder(), SampleMarginRegularizer()])
+    quiet(learn, learn.validate)
+    with pytest.raises(ValueError, match='must see all classes'):
+        quiet(learn, learn.fit, 1, cbs=ZeroCentroidRegularizer())
+    return learn.margin_recorder.latest['class_margin'], degrees(class_margin(head.full_weight())), len(head.weight)
+
+
+def test_a_sharded_head_is_measured_as_a_whole():
+    (first, true, rows), (second, also, others) = returned(run_on_ranks(_sharded, 2, seconds=120))
+    assert rows + others == K and first == second == pytest.approx(true) == pytest.approx(also)
