@@ -168,7 +168,7 @@ def bare(
 class HeadCallback(Callback):
     "A callback that sees the classifier of the model and the cosines of the batch."
     _xtra = ('training',)  # all that fastai has to look up in the Learner for us
-    _found, _features, _hooks = None, None, ()
+    _found, _seen, _hooks = None, (), ()
 
     def __init__(
         self,
@@ -210,7 +210,8 @@ class HeadCallback(Callback):
         self.forget()
         _, head, cosines = self._look()
         if cosines: return
-        def remember(module, args): self._features = args[0]
+        seen = self._seen = []  # a list, which torch.compile can follow
+        def remember(module, args): seen.append(args[0])
         def passed(*_): self._unhook()
         self._hooks = (head.register_forward_pre_hook(remember),
                        self.learn.model.register_forward_hook(passed, always_call=True))
@@ -219,8 +220,9 @@ class HeadCallback(Callback):
         "The cosines of the current batch, also for a linear classifier."
         _, head, cosines = self._look()
         if cosines: return self.learn.pred
-        if isinstance(head, CosineLinear): return head(self._features)
-        return cosine_matrix(self._features, head.weight)
+        features = self._seen[-1]
+        if isinstance(head, CosineLinear): return head(features)
+        return cosine_matrix(features, head.weight)
 
     def _unhook(self):
         for hook in self._hooks: hook.remove()
@@ -229,7 +231,7 @@ class HeadCallback(Callback):
     def forget(self):
         "Let go of all that belongs to a batch."
         self._unhook()
-        self._features = None
+        self._seen = ()
 
     def after_batch(self): self.forget()
     def after_cancel_batch(self): self.forget()

@@ -464,9 +464,21 @@ def test_nothing_is_left_behind(error, place, loss):
     for hook in failing: hook.remove()
     assert not any(m._forward_hooks or m._forward_pre_hooks or 'forward' in vars(m) for m in learn.model.modules())
     assert learn.loss_func.weight is None and getattr(learn.loss_func, 'sample_margin', 0) == 0
-    assert all(cb._features is None for cb in cbs[:2]) and learn.features is None
+    assert not any(cb._seen for cb in cbs[:2]) and learn.features is None
     learn.remove_cbs(L(learn.cbs).filter(lambda cb: cb.name == 'callback'))
     quiet(learn, learn.fit, 1)
+
+
+@pytest.mark.parametrize('loss', [lambda: CosFaceLoss(20., .1), nn.CrossEntropyLoss])
+def test_compiled_it_trains_the_same(loss):
+    rows = []
+    for compiled in (False, True):
+        learn = small(loss(), [SampleMarginRegularizer()], mixed_precision=False)
+        learn.create_opt()
+        if compiled: learn.model = torch.compile(learn.model, backend='eager')
+        quiet(learn, learn.fit, 1, 1e-2)
+        rows.append(list(learn.recorder.values[-1]))
+    assert rows[0] == pytest.approx(rows[1], rel=1e-4, abs=1e-5)
 
 
 WITH = dict(
