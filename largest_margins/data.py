@@ -27,7 +27,7 @@ from fastai.torch_core import default_device
 from torch import Tensor
 from torch.nn import functional as F
 
-from .checks import number
+from .checks import integer, number
 from .files import escape
 from .images import ImageFiles, image_files, is_clutter
 
@@ -78,6 +78,7 @@ class ImageData:
         valid: float | None = None,  # share held out of training; None: test
     ) -> DataLoaders:  # with the attributes `c` and `vocab`
         "In-memory batches for fastai's `Learner`, or for any loop."
+        batch_size = integer('batch_size', batch_size, at_least=1)
         images, targets = self.train_images, self.train_targets
         held_out = self.test_images, self.test_targets
         if valid is not None:
