@@ -94,10 +94,10 @@ def _go_optimised(d=7, k=6, starts=3):
     return max(worst), 2e-6
 
 
-def _go_boundary(d=2, k=6, starts=6):
+def _go_boundary(d=2, k=6, starts=10):
     "The highest loss at which a descent on the circle rests, and the lowest, below."
-    loss, targets = LMSoftmaxLoss(5., weight=shares(k, 100, 'step')), torch.arange(k)
-    ends = []
+    weight, targets = shares(k, 100, 'long-tailed'), torch.arange(k)
+    loss, ends = LMSoftmaxLoss(10., weight=weight), []
     for seed in range(starts):
         torch.manual_seed(seed)
         start = torch.randn(2, k, d, dtype=torch.float64)
@@ -106,7 +106,7 @@ def _go_boundary(d=2, k=6, starts=6):
 
 
 register(Claim(
-    'GO', 'No spurious minima', 'ours', '',
+    'GO', 'No spurious minima', 'ours', '(ours)',
     'for a loss that is convex in the cosines, depends on their differences and rises '
     'with those of other classes, plus λ·R_W: every point where the gradient vanishes '
     'and no second derivative is negative is a global minimum; smallest eigenvalue and '
@@ -175,7 +175,7 @@ def _mc_boundary(reduction='class-mean'):
 
 
 register(Claim(
-    'MC', 'Where rare classes merge', 'ours', '',
+    'MC', 'Where rare classes merge', 'ours', '(ours)',
     'with A classes of R samples and B ≥ 2 of one the rare prototypes coincide at the '
     'optimum of a mean for R > R̄ and not for R < R̄; for one frequent class R̄ is '
     'B((B+E)^2 − 2E^2)/(2E(B−1+E)) for LM-Softmax, with E = e^{−2s}; averaged per '
@@ -225,7 +225,7 @@ def _fs_boundary(aggregation='mean', s=150.):
 
 
 register(Claim(
-    'FS', 'Sample margins at a finite scale', 'ours', '',
+    'FS', 'Sample margins at a finite scale', 'ours', '(ours)',
     'every minimiser of NormFace or CosFace has γ_min ≥ ρ* − (1/s) log(2(k−1)/p), with '
     'ρ* = 1 − cos δ* and p the smallest share of a class',
     'every k, d and imbalance, m < ρ*, s ≥ log((k−1)/p)/(ρ*−m)',
@@ -266,7 +266,7 @@ def _am_boundary(margin=.5, s=200.):
 
 
 register(Claim(
-    'AM', "CosFace's admissible margin", 'ours', '',
+    'AM', "CosFace's admissible margin", 'ours', '(ours)',
     'for m < 1 − cos δ* the minimum of CosFace tends to 0 and the γ_min of its '
     'minimisers to 1 − cos δ* as s → ∞; for a larger m the loss is at least '
     'ps(m − 1 + cos δ*), and stacked classes can be better',
@@ -316,7 +316,7 @@ def _rc_boundary(ratio=100, strength=100.):
 
 
 register(Claim(
-    'RC', 'What the regulariser leaves', 'ours', '',
+    'RC', 'What the regulariser leaves', 'ours', '(ours)',
     'for unequal shares p_j no finite λ in R_W makes the simplex the optimum; '
     'λ‖centroid‖ tends to gk/(2(k−1)) times the root of (kΣp_j^2 − 1)/(k−1), '
     'with g = 1 for LM-Softmax at every scale',
