@@ -363,8 +363,8 @@ def train(
                            seed=c.seed)
     learn = margin_learner(
         dls, make_body(c.body, data.train_images.shape[1]), c.loss_func(data.counts),
-        embedding=c.embedding, cbs=_callbacks(c, data.counts, saver, progress),
-        wd=c.weight_decay, **_optimiser(c))
+        embedding=c.embedding, pretrained=False, wd=c.weight_decay,
+        cbs=_callbacks(c, data.counts, saver, progress), **_optimiser(c))
     if c.fixed: learn.model[-1].fix(_best_places(*learn.model[-1].weight.shape))
     start, weights = time.perf_counter(), learn.model[-1].weight
     try:

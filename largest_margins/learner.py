@@ -8,24 +8,35 @@ Docs: https://largest-margins.github.io/largest-margins/training/learner.html.md
 __all__ = ['ConvBody', 'margin_neck', 'MarginLearner', 'class_counts', 'recommended_loss', 'margin_learner']
 
 # %% ../nbs/training/24_learner.ipynb #b30c9aa2
+import warnings
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from importlib.util import find_spec
+from inspect import signature
 from operator import attrgetter
 
 import torch
 from fastai.callback import progress, schedule  # noqa: F401  fit_one_cycle and bars
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
-from fastai.data.transforms import get_c
+from fastai.data.transforms import Normalize, get_c
 from fastai.learner import Learner
+from fastai.callback.data import CollectDataCallback
 from fastai.metrics import accuracy
-from fastai.vision.learner import default_split, vision_learner
-from fastcore.basics import listify
+from fastai.vision.core import imagenet_stats
+from fastai.vision.learner import cut_model, default_split, model_meta
+from fastcore.basics import listify, noop
 from torch import nn
 
-from .callbacks import MarginRecorder, MixedPrecisionCPU, has_bfloat16
+from .callbacks import (
+    HeadCallback, MarginModel, MarginRecorder, bare, evaluate_once, find_loss,
+    has_bfloat16, last_layers)
+from .checks import integer
 from .codes import simplex
-from .heads import CosineLinear
-from .losses import MarginSoftmaxLoss, NormFaceLoss, SampleMarginLoss
+from .data import ImageDataset
+from .heads import MarginHead
+from .losses import AdaFaceLoss, CosineLoss, NormFaceLoss
 
 # %% ../nbs/training/24_learner.ipynb #3899bb42
 class ConvBody(nn.Sequential):
@@ -36,12 +47,15 @@ class ConvBody(nn.Sequential):
         n_in: int = 1,  # channels of the images
         widths: tuple[int, ...] = (32, 64, 128),  # channels after each block
     ):
+        if not widths: raise ValueError('widths must hold a number of channels, got ()')
+        for n in (n_in, *widths): integer('n_in and widths', n, at_least=1)
         layers = []
         for before, after in zip((n_in, *widths), widths, strict=False):
             convolution = nn.Conv2d(before, after, 3, padding=1, bias=False)
             layers += [convolution, nn.MaxPool2d(2), nn.BatchNorm2d(after),
                        nn.ReLU(inplace=True)]
         super().__init__(*layers)
+
 
 # %% ../nbs/training/24_learner.ipynb #fa01a69f
 def margin_neck(
@@ -52,14 +66,69 @@ def margin_neck(
     if len(shape) not in (2, 4):
         raise ValueError('arch must give features [N, d] or [N, d, h, w], '
                          f'got {tuple(shape)}')
+    if embedding is not None: embedding = integer('embedding', embedding, at_least=1)
     pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten()] if len(shape) == 4 else []
     d = embedding or shape[1]
     linear = [nn.Linear(shape[1], d, bias=False)] if embedding else []
     return nn.Sequential(*pool, *linear, nn.BatchNorm1d(d)), d
 
+
 # %% ../nbs/training/24_learner.ipynb #c1d0f032
 class MarginLearner(Learner):
-    "A Learner that calls its callbacks for the events that they define."
+    "A Learner whose model may take targets and return the loss."
+    features = None  # of the batch, in a validation with very many classes
+
+    @property
+    def _head(self):
+        "The model's `MarginHead`, if it has one and takes targets."
+        model = bare(self.model)
+        own = isinstance(model, MarginModel) and isinstance(model[-1], MarginHead)
+        return model[-1] if own else None
+
+    def _do_one_batch(self):
+        head = self._head
+        if not self._asks_head(head): return super()._do_one_batch()
+        if not self.training: return self._validate_batch(head)
+        with ExitStack() as stack:
+            for cb in self.cbs:
+                if cb.run and hasattr(cb, 'in_loss'):
+                    stack.enter_context(cb.in_loss(head.loss))
+            self.pred = self.model(*self.xb, *self.yb)
+        self('after_pred')
+        self.loss_grad, self.loss = self.pred, self.pred.clone()
+        self('after_loss')
+        self._do_grad_opt()
+
+    def _asks_head(self, head):
+        "Whether the loss comes from the head, and nobody asks for cosines."
+        if head is None or self.loss_func is not head.loss: return False
+        loss = head.loss
+        if not self.training: return _is_large(head) or isinstance(loss, AdaFaceLoss)
+        if len(self.yb) != 1 or getattr(loss, 'label_smoothing', 0): return False
+        return not self.recorder.train_metrics and not any(
+            _reads_pred(cb, loss) for cb in self.cbs if cb.run and cb.run_train)
+
+    def _validate_batch(self, head):
+        "Loss and margins from the features; no cosines, if they are too many."
+        features = bare(self.model).features(*self.xb)
+        if _is_large(head): self.features, self.pred = features, head.top(features)
+        else: self.pred = head(features)
+        self('after_pred')
+        if self.yb: self.loss = self.loss_grad = head(features, *self.yb)
+        self('after_loss')
+
+    def get_preds(self, *args, act=None, **kwargs):
+        "As in fastai; with very many classes the nearest cosines and their classes."
+        if act is None and self._head and _is_large(self._head): act = noop
+        return super().get_preds(*args, act=act, **kwargs)
+
+    def one_batch(self, i, b):
+        "As in fastai; whatever happens, nothing of the batch stays behind."
+        try: super().one_batch(i, b)
+        finally:
+            self.features = None
+            for cb in self.cbs:
+                if isinstance(cb, HeadCallback): cb.forget()
 
     def __call__(
         self,
@@ -69,6 +138,24 @@ class MarginLearner(Learner):
             for cb in sorted(self.cbs, key=attrgetter('order')):
                 if name in vars(cb) or hasattr(type(cb), name) or name == 'after_fit':
                     cb(name)  # after_fit also switches a callback on again
+
+
+_MANY = 50_000  # classes whose cosines are too many to be kept
+
+
+def _is_large(head): return head.out_features > _MANY
+
+
+def _reads_pred(cb, loss):
+    "Whether a callback may look at the prediction."
+    if hasattr(cb, 'reads_pred'): return cb.reads_pred(loss)
+    known = type(cb).__module__.partition('.')[0] in ('fastai', 'largest_margins')
+    defined = {*vars(cb)} if known else {*vars(cb), *dir(type(cb))}
+    return isinstance(cb, CollectDataCallback) or not defined.isdisjoint(_SEES_PRED)
+
+
+_SEES_PRED = {'after_pred', 'after_loss', 'before_backward', 'after_backward',
+              'before_step', 'after_step', 'after_batch'}
 
 # %% ../nbs/training/24_learner.ipynb #a158a660
 def class_counts(
@@ -92,6 +179,91 @@ def recommended_loss(
                                          f'class {counts.index(0)} has none')
     return NormFaceLoss(20., prior=torch.tensor(counts, dtype=torch.float32))
 
+# %% ../nbs/training/24_learner.ipynb #b0d1e505
+def _body(model, images, known=None):
+    "A classifier without its last layer, and fastai's way to split it into groups."
+    parameters = dict(model.named_parameters())
+    def left_out(body):
+        kept = set(map(id, body.parameters()))
+        return {name.rpartition('.')[0] for name, p in parameters.items()
+                if id(p) not in kept}
+    if known and len(left_out(body := cut_model(model, known['cut']))) == 1:
+        return body, known['split']
+    if getattr(model, 'aux_logits', False):  # googlenet and inception
+        model.aux_logits = False
+        for name in {'aux1', 'aux2', 'AuxLogits'} & model._modules.keys():
+            setattr(model, name, None)
+    last = last_layers(model, images)
+    if len(last) == 1: model.set_submodule(last[0], nn.Identity())
+    elif hasattr(model, 'reset_classifier'): model.reset_classifier(0)
+    else:
+        raise ValueError('arch must give a classifier, whose output is that of one '
+                         f'layer, {type(model).__name__} does not: say where it ends '
+                         'with cut=, or pass its body, a module')
+    lost = left_out(model)
+    if len(lost) > 1:
+        names = ', '.join(sorted({name.partition('.')[0] for name in lost}))
+        warnings.warn(f'the body of {type(model).__name__} leaves out {names}: all its '
+                      'classifiers', stacklevel=3)
+    return model, default_split
+
+# %% ../nbs/training/24_learner.ipynb #b0d1e508
+def _classifier(arch, n_in, pretrained, weights):
+    "The classifier that arch names, and the mean and std of its training images."
+    if isinstance(arch, str):
+        if find_spec('timm') is None:
+            raise ImportError(f'{arch!r} is the name of a timm model: pip install timm')
+        import timm
+        make, takes = partial(timm.create_model, arch, in_chans=n_in), {'pretrained'}
+    elif callable(arch): make, takes = arch, signature(arch).parameters
+    else:
+        raise TypeError('arch must be a function, the name of a timm model or a '
+                        f'module, got {type(arch).__name__}')
+    if weights is not None and not (pretrained and 'weights' in takes):
+        raise ValueError('weights must be None with pretrained=False, and if arch has '
+                         "no weights=; a timm name says which: 'name.tag'")
+    if 'weights' in takes:
+        given = dict(weights=(weights or 'DEFAULT') if pretrained else None)
+    elif 'pretrained' in takes: given = dict(pretrained=pretrained)
+    elif not pretrained: given = {}
+    else: raise ValueError(f'pretrained must be False, {arch} has no published weights')
+    try: model = make(**given)
+    except OSError as e:
+        if not pretrained: raise
+        raise OSError(f'the published weights of {arch} cannot be had ({e}): pass '
+                      'pretrained=False for random ones, or a module with yours') from e
+    _take_channels(model, n_in, pretrained)
+    timms = getattr(model, 'pretrained_cfg', None)
+    if timms: return model, (timms['mean'], timms['std'])
+    return model, imagenet_stats if 'weights' in takes or arch in model_meta else None
+
+# %% ../nbs/training/24_learner.ipynb #b0d1e511
+def _take_channels(model, n_in, pretrained):
+    "Let the first convolution take images of `n_in` channels."
+    conv = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    if conv is None or conv.in_channels == n_in: return
+    if conv.in_channels != 3 or conv.groups > 1:
+        raise ValueError(f'arch must take images of {n_in} channels, its first '
+                         f'convolution takes {conv.in_channels}')
+    weight, conv.in_channels = conv.weight.detach(), n_in
+    if n_in == 1: weight = weight.sum(1, keepdim=True)
+    elif n_in == 2: weight = 1.5 * weight[:, :2]
+    else: weight = nn.functional.pad(weight, (0, 0, 0, 0, 0, n_in - 3))
+    conv.weight = nn.Parameter(weight)
+    if not pretrained: conv.reset_parameters()
+    if hasattr(model, 'transform_input'): model.transform_input = False  # RGB only
+
+# %% ../nbs/training/24_learner.ipynb #b0d1e513
+def _normalize(dls, mean, std, n_in):
+    "Give images the mean and std of the body's training, unless they have their own."
+    if n_in != len(mean): return
+    for data in (loader.dataset for loader in dls.loaders):
+        if not isinstance(data, ImageDataset): break
+        data.mean, data.std = 255 * torch.tensor(mean), 255 * torch.tensor(std)
+    else: return
+    if not any(isinstance(f, Normalize) for f in dls.after_batch.fs):
+        dls.add_tfms([Normalize.from_stats(mean, std)], 'after_batch')
+
 # %% ../nbs/training/24_learner.ipynb #b8451b61
 def margin_learner(
     dls: DataLoaders,  # image batches [N, c, h, w] with integer targets [N]
@@ -99,46 +271,69 @@ def margin_learner(
     loss_func: nn.Module | None = None,  # ours, or any on logits; None: recommended
     *,
     embedding: int | None = None,  # dimension of the features; None keeps the body's
-    pretrained: bool = False,  # load the body's published weights, and freeze it first
+    pretrained: bool | None = None,  # published weights, frozen first; None: if named
     weights=None,  # which of torchvision's weights; None takes the default ones
+    n_in: int | None = None,  # channels of the images; None: those of a batch
+    cut: int | Callable | None = None,  # where fastai cuts; None: the classifier alone
+    splitter: Callable | None = None,  # model to groups of parameters; None: fastai's
     normalize: bool = True,  # with pretrained: normalise images as the body was trained
     mixed_precision: bool | None = None,  # on a CPU; None: where it is safe and faster
     metrics=accuracy,  # fastai metrics; margins come in addition
     cbs: Callback | list[Callback] | None = None,  # further callbacks
     **kwargs,  # passed to `Learner`: lr, wd, opt_func, path, …
-) -> MarginLearner:  # its model is Sequential(body, neck, head)
+) -> MarginLearner:  # its model is a MarginModel(body, neck, head)
     "A Learner with a head that fits the loss, and margins beside its metrics."
     classes, images = get_c(dls), dls.valid.one_batch()[0].as_subclass(torch.Tensor)
     if not classes: raise ValueError('dls must know its number of classes, set dls.c')
-    recommended = loss_func is None
-    if recommended: loss_func = recommended_loss(dls)
-    body, splitter = arch, default_split
-    if not isinstance(arch, nn.Module):
-        if isinstance(arch, str) and find_spec('timm') is None:
-            raise ImportError(f'{arch!r} is the name of a timm model: pip install timm')
-        built = vision_learner(dls, arch, normalize, classes, pretrained, weights,
-                               loss_func, n_in=images.shape[1],
-                               custom_head=nn.Identity())
-        body, splitter = built.model[0], built.splitter
-        if isinstance(arch, str): body = body.model  # timm pools, each model in its way
+    channels = images.shape[1]
+    if n_in not in (None, channels):
+        raise ValueError(f'n_in must be {channels}, as in the batches, got {n_in!r}')
     on_cpu = images.device.type == 'cpu'
     if mixed_precision and not on_cpu:
         raise ValueError('mixed_precision is for the CPU, the batches are on '
                          f'{images.device}: use learn.to_bf16()')
-    neck, d = margin_neck(_output_shape(body, images[:2]), embedding)
-    on_cosines = isinstance(loss_func, (MarginSoftmaxLoss, SampleMarginLoss))
-    head = CosineLinear(d, classes) if on_cosines else nn.Linear(d, classes, bias=False)
+    body, split = arch, default_split
+    if isinstance(arch, nn.Module):
+        if pretrained or weights is not None:
+            raise ValueError('pretrained must be False and weights None where arch is '
+                             'a module: it has its weights (learn.freeze() freezes it)')
+    else:
+        if pretrained is None: pretrained = True
+        body, stats = _classifier(arch, channels, pretrained, weights)
+        known = model_meta.get(arch)
+        if cut is None: body, split = _body(body, images[:2], known)
+        elif known: split = known['split']
+        if pretrained and normalize and stats: _normalize(dls, *stats, channels)
+    if cut is not None: body = cut_model(body, cut)
+    recommended = loss_func is None
+    if isinstance(loss_func, type):
+        raise TypeError(f'loss_func must be a loss, got the class {loss_func.__name__}')
+    if recommended: loss_func = recommended_loss(dls)
+    body.to(images.device)
+    neck, d = margin_neck(evaluate_once(body, images[:2]).shape, embedding)
+    loss = find_loss(loss_func, CosineLoss)
+    head = MarginHead(d, classes, loss) if loss else nn.Linear(d, classes, bias=False)
     if recommended and classes <= d + 1: head.fix(simplex(classes, d))
-    model = nn.Sequential(body, neck, head)
+    if metrics is accuracy and loss and _is_large(head): metrics = _nearest_accuracy
+    model = MarginModel(body, neck, head)
+    if splitter is not None: _check_groups(splitter(model), model)
     convolves = on_cpu and _convolves(body)
     if convolves: model.to(memory_format=torch.channels_last)
-    learn = MarginLearner(dls, model, loss_func, splitter=splitter, metrics=metrics,
-                          cbs=cbs, **kwargs)
+    learn = MarginLearner(dls, model, loss_func, splitter=splitter or split,
+                          metrics=metrics, cbs=cbs, **kwargs)
     if mixed_precision is None: mixed_precision = convolves and has_bfloat16()
-    if mixed_precision: learn.add_cb(MixedPrecisionCPU())
+    model.mixed_precision = bool(mixed_precision)
     learn.add_cb(MarginRecorder())
     if pretrained: learn.freeze()
     return learn
+
+
+def _nearest_accuracy(nearest, targets):
+    "Accuracy of what `MarginHead.top` gave."
+    return (nearest[1][:, 0] == targets).float().mean()
+
+
+_nearest_accuracy.__name__ = 'accuracy'  # in fastai's table
 
 
 def _convolves(body):
@@ -146,10 +341,10 @@ def _convolves(body):
     return max((p.ndim for p in body.parameters()), default=0) == 4
 
 
-@torch.no_grad()
-def _output_shape(body, images):
-    "The shape of the body's features; batch norms keep their statistics."
-    training = body.training
-    shape = body.to(images.device).eval()(images).shape
-    body.train(training)
-    return shape
+def _check_groups(groups, model):
+    "Refuse groups that leave parameters out, or hold them twice."
+    grouped = [id(p) for group in groups for p in group]
+    wanted = {id(p) for p in model.parameters() if p.requires_grad}
+    if not wanted <= set(grouped) or len(set(grouped)) < len(grouped):
+        raise ValueError(f'splitter must put each of {len(wanted)} parameters into one '
+                         'group, and none into two')

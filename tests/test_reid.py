@@ -18,7 +18,7 @@ from torchvision.models import resnet18, resnet50
 
 from largest_margins.data import RandomAffine
 from largest_margins.glyphs import write_glyph_market
-from largest_margins.heads import CosineLinear
+from largest_margins.heads import MarginHead
 from largest_margins.images import ImageFiles
 from largest_margins.learner import ConvBody
 from largest_margins.losses import CosFaceLoss, LMSoftmaxLoss, NormFaceLoss
@@ -538,7 +538,7 @@ def test_pk_batches_in_a_learner(training):
     assert len(predictions) == 240 and torch.equal(targets, training.train_targets)
 
 
-@pytest.mark.parametrize('loss,head', [(NormFaceLoss(20.), CosineLinear), (CrossEntropyLossFlat(), nn.Linear)])
+@pytest.mark.parametrize('loss,head', [(NormFaceLoss(20.), MarginHead), (CrossEntropyLossFlat(), nn.Linear)])
 def test_the_shift_of_the_neck_stays_zero(training, loss, head):
     learn = reid_learner(training.dataloaders(64, seed=0), ConvBody(widths=(8, 8)), loss, embedding=12, wd=.1)
     neck = learn.model[1][-1]

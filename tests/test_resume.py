@@ -368,7 +368,7 @@ def test_every_other_epoch(tmp_path):
     again = fit(learner(), Checkpoint(path, every=2))
     assert load_file(path)['epoch'] == 5
     assert_same(again.model.state_dict(), fit(learner()).model.state_dict())
-    with pytest.raises(ValueError, match='every must be an int ≥ 1, got 0'): Checkpoint(path, every=0)
+    with pytest.raises(ValueError, match='every must be ≥ 1, got 0'): Checkpoint(path, every=0)
 
 
 def test_validation_and_prediction_leave_the_file_alone(tmp_path):
