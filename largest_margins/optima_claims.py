@@ -106,7 +106,7 @@ def _go_boundary(d=2, k=4, starts=6):
 
 
 register(Claim(
-    'GO', 'No spurious minima', 'ours', '',
+    'GO', 'No spurious minima', 'ours', '(ours)',
     'for a loss that is convex in the cosines, depends on their differences and rises '
     'with those of other classes, plus λ·R_W: every point where the gradient vanishes '
     'and no second derivative is negative is a global minimum; smallest eigenvalue and '
@@ -116,7 +116,7 @@ register(Claim(
      Check('search', _go_optimised, '<', quick=False),
      Check('counter-example', _go_boundary, '>', quick=False))))
 
-# %% ../nbs/theory/11d_optima_checks.ipynb #81829b2c
+# %% ../nbs/theory/11d_optima_checks.ipynb #5656cc99
 def _mc_exact(sign=-1):
     "The terms left of the form's determinant at the closed ratios, and 0."
     import sympy
@@ -175,7 +175,7 @@ def _mc_boundary(reduction='class-mean'):
 
 
 register(Claim(
-    'MC', 'Where rare classes merge', 'ours', '',
+    'MC', 'Where rare classes merge', 'ours', '(ours)',
     'with A classes of R samples and B ≥ 2 of one the rare prototypes coincide at the '
     'optimum of a mean for R > R̄ and not for R < R̄; for one frequent class R̄ is '
     'B((B+E)^2 − 2E^2)/(2E(B−1+E)) for LM-Softmax, with E = e^{−2s}; averaged per '
@@ -186,7 +186,7 @@ register(Claim(
      Check('search', _mc_below, '>', quick=False),
      Check('counter-example', _mc_boundary, '>'))))
 
-# %% ../nbs/theory/11d_optima_checks.ipynb #90e46c62
+# %% ../nbs/theory/11d_optima_checks.ipynb #876e5421
 def _fs_exact(others=lambda k: k - 1, twice=2):
     "How far fractions miss the algebra of (eq-guarantee) and its bound, and 0."
     worst = Fraction(0)
@@ -225,7 +225,7 @@ def _fs_boundary(aggregation='mean', s=150.):
 
 
 register(Claim(
-    'FS', 'Sample margins at a finite scale', 'ours', '',
+    'FS', 'Sample margins at a finite scale', 'ours', '(ours)',
     'every minimiser of NormFace or CosFace has γ_min ≥ ρ* − (1/s) log(2(k−1)/p), with '
     'ρ* = 1 − cos δ* and p the smallest share of a class',
     'every k, d and imbalance, m < ρ*, s ≥ log((k−1)/p)/(ρ*−m)',
@@ -233,7 +233,7 @@ register(Claim(
      Check('search', _fs_optimised, '≥', quick=False),
      Check('counter-example', _fs_boundary, '<'))))
 
-# %% ../nbs/theory/11d_optima_checks.ipynb #7b47377b
+# %% ../nbs/theory/11d_optima_checks.ipynb #fda0411e
 def _am_exact(margin=Fraction(1, 2)):
     "(1 − m + the stacked hexagon's mean of max(0, m − γ))², and ½, the octagon's."
     return (1 - margin + Fraction(3, 8) * margin)**2, Fraction(1, 2)
@@ -266,7 +266,7 @@ def _am_boundary(margin=.5, s=200.):
 
 
 register(Claim(
-    'AM', "CosFace's admissible margin", 'ours', '',
+    'AM', "CosFace's admissible margin", 'ours', '(ours)',
     'for m < 1 − cos δ* the minimum of CosFace tends to 0 and the γ_min of its '
     'minimisers to 1 − cos δ* as s → ∞; for a larger m the loss is at least '
     'ps(m − 1 + cos δ*), and stacked classes can be better',
@@ -276,7 +276,7 @@ register(Claim(
      Check('search', _am_optimised, '=', .1),
      Check('counter-example', _am_boundary, '<'))))
 
-# %% ../nbs/theory/11d_optima_checks.ipynb #05090648
+# %% ../nbs/theory/11d_optima_checks.ipynb #d61bc2c9
 def _rc_exact(square=lambda k, s: (k * s - 1) / (k - 1)):
     "The largest error of the length of Σ p_j·w_j at the simplex, in fractions, and 0."
     worst, random = Fraction(0), Random(0)
@@ -316,7 +316,7 @@ def _rc_boundary(ratio=100, strength=100.):
 
 
 register(Claim(
-    'RC', 'What the regulariser leaves', 'ours', '',
+    'RC', 'What the regulariser leaves', 'ours', '(ours)',
     'for unequal shares p_j no finite λ in R_W makes the simplex the optimum; '
     'λ‖centroid‖ tends to gk/(2(k−1)) times the root of (kΣp_j^2 − 1)/(k−1), '
     'with g = 1 for LM-Softmax at every scale',
