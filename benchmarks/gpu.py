@@ -31,9 +31,9 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from largest_margins import losses, margins
-from largest_margins.chunked import LazyCosines
 from largest_margins.engine.cosines import cosine_matrix
-from largest_margins.heads import CosineLinear, ShardedCosineLinear
+from largest_margins.files import write_file
+from largest_margins.heads import MarginHead, ShardedMarginHead
 from largest_margins.regularizers import zero_centroid
 
 RESULTS = Path(__file__).parent/'results'/'gpu.json'
@@ -394,13 +394,10 @@ def machine(device):
 
 
 def store(report, device, path):
-    "Written aside, then renamed."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix('.part')
-    aside.write_text(json.dumps(machine(device) | {
+    "The machine and the rows as JSON."
+    write_file(path, json.dumps(machine(device) | {
         'seconds': round(report.spent(), 1), 'right': not report.wrong(), **report.rows, 'left out': report.left_out},
         indent=1, ensure_ascii=False) + '\n')
-    aside.replace(path)
 
 
 def time_is_up(*_): raise TimeoutError('the time is up')

@@ -9,6 +9,8 @@ from time import process_time
 
 import torch
 
+from largest_margins.files import write_file
+
 RESULTS = Path(__file__).parent/'results'
 
 
@@ -57,8 +59,5 @@ def machine():
 
 
 def store(rows, path):
-    "Write the machine and the rows as JSON, aside first, so that a broken run leaves the old file."
-    path.parent.mkdir(exist_ok=True)
-    aside = path.with_suffix('.part')
-    aside.write_text(json.dumps({'machine': machine(), 'rows': rows}, indent=1) + '\n')
-    aside.replace(path)
+    "Write the machine and the rows as JSON; a broken run leaves the old file."
+    write_file(path, json.dumps({'machine': machine(), 'rows': rows}, indent=1) + '\n')

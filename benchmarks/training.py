@@ -27,6 +27,7 @@ from PIL import Image
 from torch import nn
 
 from largest_margins.data import RandomAffine, load
+from largest_margins.files import write_file
 from largest_margins.heads import CosineLinear
 from largest_margins.learner import ConvBody, margin_learner, margin_neck
 from largest_margins.losses import CosFaceLoss
@@ -163,10 +164,7 @@ def main():
                 row = {'recipe': name, 'epochs': epochs} | recipe(data, seed, **RECIPES[name] | {'epochs': epochs})
                 stored['recipes'].append(row)
                 print(row, flush=True)
-    options.out.parent.mkdir(exist_ok=True)
-    aside = options.out.with_suffix('.part')
-    aside.write_text(json.dumps(stored, indent=1) + '\n')
-    aside.replace(options.out)
+    write_file(options.out, json.dumps(stored, indent=1) + '\n')
 
 
 if __name__ == '__main__': main()

@@ -10,7 +10,7 @@ import argparse
 import os
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import distributed as dist
@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
+from largest_margins.files import write_file
 from largest_margins.heads import ShardedMarginHead
 from largest_margins.losses import ArcFaceLoss
 from largest_margins.margins import class_margin
@@ -33,9 +34,8 @@ def digits():
 
 
 def save(weight, path):
-    "Written aside and renamed, so that nobody ever sees half a file."
-    save_file({'weight': weight.contiguous()}, f'{path}.new')
-    os.replace(f'{path}.new', path)
+    "Nobody ever sees half a file."
+    write_file(path, to_bytes({'weight': weight.contiguous()}))
 
 
 def train(epochs, batch_size, path):

@@ -9,16 +9,12 @@ __all__ = ['find_head', 'HeadCallback', 'SampleMarginRegularizer', 'ZeroCentroid
            'DeferredReweighting', 'has_bfloat16', 'MixedPrecisionCPU', 'save_file', 'load_file', 'Checkpoint']
 
 # %% ../nbs/training/23_callbacks.ipynb #ea3236a6
-import glob
 import io
-import os
 import random
 import time
-from contextlib import suppress
 from functools import cache, partial
 from math import degrees, inf, nan
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import ClassVar
 
 import numpy as np
@@ -36,10 +32,11 @@ from fastcore.foundation import L
 from torch import Tensor, nn
 
 from .bounds import class_margin_bound
+from .files import read_torch, remove_file, write_file
 from .heads import CosineLinear
 from .checks import number
 from .losses import (
-    MarginSoftmaxLoss, SampleMarginLoss, class_balanced_weights)
+    SampleMarginLoss, class_balanced_weights)
 from .checks import plain
 from .margins import (
     class_margin, norm_ratio, sample_margins, smallest_by_class)
@@ -319,13 +316,9 @@ def save_file(
     path: str | Path,  # file to write; replaced only when the new one is complete
 ):
     "Tensors and plain values in one file, written aside and renamed."
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
-        torch.save(content, aside)
-        os.replace(aside, path)
-    finally: aside.unlink(missing_ok=True)
+    file = io.BytesIO()
+    torch.save(content, file)
+    write_file(path, file.getbuffer())
 
 # %% ../nbs/training/23_callbacks.ipynb #824639d9
 def load_file(
@@ -333,13 +326,8 @@ def load_file(
     kind: str = 'a file of tensors and plain values',  # what it should be, for people
 ) -> dict:
     "What `save_file` wrote, tensors on the CPU; ValueError for anything else."
-    file = io.BytesIO(Path(path).read_bytes())
-    try: return torch.load(file, map_location='cpu', weights_only=True)
-    except _DAMAGED as e: raise ValueError(f'{path} is not {kind}: {e}') from e
-
-
-_DAMAGED = (UnpicklingError, RuntimeError, EOFError, OSError, ValueError, TypeError,
-            LookupError, AttributeError, AssertionError)  # what torch.load may meet
+    try: return read_torch(path, plain=True)
+    except ValueError as e: raise ValueError(f'{path} is not {kind}: {e}') from e
 
 # %% ../nbs/training/23_callbacks.ipynb #6e52511b
 def _as_plain(value):
@@ -509,11 +497,8 @@ class Checkpoint(Callback):
 
     def remove(self):
         "Remove the file, and what was left aside by a process killed while writing it."
-        self._ended, long_ago = False, time.time() - 60  # nobody is writing it now
-        for aside in self.path.parent.glob(f'.{glob.escape(self.path.name)}.*'):
-            with suppress(FileNotFoundError):
-                if aside.stat().st_mtime < long_ago: aside.unlink()
-        self.path.unlink(missing_ok=True)
+        self._ended = False
+        remove_file(self.path)
 
     def before_fit(self):
         self._content, self.order = None, type(self).order

@@ -304,6 +304,7 @@ _DETERMINANT = {(0, 0, 0): 1, (1, 1, 1): 2, (2, 0, 0): -1, (0, 2, 0): -1, (0, 0,
 
 def _dense(polynomial, degree):
     "A list of coefficients, the last exponent running fastest."
+    if max(map(max, polynomial)) > degree: raise ValueError('the degree is higher')
     return [polynomial.get(e, 0) for e in product(range(degree + 1), repeat=3)]
 
 

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -130,32 +131,34 @@ class Number:
                       at_most=self.at_most, below=self.below)
 
 
-class Flag:
-    "An attribute that holds True or False, whenever it is set."
+class _Checked:
+    "An attribute that is checked by `check` whenever it is set."
 
     def __set_name__(self, owner, name): self.name = name
 
-    def __get__(self, instance, owner=None) -> bool:
-        if instance is None: return self
-        return instance.__dict__[self.name]
+    def __get__(self, instance, owner=None) -> Any:
+        return self if instance is None else instance.__dict__[self.name]
 
-    def __set__(self, instance, value: bool):
-        instance.__dict__[self.name] = flag(self.name, value)
+    def __set__(self, instance, value):
+        instance.__dict__[self.name] = self.check(self.name, value)
 
 
-class Choice:
-    "An attribute that holds one of some strings, whenever it is set."
+class Integer(_Checked):
+    "An attribute that holds a whole number."
+    check = staticmethod(integer)
 
-    def __init__(self, *options): self.options = options
 
-    def __set_name__(self, owner, name): self.name = name
+class Flag(_Checked):
+    "An attribute that holds True or False."
+    check = staticmethod(flag)
 
-    def __get__(self, instance, owner=None) -> str:
-        if instance is None: return self
-        return instance.__dict__[self.name]
 
-    def __set__(self, instance, value: str):
-        instance.__dict__[self.name] = choice(self.name, value, self.options)
+class Choice(_Checked):
+    "An attribute that holds one of some strings."
+
+    def __init__(self, *options: str): self.options = options
+
+    def check(self, name, value): return choice(name, value, self.options)
 
 # %% ../nbs/losses/10_checks.ipynb #a62ef311
 def values_are_cheap(

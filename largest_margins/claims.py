@@ -11,6 +11,7 @@ __all__ = ['Check', 'Claim', 'Evidence', 'register', 'claims', 'prove', 'typeset
 import math
 import operator
 import re
+import sys
 import textwrap
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from importlib import import_module
 from numbers import Rational
 from pkgutil import iter_modules
 from random import Random
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -189,6 +191,15 @@ def _float(x):
     "The nearest float; a fraction that is too large for one becomes infinite."
     try: return float(x)
     except OverflowError: return math.inf if x > 0 else -math.inf
+
+# %% ../nbs/theory/00_claims.ipynb #64989f30
+class _Ledger(ModuleType):
+    "`lm.claims` is this module and, from the front door, its function of that name."
+
+    def __call__(self): return claims()
+
+
+if __name__ != '__main__': sys.modules[__name__].__class__ = _Ledger
 
 # %% ../nbs/theory/00_claims.ipynb #3ce1e9af
 def typeset(

@@ -11,15 +11,20 @@ __all__ = ['main']
 import argparse
 import json
 import os
+import re
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, fields, replace
 from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
+
+import largest_margins
 
 # %% ../nbs/experiments/33_cli.ipynb #e00a4b60
 class _Command(NamedTuple):
@@ -36,6 +41,10 @@ def _parser():
     "The commands and their arguments."
     top = argparse.ArgumentParser(
         prog='largest-margins', description='Learning towards the largest margins.')
+    top.add_argument('--version', action='version',
+                         version=f'%(prog)s {largest_margins.__version__}')
+    top.add_argument('--completion', action=_Completion, nargs=0,
+                     help='print what makes bash complete commands and options')
     commands = top.add_subparsers(dest='command', required=True, metavar='COMMAND')
     for name, command in _COMMANDS.items():
         p = commands.add_parser(name, help=command.help)
@@ -44,30 +53,117 @@ def _parser():
     return top
 
 
+class _Completion(argparse.Action):
+    "Print a function of bash with the words that the parser knows."
+    def __call__(self, parser, *_):
+        commands = next(a.choices for a in parser._actions if a.choices)
+        cases = [f'    {name}) words="{" ".join(_words(p))}" ;;'
+                 for name, p in commands.items()]
+        print('_largest_margins() {', '  local words', '  case "${COMP_WORDS[1]}" in',
+              *cases, f'    *) words="{" ".join([*commands, *_words(parser)])}" ;;',
+              '  esac', '  [ "$COMP_CWORD" = 1 ] && '
+              f'words="{" ".join([*commands, *_words(parser)])}"',
+              '  COMPREPLY=($(compgen -W "$words" -- "${COMP_WORDS[COMP_CWORD]}"))',
+              '}',
+              'complete -o default -F _largest_margins largest-margins', sep='\n')
+        parser.exit()
+
+
+def _words(parser):
+    "The options of a command, and what its arguments can be."
+    for action in parser._actions:
+        yield from action.option_strings
+        if not isinstance(action.choices, dict): yield from action.choices or ()
+
+
+def _seed(text):
+    "A seed that every generator takes."
+    with suppress(ValueError):
+        if 0 <= int(text) < 1 << 32: return int(text)
+    raise argparse.ArgumentTypeError(f'must be an int from 0 to 2**32 - 1, got {text}')
+
+# %% ../nbs/experiments/33_cli.ipynb #b2d50002
 def main(
     argv: list[str] | None = None,  # arguments; None takes those of the process
 ):
     "The entry point: exits with 0, 1 for a failed check, 2 for bad usage, 130 on ^C."
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='replace')
+    with _interrupts() as interrupted:
+        try:
+            try: code = _run(argv)
+            finally: sys.stdout.flush()
+        except SystemExit as e: code = e.code
+        except BrokenPipeError: code = 141  # 128 + SIGPIPE, as a shell has it
+        except BaseException as e:
+            code = _explain(KeyboardInterrupt() if interrupted else e)
+    try: sys.stdout.flush()
+    except OSError:  # what cannot be written must not be tried again at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
+
+
+def _run(argv):
+    "Do what the arguments say."
     args = _parser().parse_args(argv)
     warnings.simplefilter('ignore', FutureWarning)  # of libraries about libraries
-    try: code = args.run(args)
-    except KeyboardInterrupt: code = _say('stopped', 130)
-    except ModuleNotFoundError as e:
+    outputs = [path for name in ('json', 'html', 'out')
+               if (path := getattr(args, name, None)) is not None]
+    _check_outputs(args, outputs)
+    if '-' not in outputs: return args.run(args)
+    with redirect_stdout(sys.stderr): return args.run(args)  # the output is a file
+
+
+def _check_outputs(args, outputs):
+    "Refuse what cannot be written before there is any work."
+    if not outputs: return
+    from largest_margins.files import check_output
+    inputs = [*getattr(args, 'file', ()), getattr(args, 'classes', None)]
+    for i, path in enumerate(outputs):
+        if args.command in ('train', 'table', 'demo'): path = Path(path, 'report.html')
+        check_output(path, *filter(None, inputs))
+        if path in outputs[:i] and path != '-':
+            raise ValueError(f'{path} cannot be two files')
+
+
+@contextmanager
+def _interrupts():
+    "A list that is not empty once Ctrl-C came."
+    came, before = [], signal.getsignal(signal.SIGINT)
+    def remember(*_):
+        came.append(True)
+        raise KeyboardInterrupt
+    ours = (before is signal.default_int_handler
+            and threading.current_thread() is threading.main_thread())
+    if ours: signal.signal(signal.SIGINT, remember)
+    try: yield came
+    finally:
+        if ours: signal.signal(signal.SIGINT, before)
+
+
+def _explain(error):
+    "One line about an error, and the exit code."
+    if sys.flags.dev_mode and not isinstance(error, KeyboardInterrupt): raise error
+    if isinstance(error, KeyboardInterrupt): return _say('stopped', 130)
+    if isinstance(error, ModuleNotFoundError):
         advice = 'pip install "largest_margins[fastai]"'
-        code = _say(f'{args.command} needs {e.name}: {advice}', 2)
-    except (ValueError, TypeError, OSError, ImportError) as e: code = _say(e, 2)
-    sys.exit(code)
+        return _say(f'this command needs {error.name}: {advice}', 2)
+    expected = isinstance(error, ValueError | TypeError | OSError | ImportError)
+    return _say(error if expected else f'{type(error).__name__}: {error}', 2)
 
 
 def _say(message, code):
     "One line on the error stream, and an exit code."
-    print(f'largest-margins: {" ".join(str(message).split())}', file=sys.stderr)
+    from largest_margins.files import escape
+    line = escape(' '.join(str(message).split()), 'terminal')
+    with suppress(OSError): print(f'largest-margins: {line}', file=sys.stderr)
     return code
 
 # %% ../nbs/experiments/33_cli.ipynb #d4e657b6
 def _prove(args):
     "Run the ledger and print a line for each check as it ends."
     from largest_margins.claims import claims, prove
+    from largest_margins.files import write_file
     statements, evidence = {claim.id: str(claim) for claim in claims()}, []
     def show(e):
         if not evidence or evidence[-1].claim != e.claim:
@@ -84,16 +180,8 @@ def _prove(args):
     if args.json:
         rows = [{**asdict(e), 'kind': e.kind, 'difference': e.difference}
                 for e in evidence]
-        _write(Path(args.json), json.dumps(rows, indent=1, ensure_ascii=False))
+        write_file(args.json, json.dumps(rows, indent=1, ensure_ascii=False))
     return 1 if failed else 0
-
-
-def _write(path, text):
-    "A text file, written aside and renamed."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f'.{path.name}.{os.getpid()}')
-    aside.write_text(text, encoding='utf-8')
-    os.replace(aside, path)
 
 
 def _prove_arguments(p):
@@ -232,7 +320,7 @@ def _data_arguments(p, out, threads):
 
 
 def _one_seed(p):
-    p.add_argument('--seed', type=int, default=0, metavar='N',
+    p.add_argument('--seed', type=_seed, default=0, metavar='N',
                    help='of everything that is random; default 0')
 
 
@@ -241,6 +329,7 @@ _COMMANDS['train'] = _Command('train one configuration', _train_arguments, _trai
 # %% ../nbs/experiments/33_cli.ipynb #293d61a2
 def _table(args):
     "Train what is missing of a table, and write it."
+    from largest_margins.files import escape
     from largest_margins.recipes import TABLES
     from largest_margins.tables import make_table
     os.environ.setdefault('PYTHONWARNINGS', 'ignore::FutureWarning')  # of the workers
@@ -249,7 +338,9 @@ def _table(args):
     out = f'runs/table{args.table}' + (f'-{Path(dataset).name}' if dataset else '')
     changes = dict(weights=args.weights, data=args.data, epochs=args.epochs,
                    despite_withdrawal=args.despite_withdrawal or None)
-    def tell(line): print(line, flush=True)
+    def tell(text):
+        print(*(escape(line, 'terminal') for line in text.split('\n')), sep='\n',
+              flush=True)
     complete = make_table(
         recipe, dataset, args.out or out, rows=args.rows, seeds=args.seeds,
         jobs=args.jobs, threads=args.threads, resume=args.resume, dry_run=args.dry_run,
@@ -292,27 +383,56 @@ _COMMANDS['table'] = _Command('one of the paper’s tables, with its numbers bes
 # %% ../nbs/experiments/33_cli.ipynb #6b841426
 def _inspect(args):
     "Measure a saved classifier."
+    from largest_margins.files import escape, write_file
     from largest_margins.inspection import (
-        as_prototypes, find_classifier, inspect_prototypes, inspection_page,
+        choose_classifier, inspect_prototypes, inspection_page, join_parts,
         read_tensors)
-    tensors = read_tensors(args.file)
-    name = find_classifier(tensors, args.key)
-    weight = as_prototypes(tensors[name], name, args.transposed)
-    classes = None
-    if args.classes:
-        classes = Path(args.classes).read_text(encoding='utf-8').splitlines()
+    names = None if args.classes is None else _lines(args.classes)
+    files = sorted(args.file, key=_numbers)
+    parts = [read_tensors(file) for file in files]
+    tensors = parts[0] if len(parts) == 1 else join_parts(parts, args.key)
+    name, weight, notes = choose_classifier(
+        tensors, args.key, transposed=args.transposed, classes=names and len(names))
     with _progress('tile') as tell:
-        found = inspect_prototypes(weight, pairs=args.pairs, classes=classes,
-                                   progress=tell)
-    title = f'{args.file}, {name}'
-    print(title, found, sep='\n')
+        found = inspect_prototypes(weight, pairs=args.pairs, classes=names,
+                                   notes=[*notes, *_parts_beside(files)], progress=tell)
+    title = f'{", ".join(files)}, {name}'
+    print(escape(title, 'terminal'), found, sep='\n')
     if args.json:
-        record = dict(file=args.file, tensor=name, **found.record())
-        _write(Path(args.json), json.dumps(record, indent=1, ensure_ascii=False))
+        file = files[0] if len(files) == 1 else files
+        record = dict(file=file, tensor=name, **found.record())
+        write_file(args.json, json.dumps(record, indent=1, ensure_ascii=False))
     if args.html:
         command = ' '.join(['largest-margins', *sys.argv[1:]])
-        _write(Path(args.html), inspection_page(found, title, command))
+        write_file(args.html, inspection_page(found, title, command))
     return 0
+
+
+def _lines(path):
+    "The names in a file, one a line; blank lines at its end do not count."
+    try: lines = Path(path).read_text(encoding='utf-8-sig').rstrip().split('\n')
+    except UnicodeDecodeError as e:
+        raise ValueError(f'{path} must be text in UTF-8: {e}') from e
+    lines = [line.strip() for line in lines]
+    if '' in lines: raise ValueError(f'{path} must have a name in line '
+                                     f'{lines.index("") + 1}, which is blank')
+    return lines
+
+
+def _numbers(name):
+    "A name with its numbers as numbers, for sorting: rank 2 comes before rank 10."
+    return [(int(part), '') if part.isdigit() else (0, part)
+            for part in re.split(r'(\d+)', name)]
+
+
+def _parts_beside(files):
+    "A note if one part of a classifier is inspected and others lie beside it."
+    path = Path(files[0])
+    pattern = re.sub(r'((?:rank|gpu|part|shard)[-_]?)\d+', r'\1*', path.name)
+    if len(files) > 1 or pattern == path.name or not path.is_file(): return []
+    others = [p.name for p in sorted(path.parent.glob(pattern)) if p != path]
+    return [f'{others[0]} lies beside it: if these are parts of one classifier, name '
+            'them all.'] if others else []
 
 
 @contextmanager
@@ -336,13 +456,17 @@ def _progress(unit):
 
 
 def _inspect_arguments(p):
-    p.add_argument('file', metavar='FILE', help='.safetensors, or what torch.save '
-                   'wrote: a state_dict, a checkpoint of fastai or timm, a run of ours')
+    p.add_argument('file', metavar='FILE', nargs='+', help='.safetensors, .npz, .npy, '
+                   '.onnx, or what torch.save wrote: a state_dict, a checkpoint of '
+                   'fastai or timm, a run of ours; an index of parts, or a folder; '
+                   'several files are parts of one classifier, in the order of their '
+                   'numbers')
     p.add_argument('--key', metavar='NAME', help='the classifier’s weight, such as '
                    'fc.weight; default: the obvious one')
     p.add_argument('--transposed', action=argparse.BooleanOptionalAction,
                    help='the weight is [d, k]: its columns are the classes; default: '
-                   'if it is named kernel; --no-transposed: never')
+                   'as its name, its bias and the layer before say; --no-transposed: '
+                   'it is [k, d]')
     p.add_argument('--pairs', type=int, default=5, metavar='N',
                    help='how many of the closest pairs to name; default 5')
     p.add_argument('--classes', metavar='FILE', help='names of the classes, one a line')
@@ -376,7 +500,7 @@ def _prototypes_arguments(p):
     p.add_argument('--out', required=True, metavar='FILE.safetensors',
                    help='where they go, as “weight”, float64, [K, D]; the certificate '
                    'of the bound, where there is one, goes beside it as .json')
-    p.add_argument('--seed', type=int, default=0, metavar='N',
+    p.add_argument('--seed', type=_seed, default=0, metavar='N',
                    help='of the search; default 0')
     p.add_argument('--seconds', type=float, metavar='S',
                    help='stop the search after about so long; default: when it is done')
@@ -426,3 +550,6 @@ def _demo_arguments(p):
 
 
 _COMMANDS['demo'] = _Command('quick proofs and six trainings', _demo_arguments, _demo)
+
+# %% ../nbs/experiments/33_cli.ipynb #b2d50003
+if __name__ == '__main__' and '__file__' in globals(): main()  # not in a notebook

@@ -27,7 +27,8 @@ from fastai.torch_core import default_device
 from torch import Tensor
 from torch.nn import functional as F
 
-from .checks import number
+from .checks import integer, number
+from .files import escape
 from .images import ImageFiles, image_files, is_clutter
 
 # %% ../nbs/training/21_data.ipynb #d6c2ee01
@@ -77,6 +78,7 @@ class ImageData:
         valid: float | None = None,  # share held out of training; None: test
     ) -> DataLoaders:  # with the attributes `c` and `vocab`
         "In-memory batches for fastai's `Learner`, or for any loop."
+        batch_size = integer('batch_size', batch_size, at_least=1)
         images, targets = self.train_images, self.train_targets
         held_out = self.test_images, self.test_targets
         if valid is not None:
@@ -227,7 +229,7 @@ def show_images(
         for ax in axes.flat: ax.axis('off')
     for ax, image, target in zip(np.ravel(axes), images, targets, strict=False):
         ax.imshow(image.permute(1, 2, 0).squeeze(-1), cmap='gray', vmin=0, vmax=255)
-        ax.set_title(classes[target], fontsize=7, color=GREY, pad=2)
+        ax.set_title(escape(classes[target], 'plot'), fontsize=7, color=GREY, pad=2)
         ax.axis('off')
 
 # %% ../nbs/training/21_data.ipynb #1d959a87

@@ -32,15 +32,15 @@ from .bodies import check_body, make_body
 from .callbacks import (
     Checkpoint, DeferredReweighting, SampleMarginRegularizer, ZeroCentroidRegularizer,
     has_bfloat16, load_file, save_file)
+from .checks import NotFinite, choice, flag, integer, number, plain
 from .codes import best_packing, simplex
 from .data import ImageData, RandomAffine, imbalanced_indices, load
+from .engine.cosines import cosine_matrix
 from .learner import margin_learner
 from .losses import (
     ArcFaceLoss, CosFaceLoss, FocalLoss, LDAMLoss, LMSoftmaxLoss, NormFaceLoss,
     SampleMarginLoss, SphereFaceLoss)
-from .checks import plain
 from .margins import class_margin, norm_ratio, sample_margins
-from .engine.cosines import cosine_matrix
 from .regularizers import zero_centroid
 
 # %% ../nbs/experiments/31_experiments.ipynb #263ec5be
@@ -135,26 +135,19 @@ class Configuration:
         for name, taken in takes.items():
             if getattr(self, name) and not taken:
                 raise ValueError(f'{name} has no meaning for the loss {self.loss!r}')
-        for name, least in _INTEGERS.items():
-            value = getattr(self, name)
-            if name == 'embedding' and value is None: continue
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f'{name} must be an int ≥ {least}, got {value!r}')
-        for name, least in _NUMBERS.items():
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= least):
-                raise ValueError(f'{name} must be a finite number ≥ {least}, '
-                                 f'got {value!r}')
-        if not self.learning_rate: raise ValueError('learning_rate must be > 0, got 0')
-        if self.reweighted >= 1:
-            raise ValueError(f'reweighted must be < 1, got {self.reweighted!r}')
+        for name, allowed in _RANGES.items():
+            if (value := getattr(self, name)) is None and name == 'embedding': continue
+            check = flag if allowed is bool else number if name in _NUMBERS else integer
+            bounds = {} if allowed is bool else allowed
+            object.__setattr__(self, name, check(name, value, **bounds))
         if self.kind not in ('long-tailed', 'step'):
             raise ValueError(f"kind must be 'long-tailed' or 'step', got {self.kind!r}")
+        choice('reduction', self.reduction, _REDUCTIONS)
         if self.sample_margin_reduction:
             if not self.sample_margin:
                 raise ValueError('sample_margin_reduction has no meaning without a '
                                  'sample_margin')
-            SampleMarginLoss(reduction=self.sample_margin_reduction)
+            choice('sample_margin_reduction', self.sample_margin_reduction, _REDUCTIONS)
         if self.schedule not in SCHEDULES:
             raise ValueError(f'schedule must be one of {", ".join(SCHEDULES)}, '
                              f'got {self.schedule!r}')
@@ -195,9 +188,14 @@ class Configuration:
         return ' '.join(parts)
 
 
-_INTEGERS = dict(epochs=1, batch_size=2, embedding=1, shift=0)  # and their least values
-_NUMBERS = dict(sample_margin=0, zero_centroid=0, ratio=1, learning_rate=0,
-                logit_adjustment=0, reweighted=0, weight_decay=0, rotate=0)
+_REDUCTIONS = 'mean', 'class-mean'
+_NUMBERS = dict(sample_margin=dict(at_least=0), zero_centroid=dict(at_least=0),
+                ratio=dict(at_least=1), learning_rate=dict(above=0),
+                logit_adjustment=dict(at_least=0), reweighted=dict(at_least=0, below=1),
+                weight_decay=dict(at_least=0), rotate=dict(at_least=0, at_most=180))
+_RANGES = _NUMBERS | dict(
+    epochs=dict(at_least=1), batch_size=dict(at_least=2), embedding=dict(at_least=1),
+    shift=dict(at_least=0), seed=dict(at_least=0), fixed=bool, flip=bool, download=bool)
 
 # %% ../nbs/experiments/31_experiments.ipynb #0b1ac69e
 QUANTILES = (.01, .05, .25, .5, .75)
@@ -371,8 +369,7 @@ def train(
     start, weights = time.perf_counter(), learn.model[-1].weight
     try:
         with learn.no_bar(), learn.no_logging(): _fit(learn, c)
-    except ValueError as e:  # a loss or the recorder met nan or inf
-        if 'must be finite' not in str(e): raise
+    except NotFinite: pass  # a loss or the recorder met nan or inf
     seconds, W = time.perf_counter() - start, weights.detach().float().cpu()
     if saver: seconds += saver.seconds
     cosines, scores, targets = _outputs(learn.model, learn.dls.valid)

@@ -9,8 +9,6 @@ __all__ = ['FACES', 'draw_glyphs', 'glyph_characters', 'glyph_split', 'write_gly
 
 # %% ../nbs/training/26_glyphs.ipynb #3fe67300
 import json
-import os
-import shutil
 import unicodedata
 from contextlib import contextmanager
 from functools import cache
@@ -21,6 +19,8 @@ import matplotlib
 import numpy as np
 from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
+
+from .files import replace_folder, write_file
 
 # %% ../nbs/training/26_glyphs.ipynb #bb69895b
 FACES = ('DejaVuSans', 'DejaVuSans-Bold', 'DejaVuSerif', 'DejaVuSerif-Italic',
@@ -108,19 +108,11 @@ def _complete(folder, **settings):
             not any(folder.iterdir()) or _is_ours(folder))):
         raise FileExistsError(f'{folder} holds something else: give a new or an empty '
                               'folder')
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new, old = (folder.with_name(f'.{folder.name}.{word}{os.getpid()}')
-                for word in ('new', 'old'))
-    new.mkdir()
-    try:
+    with replace_folder(folder) as new:
         yield new
         entries = sorted(path.name for path in new.iterdir())
         note = dict(made_by='largest_margins.glyphs', **settings, entries=entries)
-        (new/_NOTE).write_text(json.dumps(note), encoding='utf-8')
-        if folder.exists(): folder.rename(old)
-        new.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-    finally: shutil.rmtree(new, ignore_errors=True)
+        write_file(new/_NOTE, json.dumps(note))
 
 
 def _save(picture, path): Image.fromarray(picture).save(path)
@@ -211,7 +203,7 @@ def write_glyph_pairs(
     for part in parts: lines += _fold(part, pairs, rng)
     settings = dict(seed=seed, identities=identities, folds=folds, pairs=pairs)
     with _complete(folder, kind='pairs', **settings) as new:
-        (new/'pairs.txt').write_text('\n'.join([*lines, '']), encoding='ascii')
+        write_file(new/'pairs.txt', '\n'.join([*lines, '']))
         for character in test: (new/glyph_name(character)).mkdir()
         for number, face in enumerate(FACES, 1):
             for character, picture in zip(test, draw_glyphs(test, face)):

@@ -313,6 +313,6 @@ register(Claim(
     'NormFace, CosFace, ArcFace and A-Softmax (normalised) share the optimum',
     'as printed, with ψ for A-Softmax and cos m2 ≥ (k−2)/(2(k−1)) for ArcFace',
     'balanced, k ≤ d+1',
-    (Check('symbolic identity', _p6_exact, '≥'),
+    (Check('exact arithmetic', _p6_exact, '≥'),
      Check('search', _p6_optimised, '=', 1e-3),
      Check('counter-example', _p6_boundary, '<'))))

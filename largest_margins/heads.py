@@ -16,7 +16,7 @@ from .checks import (
     Flag, as_one_node, check_prototypes, integer, is_symbol)
 from .engine.cosines import cosine_matrix
 from .engine.fused import margins_by_rows, nearest_classes
-from .engine.shards import ClassShards
+from .engine.shards import ClassShards, TimesRanks
 from .losses import CosineLoss
 
 # %% ../nbs/losses/16_heads.ipynb #1dddf264
@@ -187,9 +187,7 @@ class ShardedMarginHead(MarginHead):
         _refuse_ddp(self.weight)
         if targets is None and not given: return self.shards.matrix(features, self.weight)
         ranks = len(self.shards.sizes)
-        if self.averaged and features.requires_grad and torch.is_grad_enabled():
-            features = features.view_as(features)
-            features.register_hook(lambda slope: slope * ranks)
+        if self.averaged: features = TimesRanks.apply(features, ranks)
         return self.loss.linear(features, self.weight, targets, group=self.shards,
                                 chunk_size=self.chunk_size, **given)
 

@@ -22,7 +22,7 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from .checks import (
-    Choice, Flag, Number, as_one_node, at_least_float32, check_device, check_features,
+    Choice, Flag, Integer, Number, as_one_node, at_least_float32, check_device, check_features,
     check_integers, check_range, check_scores, integer, is_symbol, is_traced,
     number, per_class, per_sample, plain, values_are_cheap)
 from .engine.cosines import full_precision, log_sum_exp_of_others
@@ -31,11 +31,30 @@ from .engine.fused import (
 from .engine.shards import ClassShards
 from .margins import angle, row_norms, unit_rows
 
-# %% ../nbs/losses/12_losses.ipynb #b8f9043f
-class ClassificationLoss(nn.Module):
-    "What all losses share: weights, the reduction, what fastai wants to know."
-    y_int = True  # targets are integers, so MixUp mixes losses and not labels
-    reduction = Choice('mean', 'sum', 'none', 'class-mean')
+# %% ../nbs/losses/12_losses.ipynb #be217091
+class _Shown(nn.Module):
+    "A module that prints every argument that differs from its default."
+    always_shown: ClassVar = ('scale', 'margin', 'm1', 'm2', 'm3')  # by `print`
+    in_radians: ClassVar = ()  # arguments that are angles
+
+    def extra_repr(self) -> str:
+        "The first argument, and each that differs from its default."
+        shown = []
+        for name, p in signature(type(self)).parameters.items():
+            value = vars(self).get(f'_{name}', getattr(self, name, p.default))
+            if isinstance(value, Tensor): value = f'[{len(value)}]'
+            elif value == p.default and name not in self.always_shown: continue
+            elif isinstance(value, torch.Generator): continue
+            elif isinstance(value, float):
+                degrees = f' rad ({math.degrees(value):.2f}°)'
+                value = f'{value:g}{degrees if name in self.in_radians else ""}'
+            elif isinstance(value, str): value = repr(value)
+            shown.append(f'{name}={value}')
+        return ', '.join(shown)
+
+# %% ../nbs/losses/12_losses.ipynb #db9daa6c
+class _ClassNumbers(_Shown):
+    "What a loss knows of each class: weights, and a prior."
     by_class: ClassVar = dict(weight=dict(at_least=0, below=1e30),
                               prior=dict(above=0, below=1e30))  # [k] each, or None
 
@@ -43,22 +62,18 @@ class ClassificationLoss(nn.Module):
         self,
         *,
         weight: Tensor | Iterable[float] | None = None,  # of each class, ≥ 0, [k]
-        reduction: str = 'mean',  # 'mean', 'sum', 'none' or 'class-mean'; settable
-        ignore_index: int = -100,  # samples with this target do not count
         prior: Tensor | Iterable[float] | None = None,  # counts or shares, > 0, [k]
     ):
         super().__init__()
         for name, values in (('weight', weight), ('prior', prior)):
             self.register_buffer(name, None, persistent=False)
             setattr(self, name, values)
-        self.reduction, self.ignore_index = reduction, ignore_index
 
     def __setattr__(self, name: str, value: Any):
         "What is set later is checked like an argument."
-        optional = name in ClassificationLoss.by_class
+        optional = name in _ClassNumbers.by_class
         if name in self.by_class and not (value is None and optional):
             value = per_class(name, value, **self.by_class[name])
-        if name == 'ignore_index': value = integer(name, value)
         super().__setattr__(name, value)
 
     def _apply(self, fn, recurse=True):
@@ -76,6 +91,37 @@ class ClassificationLoss(nn.Module):
     ) -> Tensor | None:  # [k]
         "What the prior adds to the logits of a training."
         return None if self.prior is None else self.prior.to(dtype).log()
+
+    def check_classes(
+        self,
+        num_classes: int,  # k of the scores at hand
+        device: torch.device,  # where they are
+    ):
+        "A buffer holds a number per class, on the right device; refuse any other."
+        for name, value in self._buffers.items():
+            if value is None or not value.ndim: continue
+            if value.shape != (num_classes,):
+                raise ValueError(f'{name} must be [k] with k = {num_classes}, '
+                                 f'got shape {tuple(value.shape)}')
+            check_device(name, value, device)
+
+# %% ../nbs/losses/12_losses.ipynb #f12a317d
+class ClassificationLoss(_ClassNumbers):
+    "What all losses share: weights, the reduction, what fastai wants to know."
+    y_int = True  # targets are integers, so MixUp mixes losses and not labels
+    reduction = Choice('mean', 'sum', 'none', 'class-mean')
+    ignore_index = Integer()
+
+    def __init__(
+        self,
+        *,
+        weight: Tensor | Iterable[float] | None = None,  # of each class, ≥ 0, [k]
+        reduction: str = 'mean',  # 'mean', 'sum', 'none' or 'class-mean'; settable
+        ignore_index: int = -100,  # samples with this target do not count
+        prior: Tensor | Iterable[float] | None = None,  # counts or shares, > 0, [k]
+    ):
+        super().__init__(weight=weight, prior=prior)
+        self.reduction, self.ignore_index = reduction, ignore_index
 
     def split_ignored(
         self,
@@ -122,19 +168,6 @@ class ClassificationLoss(nn.Module):
         if isinstance(shares, Tensor): return (losses * shares).sum()
         return losses.mean() if self.reduction == 'mean' else losses.sum()
 
-    def check_classes(
-        self,
-        num_classes: int,  # k of the scores at hand
-        device: torch.device,  # where they are
-    ):
-        "A buffer holds a number per class, on the right device; refuse any other."
-        for name, value in self._buffers.items():
-            if value is None or not value.ndim: continue
-            if value.shape != (num_classes,):
-                raise ValueError(f'{name} must be [k] with k = {num_classes}, '
-                                 f'got shape {tuple(value.shape)}')
-            check_device(name, value, device)
-
     def activation(
         self,
         scores: Tensor,  # what the model returned, [N, k]
@@ -149,33 +182,11 @@ class ClassificationLoss(nn.Module):
         "The predicted class: the largest score. No margin is used in prediction."
         return scores.argmax(-1)
 
-    def extra_repr(self) -> str:
-        "The first argument, and each that differs from its default."
-        shown = []
-        for name, p in signature(type(self)).parameters.items():
-            value = vars(self).get(f'_{name}', getattr(self, name, p.default))
-            if isinstance(value, Tensor): value = f'[{len(value)}]'
-            elif value == p.default and name not in self.always_shown: continue
-            elif isinstance(value, torch.Generator): continue
-            elif isinstance(value, float):
-                degrees = f' rad ({math.degrees(value):.2f}°)'
-                value = f'{value:g}{degrees if name in self.in_radians else ""}'
-            elif isinstance(value, str): value = repr(value)
-            shown.append(f'{name}={value}')
-        return ', '.join(shown)
-
-    always_shown: ClassVar = ('scale', 'margin', 'm1', 'm2', 'm3')  # by `print`
-    in_radians: ClassVar = ()  # arguments that are angles
-
-# %% ../nbs/losses/12_losses.ipynb #a3995ab2
-_ANY_NUMBER = Number()
-
-
-class CosineLoss(ClassificationLoss):
-    "A loss of each sample's own cosine and one reduction over the others."
+# %% ../nbs/losses/12_losses.ipynb #7bc740c5
+class _PerSample(ClassificationLoss):
+    "What the engine asks of a loss: one number per sample, and its slopes."
     angular = False  # whether the hook reads `own.angle`
     scale: float | None = None  # s of the log-sum-exp; None: only the largest counts
-    label_smoothing = 0.  # of the matrix of cosines only
     numbers: ClassVar[dict[str, str]] = {}  # per sample: its name, and what it replaces
     sample_margin = Number(at_least=0, at_most=1e6, default=0.)  # λ of the λ·R_sm that is added
 
@@ -187,6 +198,125 @@ class CosineLoss(ClassificationLoss):
     ) -> Tensor:  # losses, [n]
         "The hook of a loss that is no margin softmax."
         raise TypeError(f'{type(self).__name__} must define curves or per_sample')
+
+    def per_batch(
+        self,
+        given: dict[str, Tensor],  # the caller's numbers for each sample, [N] each
+        features: Tensor | None,  # of any norm, [N, d]; None where only cosines are known
+        targets: Tensor,  # class of each sample, int64, [N]
+        group=None,  # process group whose ranks share one batch
+    ) -> dict[str, Tensor]:  # [N] each
+        "A hook, once a batch: numbers for each sample that the loss makes itself."
+        return given
+
+    def _filled(self, given, targets, dtype):
+        "Each of the loss's numbers: for each sample, for each class, or one for all."
+        for attribute in set(self.numbers.values()) - given.keys():
+            value = getattr(self, attribute)
+            if isinstance(value, Tensor): value = value.to(dtype)[targets]
+            given = given | {attribute: value}
+        return given
+
+    def terms(
+        self,
+        own: Own,  # cosine, angle and class of each sample, [n] each
+        rest: Tensor,  # log Σ_{j≠y} exp(s·c_j), [n]
+        given: dict[str, Tensor],  # numbers for each sample, [n] each
+        wanted: tuple[str, ...] = (),  # gradients that are wanted; (): only the losses
+    ) -> tuple[Tensor, dict]:  # losses [n]; slopes by 'own', 'rest' and what is given
+        "What the engine asks: losses, and their slopes by what they read."
+        if not wanted:
+            given = self._filled(given, own.targets, rest.dtype)
+            return self.per_sample(own, rest, **given), {}
+        leaves = dict(own=own.angle if self.angular else own.cosine, rest=rest)
+        leaves |= {name: given[name] for name in given.keys() & set(wanted)}
+        leaves = {n: v.detach().requires_grad_() for n, v in leaves.items()}
+        with torch.enable_grad():
+            own = Own(own.targets, **{'angle' if self.angular else 'cosine':
+                                      leaves['own']})
+            numbers = self._filled(given | leaves, own.targets, rest.dtype)
+            rest = numbers.pop('rest')
+            del numbers['own']
+            losses = self.per_sample(own, rest, **numbers)
+        slopes = torch.autograd.grad(losses, list(leaves.values()),
+                                     torch.ones_like(losses), materialize_grads=True)
+        return losses.detach(), dict(zip(leaves, slopes))
+
+# %% ../nbs/losses/12_losses.ipynb #b1c78170
+class _OfMatrix(_PerSample):
+    "The same from a matrix of cosines, as often differentiable as one likes."
+
+    def of_cosines(
+        self,
+        cosines: Tensor,  # [N, k], in at least float32
+        own: Own,  # cosine, angle and class of each sample, [N] each
+        valid: Tensor | None,  # which samples count, [N]; None: all
+        given: dict[str, Tensor],  # numbers for each sample, [N] each
+    ) -> Tensor:  # [] (or [N] for reduction='none')
+        "The loss of cosines that have been checked, differentiable as often as wanted."
+        targets, dtype, leads = own.targets, cosines.dtype, None
+        shares = self.shares(targets, valid, cosines.shape[1], dtype)
+        logs = self.log_shares(targets, valid, cosines.shape[1], dtype)
+        losses = torch.zeros_like(own.cosine)
+        if self.scale:
+            rest = log_sum_exp_of_others(cosines, targets, self.scale,
+                                         self.log_prior(dtype))
+            losses = self.per_sample(own, rest, **self._filled(given, targets, dtype))
+        if self.sample_margin:
+            others = cosines.scatter(1, targets[:, None], -torch.inf)
+            leads = others.amax(1) - own.cosine
+        return self.total(losses, leads, shares, logs)
+
+    def of_matrix(
+        self,
+        features: Tensor,  # features of any norm, [N, d]
+        prototypes: Tensor,  # prototypes of any norm, [k, d]
+        targets: Tensor,  # class of each sample, int64, [N]
+        valid: Tensor | None,  # which samples count, [N]; None: all
+        given: dict[str, Tensor],  # numbers for each sample, [N] each
+    ) -> Tensor:  # [] (or [N] for reduction='none')
+        "What `linear` returns, by way of the matrix: slower, but torch sees each step."
+        dtype = work_dtype(features.dtype, prototypes.dtype)
+        z, w = (unit_rows(plain(x).to(dtype)) for x in (features, prototypes))
+        with full_precision(features.device.type): cosines = F.linear(z, w)
+        own = Own(targets, cosines.gather(1, targets[:, None])[:, 0],
+                  angle(z, w[targets]) if self.angular else None)
+        return self.of_cosines(cosines, own, valid, given)
+
+    def log_shares(
+        self,
+        targets: Tensor,  # class of each sample, int64, [N]
+        valid: Tensor | None,  # which samples count, [N]; None: all
+        num_classes: int,  # k
+        dtype: torch.dtype,  # of the result
+    ) -> Tensor | None:  # [N]
+        "log a_i, if samples are summed up by (1/t)·log Σ a_i·exp(t·L_i); else None."
+        return None
+
+    def total(
+        self,
+        losses: Tensor,  # one loss per sample, [N]
+        leads: Tensor | None,  # negative sample margins, [N], if R_sm is added
+        shares: Tensor | float,  # what they are multiplied by
+        logs: Tensor | None = None,  # log a_i of a log-sum-exp over the losses, [N]
+    ) -> Tensor:  # [] or, for 'none', [N]
+        "The losses of a batch, and the λ·R_sm that is added."
+        if leads is not None: losses = losses + self.sample_margin * leads
+        return self.aggregate(losses, shares)
+
+    def frozen(self):
+        "This loss as it is now, whatever is set later: for the way back."
+        loss = object.__new__(type(self))
+        loss.__dict__ |= vars(self) | dict(_buffers=dict(self._buffers))
+        return loss
+
+# %% ../nbs/losses/12_losses.ipynb #95195c77
+_ANY_NUMBER = Number()
+
+
+class CosineLoss(_OfMatrix):
+    "A loss of each sample's own cosine and one reduction over the others."
+    label_smoothing = 0.  # of the matrix of cosines only
 
     def forward(
         self,
@@ -255,140 +385,10 @@ class CosineLoss(ClassificationLoss):
                 x.new_full((len(x),), value, dtype=dtype))
         return found
 
-    def per_batch(
-        self,
-        given: dict[str, Tensor],  # the caller's numbers for each sample, [N] each
-        features: Tensor | None,  # of any norm, [N, d]; None where only cosines are known
-        targets: Tensor,  # class of each sample, int64, [N]
-        group=None,  # process group whose ranks share one batch
-    ) -> dict[str, Tensor]:  # [N] each
-        "A hook, once a batch: numbers for each sample that the loss makes itself."
-        return given
-
-    def _filled(self, given, targets, dtype):
-        "Each of the loss's numbers: for each sample, for each class, or one for all."
-        for attribute in set(self.numbers.values()) - given.keys():
-            value = getattr(self, attribute)
-            if isinstance(value, Tensor): value = value.to(dtype)[targets]
-            given = given | {attribute: value}
-        return given
-
-    def terms(
-        self,
-        own: Own,  # cosine, angle and class of each sample, [n] each
-        rest: Tensor,  # log Σ_{j≠y} exp(s·c_j), [n]
-        given: dict[str, Tensor],  # numbers for each sample, [n] each
-        wanted: tuple[str, ...] = (),  # gradients that are wanted; (): only the losses
-    ) -> tuple[Tensor, dict]:  # losses [n]; slopes by 'own', 'rest' and what is given
-        "What the engine asks: losses, and their slopes by what they read."
-        if not wanted:
-            given = self._filled(given, own.targets, rest.dtype)
-            return self.per_sample(own, rest, **given), {}
-        leaves = dict(own=own.angle if self.angular else own.cosine, rest=rest)
-        leaves |= {name: given[name] for name in given.keys() & set(wanted)}
-        leaves = {n: v.detach().requires_grad_() for n, v in leaves.items()}
-        with torch.enable_grad():
-            own = Own(own.targets, **{'angle' if self.angular else 'cosine':
-                                      leaves['own']})
-            numbers = self._filled(given | leaves, own.targets, rest.dtype)
-            rest = numbers.pop('rest')
-            del numbers['own']
-            losses = self.per_sample(own, rest, **numbers)
-        slopes = torch.autograd.grad(losses, list(leaves.values()),
-                                     torch.ones_like(losses), materialize_grads=True)
-        return losses.detach(), dict(zip(leaves, slopes))
-
-    def of_cosines(
-        self,
-        cosines: Tensor,  # [N, k], in at least float32
-        own: Own,  # cosine, angle and class of each sample, [N] each
-        valid: Tensor | None,  # which samples count, [N]; None: all
-        given: dict[str, Tensor],  # numbers for each sample, [N] each
-    ) -> Tensor:  # [] (or [N] for reduction='none')
-        "The loss of cosines that have been checked, differentiable as often as wanted."
-        targets, dtype, leads = own.targets, cosines.dtype, None
-        shares = self.shares(targets, valid, cosines.shape[1], dtype)
-        logs = self.log_shares(targets, valid, cosines.shape[1], dtype)
-        losses = torch.zeros_like(own.cosine)
-        if self.scale:
-            rest = log_sum_exp_of_others(cosines, targets, self.scale,
-                                         self.log_prior(dtype))
-            losses = self.per_sample(own, rest, **self._filled(given, targets, dtype))
-        if self.sample_margin:
-            others = cosines.scatter(1, targets[:, None], -torch.inf)
-            leads = others.amax(1) - own.cosine
-        return self.total(losses, leads, shares, logs)
-
-    def of_matrix(
-        self,
-        features: Tensor,  # features of any norm, [N, d]
-        prototypes: Tensor,  # prototypes of any norm, [k, d]
-        targets: Tensor,  # class of each sample, int64, [N]
-        valid: Tensor | None,  # which samples count, [N]; None: all
-        given: dict[str, Tensor],  # numbers for each sample, [N] each
-    ) -> Tensor:  # [] (or [N] for reduction='none')
-        "What `linear` returns, by way of the matrix: slower, but torch sees each step."
-        dtype = work_dtype(features.dtype, prototypes.dtype)
-        z, w = (unit_rows(plain(x).to(dtype)) for x in (features, prototypes))
-        with full_precision(features.device.type): cosines = F.linear(z, w)
-        own = Own(targets, cosines.gather(1, targets[:, None])[:, 0],
-                  angle(z, w[targets]) if self.angular else None)
-        return self.of_cosines(cosines, own, valid, given)
-
-    def log_shares(
-        self,
-        targets: Tensor,  # class of each sample, int64, [N]
-        valid: Tensor | None,  # which samples count, [N]; None: all
-        num_classes: int,  # k
-        dtype: torch.dtype,  # of the result
-    ) -> Tensor | None:  # [N]
-        "log a_i, if samples are summed up by (1/t)·log Σ a_i·exp(t·L_i); else None."
-        return None
-
-    def total(
-        self,
-        losses: Tensor,  # one loss per sample, [N]
-        leads: Tensor | None,  # negative sample margins, [N], if R_sm is added
-        shares: Tensor | float,  # what they are multiplied by
-        logs: Tensor | None = None,  # log a_i of a log-sum-exp over the losses, [N]
-    ) -> Tensor:  # [] or, for 'none', [N]
-        "The losses of a batch, and the λ·R_sm that is added."
-        if leads is not None: losses = losses + self.sample_margin * leads
-        return self.aggregate(losses, shares)
-
-    def frozen(self):
-        "This loss as it is now, whatever is set later: for the way back."
-        loss = object.__new__(type(self))
-        loss.__dict__ |= vars(self) | dict(_buffers=dict(self._buffers))
-        return loss
-
-# %% ../nbs/losses/12_losses.ipynb #0301b375
-class MarginSoftmaxLoss(CosineLoss):
-    "A margin softmax: the `curves` of the target's cosine, one reduction of the rest."
+# %% ../nbs/losses/12_losses.ipynb #28dc9c63
+class _Curves(CosineLoss):
+    "The hook of a margin softmax, its two curves, and what follows from them."
     scale = Number(at_least=1e-6, at_most=1e6)
-    label_smoothing = Number(at_least=0, below=1)
-
-    def __init__(
-        self,
-        scale: float = 20.,  # s > 0, the inverse temperature of the cosines
-        *,
-        sample_margin: float = 0.,  # λ ≥ 0 of the λ·R_sm that is added
-        label_smoothing: float = 0.,  # ε in [0, 1); for a matrix of cosines only
-        weight: Tensor | Iterable[float] | None = None,  # of each class, ≥ 0, [k]
-        reduction: str = 'mean',  # 'mean', 'sum', 'none' or 'class-mean'
-        ignore_index: int = -100,  # samples with this target do not count
-        prior: Tensor | Iterable[float] | None = None,  # counts or shares, > 0, [k]
-    ):
-        super().__init__(weight=weight, reduction=reduction, prior=prior,
-                         ignore_index=ignore_index)
-        self.scale, self.sample_margin = scale, sample_margin
-        self.label_smoothing = label_smoothing
-        self._check_smoothing()
-
-    def _check_smoothing(self):
-        if self.label_smoothing and self.prior is not None:
-            raise ValueError('label_smoothing must be 0 with a prior, '
-                             f'got {self.label_smoothing:g}')
 
     def curves(
         self,
@@ -434,6 +434,33 @@ class MarginSoftmaxLoss(CosineLoss):
         if den is num: return losses, dict(own=miss * (-s * by_num), rest=miss)
         by_own = s * ((1 - miss) * by_den - by_num)
         return torch.add(losses, den - num, alpha=s), dict(own=by_own, rest=miss)
+
+# %% ../nbs/losses/12_losses.ipynb #64fb0eef
+class MarginSoftmaxLoss(_Curves):
+    "A margin softmax: the `curves` of the target's cosine, one reduction of the rest."
+    label_smoothing = Number(at_least=0, below=1)
+
+    def __init__(
+        self,
+        scale: float = 20.,  # s > 0, the inverse temperature of the cosines
+        *,
+        sample_margin: float = 0.,  # λ ≥ 0 of the λ·R_sm that is added
+        label_smoothing: float = 0.,  # ε in [0, 1); for a matrix of cosines only
+        weight: Tensor | Iterable[float] | None = None,  # of each class, ≥ 0, [k]
+        reduction: str = 'mean',  # 'mean', 'sum', 'none' or 'class-mean'
+        ignore_index: int = -100,  # samples with this target do not count
+        prior: Tensor | Iterable[float] | None = None,  # counts or shares, > 0, [k]
+    ):
+        super().__init__(weight=weight, reduction=reduction, prior=prior,
+                         ignore_index=ignore_index)
+        self.scale, self.sample_margin = scale, sample_margin
+        self.label_smoothing = label_smoothing
+        self._check_smoothing()
+
+    def _check_smoothing(self):
+        if self.label_smoothing and self.prior is not None:
+            raise ValueError('label_smoothing must be 0 with a prior, '
+                             f'got {self.label_smoothing:g}')
 
     def linear(self, features, prototypes, targets, *, chunk_size='auto', group=None,
                **given):
@@ -597,16 +624,17 @@ class ArcFaceLoss(CombinedMarginLoss):
         ignore_index: int = -100,  # samples with this target do not count
         prior: Tensor | Iterable[float] | None = None,  # counts or shares, > 0, [k]
     ):
-        number('margin', margin, at_least=0, below=math.pi)
-        super().__init__(scale, m2=margin, detach_margin=detach_margin, weight=weight,
+        super().__init__(scale, detach_margin=detach_margin, weight=weight, prior=prior,
                          sample_margin=sample_margin, label_smoothing=label_smoothing,
-                         reduction=reduction, ignore_index=ignore_index, prior=prior)
+                         reduction=reduction, ignore_index=ignore_index)
+        self.margin = margin
 
     @property
     def margin(self) -> float: return self.m2
 
     @margin.setter
-    def margin(self, value: float): self.m2 = value
+    def margin(self, value: float):
+        self.m2 = number('margin', value, at_least=0, below=math.pi)
 
 # %% ../nbs/losses/12_losses.ipynb #c8a97f45
 class SphereFaceLoss(CombinedMarginLoss):
@@ -626,16 +654,17 @@ class SphereFaceLoss(CombinedMarginLoss):
         ignore_index: int = -100,  # samples with this target do not count
         prior: Tensor | Iterable[float] | None = None,  # counts or shares, > 0, [k]
     ):
-        number('margin', margin, at_least=1, at_most=10)
-        super().__init__(scale, m1=margin, detach_margin=detach_margin, weight=weight,
+        super().__init__(scale, detach_margin=detach_margin, weight=weight, prior=prior,
                          sample_margin=sample_margin, label_smoothing=label_smoothing,
-                         reduction=reduction, ignore_index=ignore_index, prior=prior)
+                         reduction=reduction, ignore_index=ignore_index)
+        self.margin = margin
 
     @property
     def margin(self) -> float: return self.m1
 
     @margin.setter
-    def margin(self, value: float): self.m1 = value
+    def margin(self, value: float):
+        self.m1 = number('margin', value, at_least=1, at_most=10)
 
 # %% ../nbs/losses/12_losses.ipynb #15c127a5
 class LDAMLoss(MarginSoftmaxLoss):
@@ -693,6 +722,7 @@ def class_balanced_weights(
 # %% ../nbs/losses/12_losses.ipynb #4412ccad
 class ElasticFaceLoss(MarginSoftmaxLoss):
     "A margin drawn anew for each sample (Boutros et al. 2022, ElasticFace)."
+    numbers: ClassVar = dict(margin='margin')
     margin = Number(at_least=0, below=2)
     std = Number(at_least=0, at_most=1)
     kind = Choice('arc', 'cos')
@@ -728,20 +758,20 @@ class ElasticFaceLoss(MarginSoftmaxLoss):
     def angular(self): return self.kind == 'arc'
 
     def per_batch(self, given, features, targets, group=None):
-        "A margin for each sample; outside training the mean for all."
-        drawn = torch.full(targets.shape, self.margin, device=self.generator.device)
-        if self.training:
-            drawn = torch.normal(drawn, self.std, generator=self.generator)
-        return dict(drawn=drawn.to(targets.device, non_blocking=True))
+        "In training a margin for each sample, if none are given; else the mean for all."
+        if given or not self.training: return given
+        mean = torch.full(targets.shape, self.margin, device=self.generator.device)
+        drawn = torch.normal(mean, self.std, generator=self.generator)
+        return dict(margin=drawn.to(targets.device, non_blocking=True))
 
-    def curves(self, own, drawn):
-        if self.angular: logit = falling_cosine(own.angle + drawn)
-        else: logit = own.cosine - drawn
+    def curves(self, own, margin):
+        if self.angular: logit = falling_cosine(own.angle + margin)
+        else: logit = own.cosine - margin
         return logit, logit
 
-    def with_slopes(self, own, drawn):
-        slope = -_arcs(own.angle + drawn)[1].sin() if self.angular else 1.
-        return *self.curves(own, drawn), slope, slope
+    def with_slopes(self, own, margin):
+        slope = -_arcs(own.angle + margin)[1].sin() if self.angular else 1.
+        return *self.curves(own, margin), slope, slope
 
     def get_extra_state(self): return dict(generator=self.generator.get_state())
 
@@ -799,7 +829,8 @@ class AdaFaceLoss(MarginSoftmaxLoss):
         squares, = summed((norms - mean).square())
         std = (squares / (count - 1).clamp_min(1)).sqrt()
         for running, new in ((self.norm_mean, mean), (self.norm_std, std)):
-            running.lerp_(torch.where(count > 1, new, running), self.momentum)
+            new = torch.where(count > 1, new.to(running.dtype), running)
+            running.lerp_(new, self.momentum)
 
     def curves(self, own, quality):
         theta = (own.angle - self.margin * quality).clamp(0, math.pi)

@@ -20,6 +20,7 @@ from matplotlib.axes import Axes
 from torch import Tensor
 from torch.nn import functional as F
 
+from .files import escape
 from .losses import CosineLoss, MarginSoftmaxLoss
 from .checks import check_cosines, check_prototypes
 from .margins import sample_margins
@@ -99,7 +100,7 @@ def _names(names, k):
     "The names of the classes, or their numbers."
     if names is None: return [str(i) for i in range(k)]
     if len(names) != k: raise ValueError(f'names must be {k} strings, got {len(names)}')
-    return names
+    return [escape(str(name), 'plot') for name in names]
 
 
 def _heat_map(values, names, ax, most, label):

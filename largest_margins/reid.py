@@ -32,6 +32,7 @@ from torch.utils.data import Sampler
 from .checks import plain
 from .data import ImageData, ImageDataset, ImageLoader
 from .engine.cosines import cosine_matrix
+from .files import read_torch
 from .images import ImageFiles, is_clutter, read_image
 from .learner import margin_learner
 from .plots import BLUE, GREEN, GREY, ORANGE, axes_for
@@ -518,11 +519,10 @@ def resnet50_body(
     net.fc = nn.Identity()
     if weights is not None:
         try:
-            found = torch.load(weights, map_location='cpu', weights_only=True)
+            found = read_torch(weights, plain=True)
             net.load_state_dict({name: value for name, value in found.items()
                                  if not name.startswith('fc.')})
-        except FileNotFoundError: raise
-        except Exception as e:  # whatever a file that is something else leads to
+        except (ValueError, RuntimeError, AttributeError) as e:
             raise ValueError(f'{weights} does not hold the weights of torchvision\'s '
                              f'resnet50: {e}') from e
     for layer in (net.layer4[0].conv2, net.layer4[0].downsample[0]):
@@ -585,7 +585,7 @@ def plot_ranked_gallery(
                          f'got {chosen.tolist()}')
     left_out = persons[chosen, None] == others
     left_out &= cameras[chosen, None] == their_cameras
-    order = distances[chosen].masked_fill(left_out, math.inf).argsort(dim=1, stable=True)
+    order = distances[chosen].masked_fill(left_out, math.inf).argsort(stable=True)
     figure = plt.figure(figsize=(.85 * (1 + top), 1.1 * len(chosen)), facecolor='none',
                         layout='tight')
     axes = figure.subplots(len(chosen), 1 + top, squeeze=False)

@@ -10,7 +10,6 @@ __all__ = ['COLUMNS', 'WRITERS', 'Run', 'plan', 'record', 'read_record', 'read_r
 
 # %% ../nbs/experiments/37_tables.ipynb #36351603
 import csv
-import html
 import io
 import json
 import math
@@ -32,9 +31,10 @@ from tqdm import tqdm
 import largest_margins
 from .callbacks import Checkpoint
 from .experiments import machine
+from .files import escape, write_file
 from .recipes import (
     Recipe, Row, Setting, choose, printed, printed_numbers)
-from .report import page, write_text
+from .report import page
 from .tasks import classify
 
 # %% ../nbs/experiments/37_tables.ipynb #65f1d59a
@@ -184,7 +184,7 @@ def run_one(
     torch.set_num_threads(threads)
     try: found = record(c, run.measure(c, out/run.checkpoint))
     finally: torch.set_num_threads(before)
-    write_text(out/run.path, json.dumps(found, ensure_ascii=False, allow_nan=False))
+    write_file(out/run.path, json.dumps(found, ensure_ascii=False, allow_nan=False))
     Checkpoint(out/run.checkpoint).remove()
     return run, found
 
@@ -347,13 +347,14 @@ def markdown(
 ) -> str:
     "The table in Markdown; the best of each part in bold."
     def row(texts): return f'| {" | ".join(texts)} |'
-    out = [f'# {summary.title}']
+    def plain(text): return escape(text, 'markdown')
+    out = [f'# {plain(summary.title)}']
     for heading, heads, rows in summary.parts:
-        out += ['', f'## {heading}', '', row(heads),
+        out += ['', f'## {plain(heading)}', '', row(map(plain, heads)),
                 row(['---'] + ['---:'] * (len(heads) - 1))]
-        out += [row(f'**{text}**' if bold else text.replace('*', r'\*')
+        out += [row(f'**{plain(text)}**' if bold else plain(text)
                     for text, bold in cells) for cells in rows]
-    return '\n'.join([*out, '', '\n\n'.join(summary.notes), ''])
+    return '\n'.join([*out, '', '\n\n'.join(map(plain, summary.notes)), ''])
 
 
 def comma_separated(
@@ -377,23 +378,17 @@ def latex(
     summary: Summary,
 ) -> str:
     "The table as LaTeX for the package booktabs, one tabular for each part."
+    def plain(text): return escape(text, 'latex')
     out = []
     for heading, heads, rows in summary.parts:
-        body = [' & '.join(f'\\textbf{{{_tex(text)}}}' if bold else _tex(text)
+        body = [' & '.join(f'\\textbf{{{plain(text)}}}' if bold else plain(text)
                            for text, bold in cells) + r' \\' for cells in rows]
-        out += [f'% {summary.title}, {heading}',
+        out += [f'% {escape(f"{summary.title}, {heading}", "terminal")}',
                 f'\\begin{{tabular}}{{l{"r" * (len(heads) - 1)}}}', r'\toprule',
-                ' & '.join(map(_tex, heads)) + r' \\', r'\midrule', *body,
+                ' & '.join(map(plain, heads)) + r' \\', r'\midrule', *body,
                 r'\bottomrule', r'\end{tabular}', '']
-    return '\n'.join([*out, *(f'% {note}' for note in summary.notes), ''])
-
-
-def _tex(text):
-    "Text with what LaTeX reads otherwise replaced."
-    for plain, tex in (('%', r'\%'), ('_', r'\_'), ('±', r'$\pm$'), ('°', r'$^\circ$'),
-                       ('–', '--'), ('—', '---')):
-        text = text.replace(plain, tex)
-    return text
+    notes = [f'% {escape(note, "terminal")}' for note in summary.notes]
+    return '\n'.join([*out, *notes, ''])
 
 
 def html_page(
@@ -401,15 +396,16 @@ def html_page(
 ) -> str:
     "The table as one self-contained page."
     def row(cells): return f'<tr>{"".join(cells)}</tr>'
+    def plain(text): return escape(text, 'html')
     body = []
     for heading, heads, rows in summary.parts:
-        top = row(f'<th>{html.escape(text)}</th>' for text in heads)
-        lines = [row(f'<td><b>{html.escape(text)}</b></td>' if bold else
-                     f'<td>{html.escape(text)}</td>' for text, bold in cells)
+        top = row(f'<th>{plain(text)}</th>' for text in heads)
+        lines = [row(f'<td><b>{plain(text)}</b></td>' if bold else
+                     f'<td>{plain(text)}</td>' for text, bold in cells)
                  for cells in rows]
-        body.append(f'<h2>{html.escape(heading)}</h2><div class="scroll"><table><thead>'
+        body.append(f'<h2>{plain(heading)}</h2><div class="scroll"><table><thead>'
                     f'{top}</thead><tbody>{"".join(lines)}</tbody></table></div>')
-    body += [f'<p class="soft">{html.escape(note)}</p>' for note in summary.notes]
+    body += [f'<p class="soft">{plain(note)}</p>' for note in summary.notes]
     return page(summary.title, ''.join(body))
 
 
@@ -460,7 +456,7 @@ def make_table(
         summary = summarise(recipe, finished)
         tell(f'\n{markdown(summary)}')
         for suffix, write in WRITERS.items():
-            tell(str(write_text(out/f'table.{suffix}', write(summary))))
+            tell(str(write_file(out/f'table.{suffix}', write(summary))))
     if not complete: tell(f'stopped: {len(finished)} of {len(runs)} runs complete')
     return complete
 

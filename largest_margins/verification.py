@@ -35,6 +35,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .checks import at_least_float32
+from .files import write_file
 from .images import read_image
 from .margins import unit_rows
 
@@ -327,7 +328,7 @@ def write_pairs(
             wanted = 'genuine' if same else 'an impostor'
             raise ValueError(f'pairs[{i}] must be {wanted}, got {pair}')
         lines.append('\t'.join([name, number, *([] if same else [other]), second]))
-    Path(path).write_text('\n'.join([*lines, '']), encoding='utf-8', newline='\n')
+    write_file(path, '\n'.join([*lines, '']))
 
 
 def _name_and_number(i, image):
@@ -634,8 +635,8 @@ def write_bin(
     "Pairs with their images as a `.bin` file, images as bytes."
     pairs = list(pairs)
     images = [_content(image, root) for pair in pairs for image in pair[:2]]
-    with open(path, 'wb') as file:
-        pickle.dump((images, [bool(pair.same) for pair in pairs]), file, protocol=4)
+    same = [bool(pair.same) for pair in pairs]
+    write_file(path, pickle.dumps((images, same), protocol=4))
 
 
 _SUFFIXES = '', '.jpg', '.jpeg', '.png', '.bmp', '.webp'

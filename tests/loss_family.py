@@ -77,7 +77,7 @@ class Row(NamedTuple):
     def samples(self, cosines, targets, scale):
         "The loss of every sample, as mpf."
         rows = [[mpf(c) for c in row] for row in cosines.double().tolist()]
-        return [self.sample(row, y, mpf(scale)) for row, y in zip(rows, targets.tolist(), strict=True)]
+        return [self.sample(row, max(y, 0), mpf(scale)) for row, y in zip(rows, targets.tolist(), strict=True)]
 
 
 def per_class(values, classes):
@@ -116,6 +116,9 @@ FAMILY = [
         normface_with_prior, edits_logit=False),
     Row('LM with prior', lambda s, classes, **o: lm.LMSoftmaxLoss(s, prior=class_prior(classes), **o),
         largest_margin_with_prior, edits_logit=False),
+    Row('ElasticFace', lambda s, classes, **o: lm.ElasticFaceLoss(s, .5, **o).eval(), *arc(1, .5, 0), edits_logit=False),
+    Row('ElasticFace cos', lambda s, classes, **o: lm.ElasticFaceLoss(s, .3, kind='cos', **o).eval(),
+        margin_softmax(lambda t, y: mp.cos(t) - mpf(.3)), edits_logit=False),
     Row('R_sm', lambda s, classes, **o: lm.SampleMarginLoss(**o), negative_sample_margin, edits_logit=False),
     Row('focal', lambda s, classes, **o: lm.FocalLoss(2., **o), focal, edits_logit=False),
 ]
@@ -125,10 +128,14 @@ SMOOTHABLE = [row for row in FAMILY if row.edits_logit]
 
 
 def reduced(row, losses, targets, scale, weight=None, reduction='mean'):
-    "What the reduction makes of the losses of a batch, by loops."
+    "What the reduction makes of the losses of a batch, by loops; a target of −100 does not count."
     targets = targets.tolist()
+    if reduction == 'none':
+        return [mpf(0) if y == -100 else x * (1 if weight is None else mpf(weight[y].item()))
+                for x, y in zip(losses, targets)]
+    losses, targets = [x for x, y in zip(losses, targets) if y != -100], [y for y in targets if y != -100]
     weights = [mpf(1) if weight is None else mpf(weight[y].item()) for y in targets]
-    if reduction == 'none': return [a * x for a, x in zip(weights, losses)]
+    if not targets: return mpf(0)
     if reduction == 'class-mean':
         weights = [a / targets.count(y) for a, y in zip(weights, targets)]
     if row.name == 'LM logsumexp':
@@ -141,6 +148,24 @@ def reduced(row, losses, targets, scale, weight=None, reduction='mean'):
         return sum(importance[j] * means[j] for j in present) / sum(importance.values())
     total = sum(a * x for a, x in zip(weights, losses))
     return total if reduction == 'sum' else total / sum(weights)
+
+
+def quality(norms, mean, deviation, h=.333):
+    "AdaFace's measure of an image, from the norm of its feature (Kim et al. 2022, eq. 13)."
+    return [max(mpf(-1), min(mpf(1), (x - mean) / (deviation + mpf('1e-3')) * mpf(h))) for x in norms]
+
+
+def adaface(row, y, s, z, m=.4):
+    "One sample's loss (Kim et al. 2022, eq. 14 and 15)."
+    theta = max(mpf(0), min(mp.pi, mp.acos(row[y]) - mpf(m) * z))
+    rest = sum(mp.exp(s * c) for j, c in enumerate(row) if j != y)
+    own = s * (mp.cos(theta) - mpf(m) * z - mpf(m))
+    return mp.log(mp.exp(own) + rest) - own
+
+
+def ignoring(targets, every=3):
+    "The same targets, of which some do not count."
+    return torch.where(torch.arange(len(targets)) % every == 1, -100, targets)
 
 
 def batch(n=7, k=4, seed=0, dtype=torch.float64):

@@ -37,13 +37,21 @@ from largest_margins.callbacks import (
     find_head,
     has_bfloat16,
 )
+from largest_margins.engine.cosines import cosine_matrix
 from largest_margins.heads import CosineLinear
 from largest_margins.losses import (
-    ArcFaceLoss, CosFaceLoss, FocalLoss, GMSoftmaxLoss, LDAMLoss, LMSoftmaxLoss,
-    NormFaceLoss, SampleMarginLoss, SphereFaceLoss, class_balanced_weights)
-from largest_margins.margins import (
-    class_margin, class_sample_margins, norm_ratio, sample_margins)
-from largest_margins.engine.cosines import cosine_matrix
+    ArcFaceLoss,
+    CosFaceLoss,
+    FocalLoss,
+    GMSoftmaxLoss,
+    LDAMLoss,
+    LMSoftmaxLoss,
+    NormFaceLoss,
+    SampleMarginLoss,
+    SphereFaceLoss,
+    class_balanced_weights,
+)
+from largest_margins.margins import class_margin, class_sample_margins, norm_ratio, sample_margins
 from largest_margins.regularizers import zero_centroid
 
 K, D = 4, 6

@@ -7,8 +7,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from largest_margins.heads import CosineLinear
 from largest_margins.losses import ArcFaceLoss, GMSoftmaxLoss
-from largest_margins.margins import (
-    class_margin, class_sample_margins, min_sample_margin, sample_margins)
+from largest_margins.margins import class_margin, class_sample_margins, min_sample_margin, sample_margins
 from largest_margins.regularizers import zero_centroid
 
 TARGETS = torch.tensor([0, 1, 1, 3, 2])

@@ -1,10 +1,12 @@
 "One training from a configuration to a saved result, a report, and the command line around it."
 import html
+import io
 import json
 import math
 import os
 import pickle
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,6 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import largest_margins
+from largest_margins import cli
 from largest_margins.cli import _compare, main
 from largest_margins.experiments import LOSSES, Configuration, Result, train
 from largest_margins.margins import class_margin, sample_margins
@@ -209,6 +213,111 @@ def test_demo(tmp_path, capsys):
 def command(*argv, **kwargs):
     tool = Path(sys.executable).with_name('largest-margins')
     return subprocess.Popen([tool, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+
+
+TOOL = [sys.executable, '-m', 'largest_margins']
+COMMANDS = 'prove', 'train', 'table', 'inspect', 'prototypes', 'demo'
+
+
+def shell(line, **env):
+    "Run a line in bash, `lm` for the command: exit codes of the pipe, output, errors."
+    line = f'lm() {{ {shlex.join(TOOL)} "$@"; }}\n{line}\necho "codes ${{PIPESTATUS[@]}}" >&2'
+    found = subprocess.run(['bash', '-c', line], capture_output=True, text=True, errors='replace',
+                           env={**os.environ, **env})
+    *errors, codes = found.stderr.splitlines()
+    return codes, found.stdout, '\n'.join(errors)
+
+
+def test_the_package_is_the_command():
+    for how in (['-m', 'largest_margins'], ['-m', 'largest_margins.cli'], [cli.__file__]):
+        done = subprocess.run([sys.executable, *how, '--version'], capture_output=True, text=True, check=True)
+        assert done.stdout == f'largest-margins {largest_margins.__version__}\n'
+    done = subprocess.run([*TOOL, 'train', '--loss', 'x'], capture_output=True, text=True)
+    assert done.returncode == 2 and 'loss must be one of' in done.stderr
+
+
+@pytest.mark.parametrize('encoding', ['cp1252', 'latin-1', 'ascii'])
+def test_output_in_every_encoding(encoding, monkeypatch):
+    for line in ('--help', *(f'{command} --help' for command in COMMANDS), 'prove ME', 'inspect “x”'):
+        shown = io.BytesIO()
+        for name in ('stdout', 'stderr'): monkeypatch.setattr(sys, name, io.TextIOWrapper(shown, encoding))
+        assert run(*line.split()) == (2 if '“' in line else 0)
+        sys.stderr.flush()
+        assert len(shown.getvalue()) > 20
+    codes, _, err = shell('lm train --help', PYTHONIOENCODING=encoding)
+    assert (codes, err) == ('codes 0', '')
+
+
+def test_a_reader_that_has_enough():
+    for line in ('--help | true', 'prove ME JE | head -c 1', 'prototypes 4 3 --out - | true'):
+        codes, _, err = shell(f'lm {line}')
+        assert codes in ('codes 0 0', 'codes 141 0') and 'Errno' not in err and 'Exception' not in err
+    codes, _, err = shell('lm prove ME > /dev/full')
+    assert codes == 'codes 2' and err.count('\n') == 0 and 'No space left on device' in err
+
+
+def test_files_that_cannot_be_written_are_refused_before_the_work(tmp_path, capsys):
+    assert run('prototypes', 4, 3, '--out', tmp_path/'p.safetensors') == 0
+    capsys.readouterr()
+    file = tmp_path/'p.safetensors'
+    for argv in (['prove', '--json', '.'], ['prove', '--json', ''], ['inspect', file, '--json', '.'],
+                 ['inspect', file, '--html', file], ['inspect', file, '--json', 'x', '--html', 'x'],
+                 ['inspect', file, '--json', file/'x'], ['train', '--out', file], ['demo', '--out', file],
+                 ['prototypes', 4, 3, '--out', tmp_path]):
+        assert run(*argv) == 2
+        out, err = capsys.readouterr()
+        assert out == '' and err.count('\n') == 1
+
+
+def test_standard_output_is_a_file(tmp_path):
+    shell(f'lm prototypes 4 3 --out {tmp_path}/p.safetensors')
+    codes, out, _ = shell(f'lm inspect <(cat {tmp_path}/p.safetensors) --json >(cat) --html /dev/null | cat')
+    assert codes == 'codes 0 0' and json.loads(out[out.index('{'):out.rindex('}') + 1])['k'] == 4
+    assert Path('/dev/null').is_char_device()
+    codes, out, _ = shell('lm prototypes 4 3 --out - | lm inspect - --json -')
+    assert codes == 'codes 0 0' and json.loads(out)['class_margin_degrees'] == pytest.approx(109.4712, abs=1e-4)
+
+
+@pytest.mark.parametrize('seed', ['-1', '1.5', 'x', str(2**32)])
+@pytest.mark.parametrize('line', ['train', 'demo', 'prototypes 4 3 --out p.safetensors'])
+def test_seeds(line, seed, capsys):
+    assert run(*line.split(), '--seed', seed) == 2
+    assert 'argument --seed: must be an int from 0 to 2**32 - 1' in capsys.readouterr().err
+
+
+def test_completion_is_what_the_parser_knows():
+    def complete(*words):
+        words = shlex.join(('largest-margins', *words))
+        return set(shell(f'eval "$(lm --completion)"; COMP_WORDS=({words}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))\n'
+                         '_largest_margins; echo "${COMPREPLY[@]}"')[1].split())
+    assert complete('') >= set(COMMANDS) | {'--version'} and complete('pro') == {'prove', 'prototypes'}
+    assert complete('table', 'sph') == {'sphere'} and '--resume' in complete('table', '2', '--')
+    assert complete('inspect', 'x.pth', '--t') == {'--transposed'}
+
+
+def test_ctrl_c_during_an_import(tmp_path):
+    "Whatever a library makes of it, it was Ctrl-C."
+    (tmp_path/'sitecustomize.py').write_text(
+        'import os, signal, sys\nclass Finder:\n def find_spec(self, name, path=None, target=None):\n'
+        '  if name == "torch":\n   try: os.kill(os.getpid(), signal.SIGINT)\n'
+        '   except KeyboardInterrupt: raise ImportError("half imported")\nsys.meta_path.insert(0, Finder())\n')
+    codes, _, err = shell('lm prove ME', PYTHONPATH=f'{tmp_path}:{os.environ.get("PYTHONPATH", "")}')
+    assert (codes, err) == ('codes 130', 'largest-margins: stopped')
+
+
+def test_an_error_that_nobody_foresaw_is_one_line(monkeypatch, capsys):
+    "And not exit code 1, which says that a claim failed."
+    def broken(args): raise RuntimeError('a worker\ndied \x1b[2J')
+    monkeypatch.setitem(cli._COMMANDS, 'prove', cli._COMMANDS['prove']._replace(run=broken))
+    assert run('prove') == 2
+    assert capsys.readouterr().err == 'largest-margins: RuntimeError: a worker died \\x1b[2J\n'
+
+
+def test_a_full_disk_under_train(tmp_path):
+    "No file may be larger than 20 kB: one line, and nothing half."
+    codes, _, err = shell(f'ulimit -f 20; lm train --epochs 1 --out {tmp_path}/out')
+    assert codes == 'codes 2' and err.count('\n') == 0 and 'File too large' in err
+    assert not [p for p in (tmp_path/'out').iterdir()]
 
 
 def test_ctrl_c_keeps_the_finished_rows(tmp_path):

@@ -21,11 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from largest_margins import chunked, losses, margins, sharded
 from largest_margins.chunked import LazyCosines
+from largest_margins.engine.cosines import cosine_matrix
 from largest_margins.heads import CosineLinear, ShardedCosineLinear
 from largest_margins.losses import CosFaceLoss, GMSoftmaxLoss
-from largest_margins.margins import (
-    class_margin, class_sample_margins, min_sample_margin, norm_ratio, sample_margins)
-from largest_margins.engine.cosines import cosine_matrix
+from largest_margins.margins import class_margin, class_sample_margins, min_sample_margin, norm_ratio, sample_margins
 from largest_margins.regularizers import zero_centroid
 
 GPU_CHECK = Path(__file__).parent.parent/'benchmarks'/'gpu.py'

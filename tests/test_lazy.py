@@ -8,12 +8,11 @@ import largest_margins.heads
 from largest_margins.callbacks import DeferredReweighting, SampleMarginRegularizer
 from largest_margins.chunked import LazyCosines
 from largest_margins.data import load
+from largest_margins.engine.cosines import cosine_matrix
 from largest_margins.heads import CosineLinear
 from largest_margins.learner import ConvBody, margin_learner
 from largest_margins.losses import ArcFaceLoss, CosFaceLoss, LMSoftmaxLoss
-from largest_margins.margins import (
-    class_sample_margins, min_sample_margin, sample_margins)
-from largest_margins.engine.cosines import cosine_matrix
+from largest_margins.margins import class_sample_margins, min_sample_margin, sample_margins
 
 
 def pair(n=7, d=3, k=4, dtype=torch.float64):

@@ -34,8 +34,14 @@ from largest_margins.data import imbalanced_indices, load
 from largest_margins.heads import CosineLinear
 from largest_margins.learner import ConvBody, class_counts, margin_learner, margin_neck, recommended_loss
 from largest_margins.losses import (
-    ArcFaceLoss, CosFaceLoss, FocalLoss, LDAMLoss, LMSoftmaxLoss, NormFaceLoss,
-    SampleMarginLoss)
+    ArcFaceLoss,
+    CosFaceLoss,
+    FocalLoss,
+    LDAMLoss,
+    LMSoftmaxLoss,
+    NormFaceLoss,
+    SampleMarginLoss,
+)
 from largest_margins.margins import class_margin, sample_margins
 
 DIGITS = load('digits')

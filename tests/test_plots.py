@@ -12,8 +12,14 @@ from torch.nn import functional as F
 
 from largest_margins.codes import simplex
 from largest_margins.losses import (
-    ArcFaceLoss, CosFaceLoss, GMSoftmaxLoss, LDAMLoss, LMSoftmaxLoss, NormFaceLoss,
-    SampleMarginLoss)
+    ArcFaceLoss,
+    CosFaceLoss,
+    GMSoftmaxLoss,
+    LDAMLoss,
+    LMSoftmaxLoss,
+    NormFaceLoss,
+    SampleMarginLoss,
+)
 from largest_margins.margins import sample_margins
 from largest_margins.plots import (
     BLUE,

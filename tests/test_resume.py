@@ -171,15 +171,15 @@ def _die_inside_an_epoch(path):
 def _die_while_writing(path):
     "After two epochs, with half of the third checkpoint on the disk."
     torch.set_num_threads(1)
-    written, save = [], torch.save
+    synced, sync = [], os.fsync
 
-    def deadly(content, aside):
-        save(content, aside)
-        written.append(1)
-        if len(written) < 3: return
-        os.truncate(aside, os.path.getsize(aside) // 2)
+    def deadly(descriptor):
+        sync(descriptor)
+        synced.append(os.fstat(descriptor).st_size)
+        if len(synced) < 5: return  # two for each file, which are its own and its folder's
+        os.ftruncate(descriptor, synced[-1] // 2)
         _die()
-    torch.save = deadly
+    os.fsync = deadly
     train(ONE_CYCLE, checkpoint=path)
 
 
@@ -191,7 +191,7 @@ def test_killed_and_resumed(die, unbroken, tmp_path):
     left = [p for p in tmp_path.iterdir() if p != path]
     assert len(left) == (die is _die_while_writing) and all(p.name.startswith('.part.pt.') for p in left)
     assert_same(train(ONE_CYCLE, checkpoint=path), unbroken['one-cycle'][0])
-    for p in left: os.utime(p, (0, 0))  # a day later
+    assert list(tmp_path.iterdir()) == [path]  # what was left is gone
     Checkpoint(path).remove()
     assert not list(tmp_path.iterdir())
 

@@ -1,4 +1,4 @@
-"`ShardedCosineLinear`: the same training as with one process's `CosineLinear`, under DDP, and checkpoints."
+"`ShardedMarginHead`: checkpoints that load on any number of ranks or are refused, and what a head refuses."
 import pytest
 import torch
 from processes import returned, run_on_ranks
@@ -7,90 +7,41 @@ from torch import distributed as dist
 from torch import nn
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.nn.parallel import DistributedDataParallel
 
-from largest_margins.heads import CosineLinear, ShardedCosineLinear, keep_shards_out_of_ddp
-from largest_margins.losses import ArcFaceLoss, LMSoftmaxLoss, NormFaceLoss
+from largest_margins.heads import CosineLinear, MarginHead, ShardedMarginHead
+from largest_margins.losses import AdaFaceLoss, LMSoftmaxLoss, NormFaceLoss
+from largest_margins.margins import class_margin
 
-N, D, K = 4, 5, 11  # N for each rank; 11 classes in 6 + 5, in 4 + 4 + 3
-LOSSES = [NormFaceLoss(16.), ArcFaceLoss(16., sample_margin=.5), LMSoftmaxLoss(16., reduction='class-mean')]
+D, K = 5, 11  # 11 classes in 6 + 5, in 4 + 4 + 3
+LOSS = LMSoftmaxLoss(16.)
 
 
-def batch(ranks, dtype):
+def batch():
+    "The same whole batch and prototypes for each number of ranks."
     generator = torch.Generator().manual_seed(0)
-    images, weight = (torch.randn(n, d, generator=generator, dtype=torch.float64).to(dtype)
-                      for n, d in ((ranks * N, 6), (K, D)))
-    return images, torch.randint(K, (ranks * N,), generator=generator), weight
+    features, weight = (torch.randn(n, D, generator=generator, dtype=torch.float64) for n in (24, K))
+    return features, torch.randint(K, (24,), generator=generator), weight
 
 
-def own(rank): return slice(rank * N, (rank + 1) * N)
-
-
-def classes(head): return slice(head.shards.first, head.shards.first + head.shards.size)
-
-
-def body(dtype):
-    torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, D)).to(dtype)
+def head_of(cls=ShardedMarginHead, loss=LOSS): return cls(D, K, loss, dtype=torch.float64)
 
 
 def distance(got, true):
     return max(((g - t).norm() / t.norm()).item() for g, t in zip(got, true, strict=True))
 
 
-def one_process(loss, images, targets, weight):
-    "Loss, and the gradients of the body and of the prototypes, on the whole batch."
-    model = nn.Sequential(body(weight.dtype), CosineLinear(D, K, dtype=weight.dtype))
-    model[1].load_state_dict({'weight': weight})
-    value = loss(model(images), targets)
-    value.backward()
-    return [value.detach(), *(p.grad for p in model.parameters())]
-
-
-def like_one_process(rank, ranks, dtype, wrapped):
-    "The largest relative difference of loss and gradients."
-    images, targets, weight = batch(ranks, dtype)
-    worst = []
-    for loss in LOSSES:
-        *true, prototypes = one_process(loss, images, targets, weight)
-        head = ShardedCosineLinear(D, K, averaged=wrapped != 'nothing', dtype=dtype)
-        head.load_state_dict({'weight': weight})
-        layers, model = body(dtype), nn.Sequential(body(dtype), head)
-        if wrapped == 'body': model = nn.Sequential(DistributedDataParallel(layers), head)
-        elif wrapped == 'model': model = DistributedDataParallel(keep_shards_out_of_ddp(model))
-        value = loss(model(images[own(rank)]), targets[own(rank)])
-        value.backward()
-        *got, mine = (p.grad for p in model.parameters())
-        if wrapped == 'nothing':  # the body's gradients are parts of a sum
-            for x in got: dist.all_reduce(x)
-        worst.append(distance([value.detach(), *got, mine], [*true, prototypes[classes(head)]]))
-        assert torch.equal(head.full_weight(), weight)
-    return max(worst)
-
-
-@pytest.mark.parametrize('dtype,close', [(torch.float64, 1e-12), (torch.float32, 2e-6)])
-@pytest.mark.parametrize('wrapped', ['nothing', 'body', 'model'])
-def test_the_gradients_are_those_of_one_process(wrapped, dtype, close):
-    assert max(returned(run_on_ranks(like_one_process, 2, 2, dtype, wrapped))) < close
-
-
-@pytest.mark.parametrize('ranks', [1, 3])
-def test_other_numbers_of_ranks(ranks):
-    assert max(returned(run_on_ranks(like_one_process, ranks, ranks, torch.float64, 'model'))) < 1e-12
-
-
 def training(ranks, rank=None, steps=2):
-    "A head, and an optimiser with a state, after some steps; with one process's head if there is no rank."
-    images, targets, weight = batch(6, torch.float64)  # the same whole batch for each number of ranks
-    head = CosineLinear(D, K, dtype=torch.float64) if rank is None else ShardedCosineLinear(D, K, dtype=torch.float64)
+    "A head, and an optimiser with a state, after some steps; one process's head if there is no rank."
+    features, targets, weight = batch()
+    head = head_of(MarginHead if rank is None else ShardedMarginHead)
     head.load_state_dict({'weight': weight})
     optimizer = torch.optim.AdamW(head.parameters(), lr=.05)
-    features, targets = ([x] if rank is None else x.chunk(ranks)[rank:rank + 1] for x in (images[:, :D], targets))
+    own = [x if rank is None else x.chunk(ranks)[rank] for x in (features, targets)]
     for _ in range(steps):
         optimizer.zero_grad()
-        LMSoftmaxLoss(16.)(head(*features), *targets).backward()
+        head(*own).backward()
         optimizer.step()
-    return head, optimizer, features, targets
+    return head, optimizer, own
 
 
 def checkpointed(head, optimizer):
@@ -109,7 +60,7 @@ def local(head, optimizer, state):
 
 
 def save(rank, ranks, directory):
-    head, optimizer, *_ = training(ranks, rank)
+    head, optimizer, _ = training(ranks, rank)
     checkpoint.save(checkpointed(head, optimizer), checkpoint_id=f'{directory}/distributed')
     weight = head.full_weight()
     if rank == 0: save_file({'weight': weight}, f'{directory}/weight.safetensors')
@@ -118,15 +69,15 @@ def save(rank, ranks, directory):
 
 def load(rank, ranks, directory):
     "The weight after loading, after one more step, and from the safetensors file."
-    head, optimizer, features, targets = training(ranks, rank, steps=0)
+    head, optimizer, own = training(ranks, rank, steps=0)
     state = checkpointed(head, optimizer)
     checkpoint.load(state, checkpoint_id=f'{directory}/distributed')
     local(head, optimizer, state)
     loaded = head.full_weight()
     optimizer.zero_grad()
-    LMSoftmaxLoss(16.)(head(*features), *targets).backward()
+    head(*own).backward()
     optimizer.step()
-    other = ShardedCosineLinear(D, K, dtype=torch.float64)
+    other = head_of()
     other.load_state_dict(load_file(f'{directory}/weight.safetensors'))
     return loaded, head.full_weight(), other.full_weight()
 
@@ -142,10 +93,96 @@ def test_a_checkpoint_of_two_ranks(ranks, tmp_path):
         assert distance([trained_on], [three]) < 1e-12
 
 
+def rank0_checkpoint(rank, ranks, directory):
+    "What every trainer does: rank 0 saves its `state_dict`, all ranks load it. What each says, and what it holds after."
+    model, path = nn.Sequential(nn.Linear(4, D), head_of()).double(), f'{directory}/rank0.pt'
+    before = model[1].full_weight()
+    if ranks == 2:  # else: a file of other ranks
+        torch.save(model.state_dict(), f'{directory}/rank{rank}.pt')
+        dist.barrier()
+    other, said = nn.Sequential(nn.Linear(4, D), head_of()).double(), 'loaded'
+    kept = other[1].full_weight()
+    try: other.load_state_dict(torch.load(path, weights_only=True))
+    except (ValueError, RuntimeError) as e: said = str(e)
+    after = other[1].full_weight()
+    shards, mine = other[1].shards, slice(other[1].shards.first, other[1].shards.first + other[1].shards.size)
+    assert len(shards.sizes) == ranks
+    own = nn.Sequential(nn.Linear(4, D), head_of()).double()
+    if ranks == 2: own.load_state_dict(torch.load(f'{directory}/rank{rank}.pt', weights_only=True))
+    assert ranks != 2 or torch.equal(own[1].full_weight(), before)  # each rank's own file is right
+    return said, torch.equal(after[mine], kept[mine]), torch.equal(after[mine], before[mine])
+
+
+def test_rank_zeros_state_dict_is_refused_elsewhere(tmp_path):
+    "With the two ways to do it; nothing is loaded then."
+    found = returned(run_on_ranks(rank0_checkpoint, 2, 2, str(tmp_path)))
+    assert found[0] == ('loaded', False, True)
+    for said, kept, loaded in [*found[1:], *returned(run_on_ranks(rank0_checkpoint, 3, 3, str(tmp_path)))]:
+        assert 'full_weight' in said and 'torch.distributed.checkpoint' in said
+        assert kept and not loaded
+    state = torch.load(tmp_path/'rank0.pt', weights_only=False)
+    single = nn.Sequential(nn.Linear(4, D), head_of(MarginHead)).double()
+    with pytest.raises((RuntimeError, TypeError, ValueError, AttributeError)): single.load_state_dict(state)
+
+
+def other_heads(rank):
+    "A head's weight is that of a `CosineLinear` of all classes, its loss keeps its statistics, and fixed points stay."
+    features, targets, weight = batch()
+    whole, head = CosineLinear(D, K).double(), head_of(loss=AdaFaceLoss(8.))
+    whole.load_state_dict({'weight': weight})
+    head.load_state_dict(whole.state_dict(), strict=False)
+    assert torch.equal(head.full_weight(), weight)
+    head(features, targets)
+    state = head.state_dict()
+    assert set(state) == {'weight', 'classes', 'loss.norm_mean', 'loss.norm_std'}
+    assert state['loss.norm_mean'] == head.loss.norm_mean != 20
+    assert tuple(state['weight'].shape) == (K, D)  # says of the whole what it is
+    for points in (2 * weight, (2 * weight)[head.shards.first:head.shards.first + head.shards.size]):
+        fixed = head_of().fix(points)
+        assert torch.equal(fixed.full_weight(), 2 * weight) and not list(fixed.parameters())
+        fixed.reset_parameters()
+        assert torch.equal(fixed.full_weight(), 2 * weight)
+        fixed(features.requires_grad_(), targets).backward()
+    with pytest.raises(ValueError, match='^points must'): head_of().fix(weight[:3])
+    torch.manual_seed(0)
+    one, two = head_of(), head_of()
+    assert not torch.equal(one.weight, two.weight)
+    assert class_margin(torch.cat([one.full_weight(), two.full_weight()])) > .01  # no rank draws another's prototypes
+    for wrong in ('no', 1, None):
+        with pytest.raises(TypeError, match='^averaged must'): one.averaged = wrong
+        with pytest.raises(TypeError, match='^averaged must'): ShardedMarginHead(D, K, LOSS, averaged=wrong)
+    with torch.no_grad(): assert not one(features, targets).requires_grad  # of a leaf that wants a gradient
+    with torch.inference_mode(): one(features, targets)
+    shown = repr(one)
+    assert 'out_features=11' in shown and f'classes {one.shards.first} to' in shown
+    return True
+
+
+def test_what_a_head_keeps_and_refuses():
+    assert all(returned(run_on_ranks(other_heads, 2)))
+
+
+def averaged(rank, ranks):
+    "With `averaged` the features' gradient is what DDP will divide by the number of ranks."
+    features, targets, weight = batch()
+    own, slopes = slice(rank * 4, rank * 4 + 4), []
+    for flag in (False, True):
+        head = ShardedMarginHead(D, K, NormFaceLoss(8.), averaged=flag, dtype=torch.float64)
+        head.load_state_dict({'weight': weight})
+        leaf = features[own].clone().requires_grad_()
+        slopes.append(torch.autograd.grad(head(leaf, targets[own]), (leaf, head.weight)))
+    (z, w), (z_averaged, w_averaged) = slopes
+    return distance([z_averaged, w_averaged], [ranks * z, w])
+
+
+@pytest.mark.parametrize('ranks', [1, 3])
+def test_averaged(ranks): assert max(returned(run_on_ranks(averaged, ranks, ranks))) < 1e-14
+
+
 def refused(rank):
-    ShardedCosineLinear(D, 4)
+    ShardedMarginHead(D, 4, LOSS)
 
 
 def test_every_rank_needs_a_class():
     for kind, text in run_on_ranks(refused, 3):
-        assert kind == 'raised' and 'out_features must leave classes to each of 3 ranks' in text
+        assert kind == 'raised' and 'out_features must' in text

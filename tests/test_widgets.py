@@ -10,8 +10,7 @@ from pages import root
 
 from largest_margins.bounds import class_margin_bound
 from largest_margins.lm_softmax_claims import on_circle
-from largest_margins.losses import (
-    ArcFaceLoss, CosFaceLoss, LMSoftmaxLoss, NormFaceLoss, suggest_scale)
+from largest_margins.losses import ArcFaceLoss, CosFaceLoss, LMSoftmaxLoss, NormFaceLoss, suggest_scale
 
 page = 'theory/explore.html'
 

@@ -204,6 +204,18 @@ class _AllRows(torch.autograd.Function):
         return mine.to(ctx.dtype), None, None, None
 
 
+class TimesRanks(torch.autograd.Function):
+    "The same features; backward multiplies, because DDP or FSDP will divide."
+
+    @staticmethod
+    def forward(ctx, features, ranks):
+        ctx.ranks = ranks
+        return features.view_as(features)
+
+    @staticmethod
+    def backward(ctx, slope): return slope * ctx.ranks, None
+
+
 class OwnRows(torch.autograd.Function):
     "This rank's rows of what all ranks computed; backward asks all for their slopes."
 

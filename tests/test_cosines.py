@@ -1,4 +1,4 @@
-"The reduction over the other classes, and cosines that know their features."
+"The matrix of cosines, the angle of the target, and the reduction over the other classes."
 import math
 
 import pytest
@@ -9,9 +9,10 @@ from mpmath import mp, mpf
 from torch.autograd import gradcheck
 from torch.nn import functional as F
 
-from largest_margins.losses import ArcFaceLoss
-from largest_margins.engine.cosines import (
-    angle_from_cosine, cosine_matrix, log_sum_exp_of_others, target_angle)
+from largest_margins.engine.cosines import angle_from_cosine, cosine_matrix, log_sum_exp_of_others
+from largest_margins.heads import CosineLinear
+from largest_margins.losses import ArcFaceLoss, CosFaceLoss, MarginSoftmaxLoss
+from largest_margins.margins import sample_margins
 
 mp.dps = 40
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -97,43 +98,97 @@ def test_a_zero_row_has_cosine_zero_and_a_finite_gradient():
     assert features.grad.isfinite().all()
 
 
-def test_cosines_behave_as_a_tensor():
-    cosines = cosine_matrix(torch.randn(4, 3), torch.randn(5, 3))
-    for result in (cosines * 2, cosines[:2], cosines.detach(), cosines.softmax(1), cosines.half()):
-        assert type(result) is torch.Tensor and not hasattr(result, 'features')
+@pytest.mark.parametrize('n, k', [(3, 5), (64, 2**16)])
+def test_cosines_are_an_ordinary_tensor(n, k):
+    "Of any size: a plain tensor without attributes, whose values stay when the weights move."
+    torch.manual_seed(0)
+    head, features, targets = CosineLinear(4, k), torch.randn(n, 4), torch.randint(k, (n,))
+    out = head(features)
+    assert type(out) is torch.Tensor and not vars(out) and out.shape == (n, k)
+    before, detached = out.detach().clone(), out.detach()
+    optimiser = torch.optim.SGD(head.parameters(), 5.)
+    CosFaceLoss(20., .1)(out, targets).backward()
+    optimiser.step()
+    assert torch.equal(out, before) and torch.equal(detached, before)
+    assert not torch.allclose(head(features), before, atol=1e-4)
+    for result, true in ((30 * out, before.mul(30)), (out / .1, before / .1), (-out, before.neg()), (out > .5, before.gt(.5)),
+                         (out == before, torch.ones_like(before, dtype=torch.bool)), (out.clone().mul_(30), before * 30)):
+        assert type(result) is torch.Tensor and torch.equal(result, true)
+    rows = list(out)
+    assert len(rows) == n and all(torch.equal(row, b) for row, b in zip(rows, before))
+
+
+def test_an_in_place_change_of_cosines_is_seen_or_refused():
+    "Before the loss it counts; between the loss and its way back it is refused."
+    torch.manual_seed(0)
+    features, prototypes, targets = torch.randn(5, 3, requires_grad=True), torch.randn(4, 3), torch.arange(5) % 4
+    cosines = cosine_matrix(features, prototypes) * 1
+    with torch.no_grad(): cosines[:, 0] = .25
+    assert ArcFaceLoss()(cosines, targets) == ArcFaceLoss()(cosines.detach().clone(), targets)
+    value = ArcFaceLoss()(cosines, targets)
+    with torch.no_grad(): cosines.mul_(.5)
+    with pytest.raises(RuntimeError, match='inplace'): value.backward()
+
+
+def test_no_gradient_appears_that_was_not_asked_for():
+    head, targets = CosineLinear(3, 4), torch.tensor([0, 1])
+    with torch.no_grad(): out = head(torch.randn(2, 3))
+    with pytest.raises(RuntimeError, match='does not require grad'): CosFaceLoss()(out, targets).backward()
+
+
+class Angle(MarginSoftmaxLoss):
+    "A user's loss that shows what the engine says of the target's angle."
+    angular = True
+
+    def per_sample(self, own, rest): return own.angle + 0 * rest
+
+
+def target_angles(features, prototypes, targets):
+    "The angles and their gradients, as the fused engine makes them."
+    leaves = [x.clone().requires_grad_() for x in (features, prototypes)]
+    angles = Angle(1., reduction='none').linear(*leaves, targets)
+    return angles.detach(), torch.autograd.grad(angles.sum(), leaves)
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize('theta', [1e-6, 1e-4, 1e-2, 1., 3.])
-def test_target_angle_survives_low_precision(theta, dtype):
+def test_the_angle_of_the_target_survives_low_precision(theta, dtype):
     features = torch.tensor([[2 * math.cos(theta), 2 * math.sin(theta), 0]]).to(dtype)
     x, y, _ = features.double()[0].tolist()
     expected = math.atan2(y, x)  # of the rounded feature
-    cosines = cosine_matrix(features.requires_grad_(), 3 * torch.eye(3, dtype=dtype))
-    angle = target_angle(cosines, torch.tensor([0]))
-    assert angle.item() == pytest.approx(expected, rel=1e-9)
-    angle.sum().backward()
+    angle, (slope, _) = target_angles(features, 3 * torch.eye(3, dtype=dtype), torch.tensor([0]))
+    assert angle.item() == pytest.approx(expected, rel=1e-6)
     length = 1 / math.hypot(x, y)
     tangent = torch.tensor([[-math.sin(expected), math.cos(expected), 0]])
-    assert (features.grad - length * tangent).norm() <= length * (1e-6 if dtype == torch.float32 else 5e-3)
+    assert (slope - length * tangent).norm() <= length * (1e-6 if dtype == torch.float32 else 5e-3)
 
 
 @pytest.mark.parametrize('sign', [1, -1])
-def test_target_angle_has_gradient_zero_at_its_ends(sign):
-    features = torch.tensor([[sign * 2., 0]], requires_grad=True)
-    angle = target_angle(cosine_matrix(features, torch.eye(2)), torch.tensor([0]))
-    angle.sum().backward()
-    assert angle.item() == pytest.approx(0 if sign == 1 else math.pi, abs=1e-15)
-    assert not features.grad.any()
+def test_the_angle_of_the_target_has_gradient_zero_at_its_ends(sign):
+    angle, slopes = target_angles(torch.tensor([[sign * 2., 0]]), torch.eye(2), torch.tensor([0]))
+    assert angle.item() == pytest.approx(0 if sign == 1 else math.pi, abs=3e-7)
+    assert all(x.isfinite().all() and x.norm() < 1e-6 for x in slopes)
 
 
-def test_angle_from_cosine():
-    exact = [1 - 2 ** -53, 1 - 1e-12, .999, .5, 0., -.5, -1 + 1e-12]
-    angles = angle_from_cosine(torch.tensor(exact, dtype=torch.float64, requires_grad=True))
-    assert angles.tolist() == pytest.approx([float(mp.acos(mpf(c))) for c in exact], rel=1e-14)
+@pytest.mark.parametrize('resolution', [2**-53, 2**-24])
+def test_angle_from_cosine(resolution):
+    "The slope at ±1, which is infinite, is that of the neighbouring number."
+    exact = [1., 1 - 2 ** -53, 1 - 1e-12, .999, .5, 0., -.5, -1 + 1e-12, -1.]
     cosine = torch.tensor(exact, dtype=torch.float64, requires_grad=True)
-    angle_from_cosine(cosine).sum().backward()
-    assert cosine.grad.tolist() == pytest.approx([float(-1 / mp.sqrt(1 - mpf(c) ** 2)) for c in exact], rel=1e-12)
+    angles = angle_from_cosine(cosine, resolution)
+    assert angles.tolist() == pytest.approx([float(mp.acos(mpf(c))) for c in exact], rel=1e-14)
+    angles.sum().backward()
+    inside = [max(min(mpf(c), 1 - mpf(resolution)), mpf(resolution) - 1) for c in exact]
+    assert cosine.grad.tolist() == pytest.approx([float(-1 / mp.sqrt(1 - c ** 2)) for c in inside], rel=1e-12)
+
+
+def test_half_precision_and_extreme_norms_keep_their_margins():
+    torch.manual_seed(0)
+    features, prototypes, targets = torch.randn(7, 3), torch.randn(4, 3), torch.arange(7) % 4
+    true = sample_margins(cosine_matrix(features.double(), prototypes.double()), targets)
+    for z, w in ((features * 1e30, prototypes * 1e-30), (features * 1e-30, prototypes * 1e37)):
+        torch.testing.assert_close(sample_margins(cosine_matrix(z, w), targets).double(), true, rtol=0, atol=1e-6)
+    assert not sample_margins(cosine_matrix(0 * features, prototypes), targets).any()
 
 
 def test_features_that_do_not_fit_are_refused():

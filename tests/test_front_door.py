@@ -1,0 +1,80 @@
+"`import largest_margins as lm` gives every name, at once, and type checkers see what it gives."
+import ast
+import os
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import largest_margins as lm
+
+PACKAGE = Path(lm.__file__).parent
+STUB = ast.parse((PACKAGE/'__init__.pyi').read_text(encoding='utf-8'))
+HOMES = {name.name: node.module for node in STUB.body if isinstance(node, ast.ImportFrom) for name in node.names}
+CONTRACT = '''class_margin sample_margins class_sample_margins min_sample_margin norm_ratio neural_collapse simplex
+    riesz_energy log_riesz_energy best_packing largest_sample_margins class_margin_bound min_sample_margin_bound verify
+    claims prove
+    NormFaceLoss CosFaceLoss ArcFaceLoss SphereFaceLoss CombinedMarginLoss LDAMLoss GMSoftmaxLoss LMSoftmaxLoss
+    SampleMarginLoss FocalLoss ElasticFaceLoss AdaFaceLoss zero_centroid CosineLinear MarginHead ShardedMarginHead
+    imbalanced_counts imbalanced_indices SampleMarginRegularizer ZeroCentroidRegularizer MarginRecorder
+    DeferredReweighting margin_learner evaluate parse_market_name kfold_accuracy tar_at_far read_pairs
+    NotFinite'''.split()
+
+
+def run(code):
+    return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
+
+
+def test_every_name_of_the_contract_is_there():
+    assert set(CONTRACT) <= HOMES.keys()
+    assert set(HOMES) <= set(dir(lm))
+
+
+def test_a_name_is_what_its_module_has():
+    for name, home in HOMES.items():
+        if name != 'claims': assert getattr(lm, name) is getattr(import_module(f'largest_margins.{home}'), name)
+
+
+def test_the_import_is_free_of_torch_and_modules_stay_importable():
+    assert run('import sys, largest_margins; print("torch" in sys.modules)') == 'False\n'
+    assert run('import largest_margins as lm, largest_margins.losses; '
+               'print(lm.losses.CosFaceLoss is lm.CosFaceLoss)') == 'True\n'
+    with pytest.raises(AttributeError, match='CosFace'): _ = lm.CosFace
+
+
+def test_claims_is_a_function_and_a_module():
+    assert run('import largest_margins as lm; print(len(lm.claims()) > 10); import largest_margins.claims as c; '
+               'print(c.prove is lm.prove, len(lm.claims()) == len(c.claims()))') == 'True\nTrue True\n'
+
+
+RIGHT = '''
+import largest_margins as lm
+loss = lm.CosFaceLoss(scale=30., margin=.2, reduction='class-mean')
+loss.margin = .3
+head = lm.MarginHead(512, 10, loss)
+cosines, classes = head.top(lm.simplex(3, 4), n=2)
+margin: float = lm.class_margin(lm.simplex(3, 4)).item()
+bound: float = lm.class_margin_bound(8, 3).radians
+'''
+WRONG = ("lm.CosFaceLoss(scal=30.)", "lm.CosFaceLoss(margin='a')", "lm.MarginHead(512, 10)", "lm.ArcFaceLos()",
+         "lm.class_margin_bound('8', 3)", "lm.LMSoftmaxLoss(tilt='x')")
+
+
+def test_mypy_knows_right_calls_from_wrong_ones(tmp_path):
+    "As in a user's project: torch is not looked into, for time's sake."
+    (tmp_path/'right.py').write_text(RIGHT)
+    (tmp_path/'wrong.py').write_text('import largest_margins as lm\n' + '\n'.join(WRONG) + '\n')
+    (tmp_path/'mypy.ini').write_text('[mypy]\nfollow_imports = silent\n' + ''.join(
+        f'[mypy-{name}.*]\nfollow_imports = skip\nignore_missing_imports = True\n'
+        for name in ('torch', 'torchvision', 'fastai', 'fastcore', 'numpy', 'scipy', 'matplotlib', 'PIL', 'sklearn')))
+
+    def mypy(name):
+        return subprocess.run([sys.executable, '-m', 'mypy', '--config-file', 'mypy.ini', '--no-error-summary', name],
+                              capture_output=True, text=True, cwd=tmp_path,
+                              env=os.environ | {'MYPYPATH': str(PACKAGE.parent)})
+    right, wrong = mypy('right.py'), mypy('wrong.py')
+    assert right.returncode == 0, right.stdout
+    lines = {int(line.split(':')[1]) for line in wrong.stdout.splitlines() if line.startswith('wrong.py')}
+    assert lines == set(range(2, 2 + len(WRONG))), wrong.stdout
