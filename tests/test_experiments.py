@@ -41,9 +41,11 @@ def result(): return train(QUICK)
     (dict(batch_size=1), 'batch_size'),
     (dict(embedding=2.5), 'embedding'), (dict(learning_rate=0), 'learning_rate'), (dict(ratio=.1), 'ratio'),
     (dict(sample_margin=-.5), 'sample_margin'), (dict(zero_centroid=math.nan), 'zero_centroid'),
-    (dict(kind='x'), 'kind'), (dict(rotate=-1.), 'rotate must be a finite number ≥ 0')])
+    (dict(kind='x'), 'kind'), (dict(rotate=-1.), 'rotate must be ≥ 0'), (dict(fixed='no'), 'fixed must be True'),
+    (dict(batch_size=2.5), 'batch_size'), (dict(batch_size=-5), 'batch_size'), (dict(seed=-1), 'seed'),
+    (dict(margin=35.), 'margin'), (dict(reduction='sum'), 'reduction'), (dict(loss='ldam', margin=50.), 'margin')])
 def test_bad_configurations(given, message):
-    with pytest.raises(ValueError, match=message): Configuration(**given)
+    with pytest.raises((ValueError, TypeError), match=message): Configuration(**given)
 
 
 @pytest.mark.parametrize('given,label', [
