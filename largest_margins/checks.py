@@ -225,8 +225,8 @@ def has_float64(
     device: torch.device,  # where the tensors are
 ) -> bool:
     "Whether the device has double precision. Apple's GPUs do not."
-    if device.type in ('cpu', 'meta', 'cuda') and not torch._C._len_torch_dispatch_stack():
-        return True
+    known = device.type in ('cpu', 'meta', 'cuda')
+    if known and (is_traced() or not torch._C._len_torch_dispatch_stack()): return True
     try: torch.empty(0, dtype=torch.float64, device=device)
     except (TypeError, RuntimeError): return False
     return True

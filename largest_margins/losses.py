@@ -25,9 +25,9 @@ from .checks import (
     Choice, Flag, Integer, Number, as_one_node, at_least_float32, check_device, check_features,
     check_integers, check_range, check_scores, integer, is_symbol, is_traced,
     number, per_class, per_sample, plain, values_are_cheap)
-from .engine.cosines import full_precision, log_sum_exp_of_others
-from .engine.fused import (
-    Own, fused_loss, matrix_loss, own_of, work_dtype)
+from .engine.cosines import (
+    angle_from_cosine, full_precision, log_sum_exp_of_others)
+from .engine.fused import Own, fused_loss, work_dtype
 from .engine.shards import ClassShards
 from .margins import angle, row_norms, unit_rows
 
@@ -40,7 +40,7 @@ class _Shown(nn.Module):
     def extra_repr(self) -> str:
         "The first argument, and each that differs from its default."
         shown = []
-        for name, p in signature(type(self)).parameters.items():
+        for name, p in _options(type(self)).items():
             value = vars(self).get(f'_{name}', getattr(self, name, p.default))
             if isinstance(value, Tensor): value = f'[{len(value)}]'
             elif value == p.default and name not in self.always_shown: continue
@@ -51,6 +51,14 @@ class _Shown(nn.Module):
             elif isinstance(value, str): value = repr(value)
             shown.append(f'{name}={value}')
         return ', '.join(shown)
+
+
+def _options(cls):
+    "The arguments of a loss, also those that its `**options` hand on to another."
+    options = dict(signature(cls).parameters)
+    further = [name for name, p in options.items() if p.kind is p.VAR_KEYWORD]
+    if not further: return options
+    return _options(cls.__base__) | {n: p for n, p in options.items() if n not in further}
 
 # %% ../nbs/losses/12_losses.ipynb #db9daa6c
 class _ClassNumbers(_Shown):
@@ -238,8 +246,15 @@ class _PerSample(ClassificationLoss):
             rest = numbers.pop('rest')
             del numbers['own']
             losses = self.per_sample(own, rest, **numbers)
-        slopes = torch.autograd.grad(losses, list(leaves.values()),
-                                     torch.ones_like(losses), materialize_grads=True)
+        learned = [p for p in self.parameters() if p.requires_grad]
+        slopes = torch.autograd.grad(losses, [*leaves.values(), *learned],
+                                     torch.ones_like(losses), allow_unused=True)
+        if any(slope is not None for slope in slopes[len(leaves):]):
+            raise TypeError(f'{type(self).__name__} reads a parameter of its own, which '
+                            'would get no gradient: name it in `numbers`, and return it '
+                            'for each sample from `per_batch`')
+        slopes = (torch.zeros_like(v) if slope is None else slope
+                  for slope, v in zip(slopes, leaves.values()))
         return losses.detach(), dict(zip(leaves, slopes))
 
 # %% ../nbs/losses/12_losses.ipynb #b1c78170
@@ -329,14 +344,13 @@ class CosineLoss(_OfMatrix):
         resolution = torch.finfo(cosines.dtype).eps / 2 if isinstance(
             cosines, Tensor) and cosines.is_floating_point() else 0
         cosines = check_scores(cosines, 'cosines')
-        targets = check_integers(targets, len(cosines), cosines.device)
+        targets = check_integers(targets, cosines.shape[0], cosines.device)
         targets, valid = self.split_ignored(targets, cosines.shape[1])
         self.check_classes(cosines.shape[1], cosines.device)
         given = self.per_batch(self._given(given, cosines), None, targets)
-        if self.label_smoothing or is_traced():
-            own = own_of(self, cosines, targets, resolution)
-            return self.of_cosines(cosines, own, valid, given)
-        return matrix_loss(self, cosines, targets, valid, given, resolution)
+        own = cosines.gather(1, targets[:, None])[:, 0]
+        angle = angle_from_cosine(own, resolution) if self.angular else None
+        return self.of_cosines(cosines, Own(targets, own, angle), valid, given)
 
     def linear(
         self,
@@ -378,11 +392,12 @@ class CosineLoss(_OfMatrix):
                                 f'for each sample: it takes {known}')
             attribute = self.numbers[name]
             if attribute in found: raise TypeError(f'{name} is given twice')
-            value = per_sample(name, value, len(x), x.device,
-                               getattr(type(self), attribute, _ANY_NUMBER))
+            check = getattr(type(self), attribute, None)
+            value = per_sample(name, value, x.shape[0], x.device,
+                               check if isinstance(check, Number) else _ANY_NUMBER)
             dtype = torch.promote_types(x.dtype, torch.float32)
             found[attribute] = value.to(dtype) if isinstance(value, Tensor) else (
-                x.new_full((len(x),), value, dtype=dtype))
+                x.new_full(x.shape[:1], value, dtype=dtype))
         return found
 
 # %% ../nbs/losses/12_losses.ipynb #28dc9c63
@@ -928,7 +943,7 @@ class LMSoftmaxLoss(MarginSoftmaxLoss):
         if not isinstance(shares, Tensor):
             shares = torch.ones_like(targets, dtype=dtype)
         elif self.reduction != 'sum':
-            shares = shares * (len(targets) if valid is None else valid.sum())
+            shares = shares * (targets.shape[0] if valid is None else valid.sum())
         return shares.log()
 
     def total(self, losses, leads, shares, logs=None):
@@ -980,7 +995,7 @@ class FocalLoss(ClassificationLoss):
         "The focal losses, reduced over the batch."
         if is_symbol(logits): return as_one_node(self, logits, targets)
         logits = check_scores(logits, 'logits')
-        targets = check_integers(targets, len(logits), logits.device)
+        targets = check_integers(targets, logits.shape[0], logits.device)
         targets, valid = self.split_ignored(targets, logits.shape[1])
         self.check_classes(logits.shape[1], logits.device)
         rest = log_sum_exp_of_others(logits, targets, 1, self.log_prior(logits.dtype))

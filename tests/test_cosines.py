@@ -111,8 +111,10 @@ def test_cosines_are_an_ordinary_tensor(n, k):
     optimiser.step()
     assert torch.equal(out, before) and torch.equal(detached, before)
     assert not torch.allclose(head(features), before, atol=1e-4)
-    for result, true in ((30 * out, before.mul(30)), (out / .1, before / .1), (-out, before.neg()), (out > .5, before.gt(.5)),
-                         (out == before, torch.ones_like(before, dtype=torch.bool)), (out.clone().mul_(30), before * 30)):
+    for result, true in ((30 * out, before.mul(30)), (out / .1, before / .1), (-out, before.neg()),
+                         (out > .5, before.gt(.5)),
+                         (out == before, torch.ones_like(before, dtype=torch.bool)),
+                         (out.clone().mul_(30), before * 30)):
         assert type(result) is torch.Tensor and torch.equal(result, true)
     rows = list(out)
     assert len(rows) == n and all(torch.equal(row, b) for row, b in zip(rows, before))

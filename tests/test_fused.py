@@ -45,7 +45,7 @@ def distance(got, true): return max(((g - t).norm() / t.norm()).item() for g, t 
 # --- the same numbers ---
 
 WEIGHT, PRIOR = torch.linspace(.2, 2, K, dtype=torch.float64), torch.linspace(1, 900, K)
-OPTIONS = [  # every two values of two options meet in some row: reduction, rows at a time, weight, ignoring, R_sm, prior
+OPTIONS = [  # every two values of two options meet in a row: reduction, rows at a time, weight, ignoring, R_sm, prior
     ('mean', 1, None, False, 0, None), ('mean', 7, WEIGHT, True, .7, PRIOR), ('mean', N, None, True, .7, None),
     ('sum', 1, WEIGHT, True, .7, None), ('sum', 7, None, False, .7, PRIOR), ('sum', N, WEIGHT, False, 0, None),
     ('none', 1, None, True, .7, PRIOR), ('none', 7, WEIGHT, False, 0, None), ('none', N, WEIGHT, True, 0, PRIOR),
@@ -189,7 +189,8 @@ def test_rows_at_the_ends_of_float32(row, size):
     values = []
     ways = [loss.linear, lambda *a: loss.linear(*a, chunk_size=7), *([] if row is None else [dense(loss)])]
     for way in ways:
-        for leaves in ((features, prototypes), (features.clone().requires_grad_(), prototypes.clone().requires_grad_())):
+        for leaves in ((features, prototypes), (features.clone().requires_grad_(),
+                                                prototypes.clone().requires_grad_())):
             values.append(way(*leaves, targets))
         slopes = torch.autograd.grad(values[-1], leaves)
         assert not any(x.isnan().any() for x in slopes)
@@ -307,7 +308,8 @@ def penalty_slope_of_func(function, leaves):
 
 SHARED = {  # where features come from, if not from elsewhere
     'apart': lambda z, w: (z, w), 'features are the prototypes': lambda z, w: (w, w),
-    'features of prototypes': lambda z, w: (z + w[:1].sin(), w), 'prototypes of features': lambda z, w: (z, w * z.mean())}
+    'features of prototypes': lambda z, w: (z + w[:1].sin(), w), 'prototypes of features': lambda z,
+          w: (z, w * z.mean())}
 
 
 @each_loss
@@ -358,7 +360,8 @@ class Products(torch.utils._python_dispatch.TorchDispatchMode):
 def test_no_gradient_is_made_in_vain():
     "One product where none is wanted, two where one side is, three for both."
     features, prototypes, targets = inputs()
-    one, both = features.clone().requires_grad_(), (features.clone().requires_grad_(), prototypes.clone().requires_grad_())
+    one, both = features.clone().requires_grad_(), (features.clone().requires_grad_(),
+                                                    prototypes.clone().requires_grad_())
     def count(*leaves):
         with Products() as products: NormFaceLoss().linear(*leaves, targets)
         return products.count

@@ -12,42 +12,42 @@ from pathlib import Path
 
 import pytest
 import torch
-from loss_family import ON_COSINES, SMOOTHABLE
+from loss_family import ON_COSINES, ignoring
 from processes import returned, run_on_ranks
 from torch import distributed as dist
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from largest_margins import chunked, losses, margins, sharded
-from largest_margins.chunked import LazyCosines
+from largest_margins import checks, losses, margins
+from largest_margins.engine import fused, shards
 from largest_margins.engine.cosines import cosine_matrix
-from largest_margins.heads import CosineLinear, ShardedCosineLinear
-from largest_margins.losses import CosFaceLoss, GMSoftmaxLoss
+from largest_margins.heads import CosineLinear, MarginHead, ShardedMarginHead
+from largest_margins.losses import AdaFaceLoss, CosFaceLoss, GMSoftmaxLoss
 from largest_margins.margins import class_margin, class_sample_margins, min_sample_margin, norm_ratio, sample_margins
 from largest_margins.regularizers import zero_centroid
 
 GPU_CHECK = Path(__file__).parent.parent/'benchmarks'/'gpu.py'
 N, D, K = 7, 3, 4
-ENGINES = {'linear': lambda loss: lambda z, w, y: loss.linear(z, w, y, chunk_size=3),
-           'lazy': lambda loss: lambda z, w, y: loss(LazyCosines(z, w), y),
+ENGINES = {'linear': lambda loss: lambda z, w, y: loss.linear(z, w, y),
+           'in chunks': lambda loss: lambda z, w, y: loss.linear(z, w, y, chunk_size=3),
            'dense': lambda loss: lambda z, w, y: loss(cosine_matrix(z, w), y),
            'matrix': lambda loss: lambda z, w, y: loss(z @ w.T, y)}
 WEIGHT = torch.linspace(.2, 2, K)
-OPTIONS = {'plain': {}, 'label smoothing': {'label_smoothing': .1}, 'class weights': {'weight': WEIGHT},
-           'class-mean': {'reduction': 'class-mean'}, 'none': {'reduction': 'none'},
-           'sample margin': {'sample_margin': .5},
-           'all': {'label_smoothing': .1, 'weight': WEIGHT, 'reduction': 'class-mean', 'sample_margin': .5}}
+OPTIONS = {'plain': {}, 'none': {'reduction': 'none', 'prior': [1., 2., 3., 4.]},
+           'all': {'weight': WEIGHT, 'reduction': 'class-mean', 'sample_margin': .5}}
 
 
 def possible(row, given):
-    "Whether a loss has these options."
-    if 'label_smoothing' in given and row not in SMOOTHABLE: return False
-    return 'sample_margin' not in given or row.name != 'R_sm'
+    "What of these options a loss has."
+    given = dict(given)
+    if row.name == 'R_sm': given.pop('sample_margin', None)
+    if row.name == 'R_sm' or 'prior' in row.name: given.pop('prior', None)
+    return given
 
 
-CASES = [pytest.param(row, given, id=f'{row.name}, {name}') for row in ON_COSINES for name, given in OPTIONS.items()
-         if possible(row, given)]
+CASES = [pytest.param(row, possible(row, given), id=f'{row.name}, {name}')
+         for row in ON_COSINES for name, given in OPTIONS.items()]
 
 
 class NoCopies(TorchDispatchMode):
@@ -93,6 +93,12 @@ def test_the_guard_sees_what_it_must(fake):
         with NoCopies(): assert on_gpu(torch.where(x > 0, x, 1).double() + x.new_full((), 2.))
 
 
+@torch.no_grad()
+def sent_back(value):
+    "What the last step hands over on the way back; autograd's own engine wants a real GPU."
+    return [x for x in value.grad_fn.apply(torch.ones_like(value)) if x is not None]
+
+
 @pytest.mark.parametrize(('row', 'given'), CASES)
 def test_losses_and_gradients(fake, row, given):
     "The value on each engine; gradients made in forward, handed over by backward, and made again by a second one."
@@ -101,17 +107,15 @@ def test_losses_and_gradients(fake, row, given):
         loss.to('cuda')
         features, prototypes, targets = batch()
         with NoCopies():
-            for engine in ENGINES.values():
+            for name, engine in ENGINES.items():
                 value = engine(loss)(features, prototypes, targets)
                 assert on_gpu(value) and value.requires_grad and value.dtype == torch.float32
                 assert value.shape == ((N,) if loss.reduction == 'none' else ())
-            value = loss.linear(features, prototypes, targets, chunk_size=3)
-            made, slope = value.grad_fn.to, torch.ones_like(value)
-            assert (made is None) == (loss.reduction == 'none')
-            assert made is None or all(on_gpu(x) for x in made.values())
-            for _ in range(2):
-                found = [x for x in chunked._Chunked.backward(value.grad_fn, slope) if x is not None]
-                assert [x.shape for x in found] == [(N, D), (K, D)] and all(map(on_gpu, found))
+                if name in ('linear', 'in chunks'):
+                    for _ in range(2):
+                        found = sent_back(value)
+                        assert [x.shape for x in found] == [(N, D), (K, D)] and all(map(on_gpu, found))
+                with torch.no_grad(): assert not engine(loss)(features, prototypes, targets).requires_grad
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
@@ -120,7 +124,7 @@ def test_half_precision(fake, dtype):
         features, prototypes, targets = batch(dtype)
         with NoCopies():
             value = CosFaceLoss().linear(features, prototypes, targets, chunk_size=3)
-            found = [x for x in chunked._Chunked.backward(value.grad_fn, torch.ones_like(value)) if x is not None]
+            found = sent_back(value)
     assert value.dtype == torch.float32 and all(on_gpu(x) and x.dtype == dtype for x in found)
 
 
@@ -130,8 +134,19 @@ def test_numbers_for_each_sample(fake):
         alpha = torch.rand(N, device='cuda', requires_grad=True)
         with NoCopies():
             value = GMSoftmaxLoss().linear(features, prototypes, targets, alpha1=alpha, chunk_size=3)
-            assert on_gpu(value.grad_fn.to['alpha1'])
+            assert [x.shape for x in sent_back(value)] == [(N, D), (K, D), (N,)]
             assert on_gpu(GMSoftmaxLoss()(features @ prototypes.T, targets, alpha1=alpha))
+
+
+def test_what_a_loss_measures_itself(fake):
+    "AdaFace's statistics and margins stay on the GPU."
+    ada = AdaFaceLoss()
+    with fake:
+        ada.to('cuda')
+        features, prototypes, targets = batch()
+        with NoCopies():
+            value = ada.linear(features, prototypes, targets)
+            assert on_gpu(value) and on_gpu(ada.norm_mean) and all(map(on_gpu, sent_back(value)))
 
 
 @pytest.mark.parametrize('given', [{}, {'weight': WEIGHT}, {'reduction': 'class-mean'}])
@@ -146,14 +161,15 @@ def test_focal_loss(fake, given):
 def test_margins_and_heads(fake):
     with fake:
         features, prototypes, targets = batch()
-        head, many = CosineLinear(D, K, device='cuda'), CosineLinear(D, 2**20, device='cuda')
+        head, many = CosineLinear(D, K, device='cuda'), MarginHead(D, 2**20, CosFaceLoss(), device='cuda')
         with NoCopies():
-            cosines, lazy = head(features), many(features)
-            assert isinstance(lazy, LazyCosines) and lazy.device == features.device
-            found = [cosines, class_margin(prototypes), norm_ratio(prototypes), zero_centroid(prototypes),
-                     lazy.argmax(), class_margin(torch.rand(2100, D, device='cuda'))]  # the last in several tiles
-            found += [f(c, targets) for c in (cosines, lazy, LazyCosines(features, prototypes))
-                      for f in (sample_margins, class_sample_margins, min_sample_margin)]
+            cosines, value = head(features), many(features, targets)
+            assert cosines.shape == (N, K) and value.shape == () and many(features).shape == (N, 2**20)
+            assert [x.shape for x in sent_back(value)] == [(N, D), (2**20, D)]
+            found = [cosines, value, class_margin(prototypes), norm_ratio(prototypes), zero_centroid(prototypes),
+                     *many.top(features, 2), many.sample_margins(features, targets),
+                     class_margin(torch.rand(2100, D, device='cuda'))]  # the last in several tiles
+            found += [f(cosines, targets) for f in (sample_margins, class_sample_margins, min_sample_margin)]
     assert all(map(on_gpu, found))
 
 
@@ -175,7 +191,7 @@ def test_targets_elsewhere(fake, row):
 def test_prototypes_elsewhere(fake):
     with fake:
         features, prototypes, targets = batch()
-        for engine in ('linear', 'lazy', 'dense'):
+        for engine in ('linear', 'dense'):
             for pair, where in (((features, prototypes.cpu()), 'cuda:0 and cpu'),
                                 ((features.cpu(), prototypes), 'cpu and cuda:0')):
                 with pytest.raises(ValueError, match=f'one device, got {where}'):
@@ -211,9 +227,8 @@ def test_numbers_and_margins_elsewhere(fake):
         for engine in ENGINES:
             with pytest.raises(ValueError, match='^alpha1 must be on cuda:0, got cpu'):
                 ENGINES[engine](WithSlope())(features, prototypes, targets)
-        for cosines in (features @ prototypes.T, LazyCosines(features, prototypes)):
-            with pytest.raises(ValueError, match='^targets must be on cuda:0, got cpu'):
-                sample_margins(cosines, torch.zeros(N, dtype=torch.long))
+        with pytest.raises(ValueError, match='^targets must be on cuda:0, got cpu'):
+            sample_margins(features @ prototypes.T, torch.zeros(N, dtype=torch.long))
 
 
 # --- classes shared out ---
@@ -229,25 +244,24 @@ def three_ranks():
 @pytest.mark.parametrize('row', ON_COSINES, ids=repr)
 def test_a_sharded_head_reads_no_sizes(three_ranks, fake, row):
     "The head knows its shards, so no value has to come back from the GPU."
-    classes, head = [*range(K), *range(K)], ShardedCosineLinear(D, 2 * K)
-    made = [row.make(20., classes, **given) for given in (
+    classes = [*range(K), *range(K)]
+    heads = [ShardedMarginHead(D, 2 * K, row.make(20., classes, **given)) for given in (
         {}, {'reduction': 'class-mean'}, {'weight': WEIGHT.repeat(2)})]
     with fake:
-        for module in (head, *made): module.to('cuda')
+        for head in heads: head.to('cuda')
         features, _, targets = batch()
         with NoCopies():
-            for loss in made:
-                value = loss(head(features), targets)
-                assert on_gpu(value) and {x.shape for x in value.grad_fn.to.values()} == {(3 * N, D), (3, D)}
-            assert head(features).argmax().shape == sample_margins(head(features), targets).shape == (N,)
-        with pytest.raises(ValueError, match=r'prototypes must be \[3, d\] on this rank, got shape \(4, 3\)'):
-            made[0].linear(features, torch.rand(4, D, device='cuda'), targets, group=head.shards)
+            for head in heads:
+                value = head(features, targets)
+                assert on_gpu(value) and [x.shape for x in sent_back(value)] == [(3 * N, D), (3, D)]
+            assert head(features).shape == (N, 2 * K) and head.sample_margins(features, targets).shape == (N,)
+            assert head.top(features, 2)[1].shape == (N, 2)
 
 
 @pytest.fixture
 def unread(monkeypatch):
     "No value is looked at, as on a GPU."
-    for module in (chunked, losses, margins, sharded):
+    for module in (checks, fused, losses, margins, shards):
         monkeypatch.setattr(module, 'values_are_cheap', lambda x: False)
 
 
@@ -263,33 +277,49 @@ def distance(got, true): return max(((g - t).norm() / t.norm()).item() for g, t 
 
 @pytest.mark.parametrize(('row', 'given'), CASES)
 def test_the_numbers_of_the_way_that_a_gpu_takes(unread, row, given):
-    "What is skipped or done otherwise where values are not looked at changes no result."
+    "What is skipped or done otherwise where values are not looked at changes no result; some samples do not count."
     generator = torch.Generator().manual_seed(0)
     features, prototypes = (10 * torch.randn(rows, D, generator=generator, dtype=torch.float64) for rows in (N, K))
-    targets = torch.randint(K - 1, (N,), generator=generator)
+    targets = ignoring(torch.randint(K - 1, (N,), generator=generator))
     loss = row.make(20., range(K), **given)
-    got, true = (value_and_gradients(ENGINES[engine](loss), features, prototypes, targets)
-                 for engine in ('linear', 'dense'))
-    assert distance(got, true) < 1e-13
+    got, chunked, true = (value_and_gradients(ENGINES[engine](loss), features, prototypes, targets)
+                          for engine in ('linear', 'in chunks', 'dense'))
+    assert distance(got, true) < 1e-13 and distance(chunked, true) < 1e-13
+
+
+@pytest.mark.parametrize('size', [1e-40, 1e-30, 1e30, 1e38, 0.])
+def test_extreme_rows_on_the_way_that_a_gpu_takes(unread, size):
+    torch.manual_seed(0)
+    features, prototypes, targets = torch.randn(N, D), torch.randn(K, D), torch.arange(N) % K
+    features[0] = torch.nn.functional.normalize(features[0], dim=0) * size
+    prototypes[1] = torch.nn.functional.normalize(prototypes[1], dim=0) * size
+    for loss in (CosFaceLoss(), losses.ArcFaceLoss(sample_margin=.5), losses.LMSoftmaxLoss(100.), AdaFaceLoss()):
+        for linear in (loss.linear, lambda *a, loss=loss: loss.linear(*a, chunk_size=3)):
+            value, *slopes = value_and_gradients(linear, features, prototypes, targets)
+            assert value.isfinite() and not any(x.isnan().any() for x in slopes)
 
 
 def without_a_header(rank, ranks):
     "The largest difference to one process, and how many times a value was looked at."
-    sharded.values_are_cheap = chunked.values_are_cheap = margins.values_are_cheap = lambda x: False
     generator = torch.Generator().manual_seed(0)
     features, prototypes = (torch.randn(rows, D, generator=generator, dtype=torch.float64) for rows in (ranks * N, 5))
     targets = torch.randint(5, (ranks * N,), generator=generator)
-    head, mine = ShardedCosineLinear(D, 5, averaged=False, dtype=torch.float64), slice(rank * N, (rank + 1) * N)
-    shard = slice(head.shards.first, head.shards.first + head.shards.size)
-    with torch.no_grad(): head.weight.copy_(prototypes[shard])
-    read, to_list = [], torch.Tensor.tolist
-    torch.Tensor.tolist = lambda x: read.append(x) or to_list(x)
-    leaf, loss = features[mine].clone().requires_grad_(), CosFaceLoss(16., sample_margin=.5)
-    value = loss(head(leaf), targets[mine])
-    value.backward()
+    loss = CosFaceLoss(16., sample_margin=.5)
     true = value_and_gradients(loss.linear, features, prototypes, targets)
+    for module in (checks, fused, losses, margins, shards): module.values_are_cheap = lambda x: False
+    head = ShardedMarginHead(D, 5, loss, averaged=False, dtype=torch.float64)
+    mine, shard = slice(rank * N, (rank + 1) * N), slice(head.shards.first, head.shards.first + head.shards.size)
+    with torch.no_grad(): head.weight.copy_(prototypes[shard])
+    read = []
+    to_list, item = torch.Tensor.tolist, torch.Tensor.item
+    torch.Tensor.tolist = lambda x: read.append(x) or to_list(x)
+    torch.Tensor.item = lambda x: read.append(x) or item(x)
+    leaf = features[mine].clone().requires_grad_()
+    value = head(leaf, targets[mine])
+    value.backward()
     got = [value.detach(), leaf.grad, head.weight.grad]
-    return distance(got, [true[0], true[1][mine], true[2][shard]]), len(read)
+    count = len(read)
+    return distance(got, [true[0], true[1][mine], true[2][shard]]), count
 
 
 def test_ranks_that_read_no_header():

@@ -1,17 +1,29 @@
-"The cosine head: what it computes, how it is saved, and fixed prototypes."
+"The heads: cosines, the loss for those who bring targets, how they are saved, and fixed prototypes."
 import copy
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
+from loss_family import ON_COSINES
 from torch import nn
 from torch.autograd import gradcheck
 from torch.nn import functional as F
 
-from largest_margins.heads import CosineLinear
-from largest_margins.losses import LMSoftmaxLoss
-from largest_margins.margins import class_margin
+from largest_margins.engine.cosines import cosine_matrix
+from largest_margins.heads import CosineLinear, MarginHead
+from largest_margins.losses import (
+    AdaFaceLoss,
+    ArcFaceLoss,
+    CosFaceLoss,
+    ElasticFaceLoss,
+    FocalLoss,
+    GMSoftmaxLoss,
+    LMSoftmaxLoss,
+    NormFaceLoss,
+)
+from largest_margins.margins import class_margin, sample_margins
 
 
 def simplex(k):
@@ -102,13 +114,18 @@ def test_fixed_prototypes_are_a_copy(dtype):
 
 
 def test_fixed_prototypes_can_be_fixed_again():
-    head = CosineLinear(5, 5).fix(simplex(5)).fix(torch.eye(5))
-    assert torch.equal(head.weight, torch.eye(5))
+    "And stay, when a trainer resets every layer."
+    for head in (CosineLinear(5, 5), MarginHead(5, 5, CosFaceLoss())):
+        head.fix(simplex(5)).fix(torch.eye(5))
+        head.reset_parameters()
+        assert torch.equal(head.weight, torch.eye(5))
 
 
 def test_fixed_and_free_heads_are_saved_copied_and_pickled():
     features = torch.randn(3, 5)
-    for head in (CosineLinear(5, 5), CosineLinear(5, 5).fix(simplex(5))):
+    for head in (CosineLinear(5, 5), CosineLinear(5, 5).fix(simplex(5)), MarginHead(5, 5, ArcFaceLoss(weight=[1.] * 5)),
+                 MarginHead(5, 5, GMSoftmaxLoss()).fix(simplex(5))):
+        assert list(head.state_dict()) == ['weight']
         for other in (copy.deepcopy(head), pickle.loads(pickle.dumps(head)), CosineLinear(5, 5),
                       CosineLinear(5, 5).fix(torch.eye(5))):
             other.load_state_dict(head.state_dict())
@@ -120,6 +137,8 @@ def test_fixed_and_free_heads_are_saved_copied_and_pickled():
 def test_repr_says_whether_it_is_fixed():
     assert repr(CosineLinear(8, 5)) == 'CosineLinear(in_features=8, out_features=5)'
     assert repr(CosineLinear(5, 5).fix(torch.eye(5))) == 'CosineLinear(in_features=5, out_features=5, fixed)'
+    shown = repr(MarginHead(8, 5, NormFaceLoss(prior=[1.] * 5)))
+    assert 'in_features=8, out_features=5' in shown and 'NormFaceLoss(scale=20, prior=[5])' in shown
 
 
 @pytest.mark.parametrize('sizes, name, given', [((0, 5), 'in_features', '0'), ((5, -1), 'out_features', '-1')])
@@ -127,9 +146,16 @@ def test_bad_sizes_are_refused(sizes, name, given):
     with pytest.raises(ValueError, match=f'^{name} must be .*got {given}'): CosineLinear(*sizes)
 
 
-@pytest.mark.parametrize('size', [2.5, '8', None])
+@pytest.mark.parametrize('size', [np.int64(8), np.int32(8), torch.tensor(8)])
+def test_sizes_may_be_any_integers(size):
+    for head in (CosineLinear(size, size), MarginHead(size, size, CosFaceLoss())):
+        assert head(torch.ones(2, 8)).shape == (2, 8) and type(head.in_features) is type(head.out_features) is int
+
+
+@pytest.mark.parametrize('size', [2.5, 8., '8', None, True, torch.tensor(8.)])
 def test_sizes_that_are_no_integers_are_refused(size):
-    with pytest.raises((TypeError, ValueError), match='^in_features must be .*got'): CosineLinear(size, 5)
+    with pytest.raises(TypeError, match='^in_features must be .*got'): CosineLinear(size, 5)
+    with pytest.raises(TypeError, match='^out_features must be .*got'): MarginHead(5, size, CosFaceLoss())
 
 
 def test_bad_points_are_refused():
@@ -151,3 +177,100 @@ def test_bad_features_are_refused():
     with pytest.raises(ValueError, match=r'^features must be .*got shapes \(2, 4\)'): head(torch.randn(2, 4))
     with pytest.raises(ValueError, match=r'^features must be .*got shapes \(5,\)'): head(torch.randn(5))
     with pytest.raises(TypeError, match='^features must be .*got torch.int64'): head(torch.ones(2, 5).long())
+
+
+# --- a head that takes targets ---
+
+def inputs(n=9, d=3, k=4):
+    torch.manual_seed(0)
+    return torch.randn(n, d).double(), torch.arange(n) % k
+
+
+@pytest.mark.parametrize('row', ON_COSINES, ids=repr)
+@pytest.mark.parametrize('chunk_size', ['auto', 2])
+def test_a_head_with_targets_is_its_loss(row, chunk_size):
+    "With an ordinary scalar out, whatever the size; without targets it returns the dense cosines."
+    features, targets = inputs()
+    head = MarginHead(3, 4, row.make(8., range(4)), chunk_size=chunk_size, dtype=torch.float64)
+    leaf = features.requires_grad_()
+    value, cosines = head(leaf, targets), head(leaf)
+    assert type(value) is type(cosines) is torch.Tensor and value.shape == () and cosines.shape == (9, 4)
+    expected = head.loss(cosine_matrix(leaf, head.weight), targets)
+    assert abs(value - expected) < 1e-13
+    for got, true in zip(*(torch.autograd.grad(v, (leaf, head.weight)) for v in (value, expected)), strict=True):
+        assert (got - true).norm() < 1e-12 * true.norm()
+    head.loss.reduction = 'none'
+    assert head(leaf, targets).shape == (9,)
+
+
+def test_a_head_hands_numbers_of_each_sample_on():
+    features, targets = inputs()
+    head, margins = MarginHead(3, 4, ArcFaceLoss(8.), dtype=torch.float64), torch.linspace(0, 1, 9).double()
+    assert head(features, targets, m2=margins) == head.loss.linear(features, head.weight, targets, m2=margins)
+    assert head(features, targets, margin=.1) != head(features, targets)
+    with pytest.raises(TypeError, match='m4'): head(features, targets, m4=margins)
+    with pytest.raises(TypeError, match='^targets must'): head(features, m2=margins)
+
+
+def test_the_output_stays_when_the_weights_move():
+    head, targets = MarginHead(4, 2**16, CosFaceLoss(20., .1)), torch.randint(2**16, (8,))
+    features = torch.randn(8, 4)
+    value = head(features, targets)
+    before, out = value.item(), head(features)
+    first = out[0].tolist()
+    value.backward()
+    torch.optim.SGD(head.parameters(), 50.).step()
+    assert value.item() == before and out[0].tolist() == first
+    assert head(features, targets).item() < before
+
+
+@pytest.mark.parametrize('n', [1, 3, 6])
+def test_the_nearest_classes(n, monkeypatch):
+    "In one chunk and in many."
+    features, _ = inputs(50, 3, 6)
+    head = MarginHead(3, 6, CosFaceLoss(), dtype=torch.float64)
+    true = head(features).topk(n)
+    for size in (72 * 2**20, 100):
+        monkeypatch.setattr('largest_margins.engine.fused.BUFFER_BYTES', size)
+        cosines, classes = head.top(features.requires_grad_(), n)
+        assert torch.equal(classes, true.indices) and (cosines - true.values).abs().max() < 1e-14
+        assert not cosines.requires_grad
+        assert head.top(features)[1].shape == (50, 1)
+    for bad in (0, 7, -1):
+        with pytest.raises(ValueError, match='^n must'): head.top(features, bad)
+    with pytest.raises(TypeError, match='^n must'): head.top(features, 2.)
+    with pytest.raises(ValueError, match='^features must'): head.top(features[:, :2])
+
+
+def test_the_sample_margins(monkeypatch):
+    features, targets = inputs(50)
+    head = MarginHead(3, 4, CosFaceLoss(), dtype=torch.float64)
+    true = sample_margins(head(features), targets)
+    for size in (72 * 2**20, 100):
+        monkeypatch.setattr('largest_margins.engine.fused.BUFFER_BYTES', size)
+        assert (head.sample_margins(features, targets) - true).abs().max() < 1e-14
+    for wrong, error in ((targets + 1, ValueError), (targets - 1, ValueError), (targets[:5], ValueError),
+                         (targets.float(), TypeError)):
+        with pytest.raises(error, match='^targets must'): head.sample_margins(features, wrong)
+
+
+@pytest.mark.parametrize('loss', [FocalLoss(), nn.CrossEntropyLoss(), CosFaceLoss, None, 'CosFace'])
+def test_a_head_takes_a_loss_of_ours_on_cosines(loss):
+    with pytest.raises(TypeError, match='^loss must'): MarginHead(3, 4, loss)
+
+
+@pytest.mark.parametrize('chunk_size, error', [(0, ValueError), (-5, ValueError), (2.5, TypeError), ('all', TypeError)])
+def test_bad_chunk_sizes_of_a_head(chunk_size, error):
+    with pytest.raises(error, match='^chunk_size must'): MarginHead(3, 4, CosFaceLoss(), chunk_size=chunk_size)
+    head = MarginHead(3, 4, CosFaceLoss())
+    head.chunk_size = chunk_size
+    with pytest.raises(error, match='^chunk_size must'): head(torch.randn(2, 3), torch.arange(2))
+
+
+def test_half_heads_keep_what_their_loss_counts():
+    features, targets = inputs()
+    for loss in (NormFaceLoss(prior=[70001., 3., 9., 1e6]), AdaFaceLoss(), ElasticFaceLoss()):
+        head = MarginHead(3, 4, loss).half()
+        assert head.weight.dtype == torch.float16 and all(b.dtype == torch.float32 for b in loss.buffers())
+        value = head(features.half(), targets)
+        assert value.dtype == torch.float32 and value.isfinite()

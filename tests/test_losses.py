@@ -11,20 +11,44 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_family import (
-    ANGULAR, COUNTS, FAMILY, ON_COSINES, SMOOTHABLE, adaface, batch, ignoring, ldam_margin, quality, reduced)
+    ANGULAR,
+    COUNTS,
+    FAMILY,
+    ON_COSINES,
+    SMOOTHABLE,
+    adaface,
+    batch,
+    ignoring,
+    ldam_margin,
+    quality,
+    reduced,
+)
 from mpmath import mp, mpf
 from pytorch_metric_learning import losses as metric_learning
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck
 from torch.nn import functional as F
 
+from largest_margins.engine.cosines import cosine_matrix
 from largest_margins.heads import CosineLinear
 from largest_margins.losses import (
-    AdaFaceLoss, ArcFaceLoss, CombinedMarginLoss, CosFaceLoss, ElasticFaceLoss, FocalLoss, GMSoftmaxLoss, LDAMLoss,
-    LMSoftmaxLoss, MarginSoftmaxLoss, NormFaceLoss, SampleMarginLoss, SphereFaceLoss, class_balanced_weights,
-    suggest_scale)
+    AdaFaceLoss,
+    ArcFaceLoss,
+    CombinedMarginLoss,
+    CosFaceLoss,
+    ElasticFaceLoss,
+    FocalLoss,
+    GMSoftmaxLoss,
+    LDAMLoss,
+    LMSoftmaxLoss,
+    MarginSoftmaxLoss,
+    NormFaceLoss,
+    SampleMarginLoss,
+    SphereFaceLoss,
+    class_balanced_weights,
+    suggest_scale,
+)
 from largest_margins.margins import sample_margins
-from largest_margins.engine.cosines import cosine_matrix
 
 REDUCTIONS = ['mean', 'sum', 'none', 'class-mean']
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -164,7 +188,8 @@ def test_label_smoothing_is_refused_where_there_is_no_matrix():
     later = CosFaceLoss(20., .1)
     later.label_smoothing = .2
     assert later(cosines, targets) == loss(cosines, targets) != CosFaceLoss(20., .1)(cosines, targets)
-    close(loss(cosines, ignoring(targets)), loss(cosines[ignoring(targets) >= 0], targets[ignoring(targets) >= 0]), 1e-13)
+    close(loss(cosines, ignoring(targets)), loss(cosines[ignoring(targets) >= 0], targets[ignoring(targets) >= 0]),
+          1e-13)
     for x in (loss, later):
         with pytest.raises(ValueError, match='^label_smoothing'): x.linear(torch.eye(4), torch.eye(4), torch.arange(4))
     with pytest.raises(ValueError, match='^label_smoothing'): CosFaceLoss(label_smoothing=.2, prior=COUNTS)
@@ -409,7 +434,8 @@ PER_SAMPLE = {  # (the loss, what is given for each of four samples, a loss made
     'CosFace margin': (CosFaceLoss, dict(margin=[-.1, .35, .5, 0.]), cosface),
     'CosFace m3': (CosFaceLoss, dict(m3=[.2, .35, .5, 0.]), lambda m3: cosface(m3)),
     'ArcFace margin': (ArcFaceLoss, dict(margin=[0., .5, 1.2, .3]), lambda margin: combined(m2=margin)),
-    'ArcFace m1, m2, m3': (ArcFaceLoss, dict(m1=[1., 1.2, 2., 3.], m2=[0., .5, 1.2, .3], m3=[0., .1, -.2, .4]), combined),
+    'ArcFace m1, m2, m3': (ArcFaceLoss, dict(m1=[1., 1.2, 2., 3.], m2=[0., .5, 1.2, .3], m3=[0., .1, -.2, .4]),
+                           combined),
     'SphereFace margin': (SphereFaceLoss, dict(margin=[1., 1.5, 4., 2.]), lambda margin: combined(m1=margin)),
     'combined m1': (CombinedMarginLoss, dict(m1=[1., 1.5, 4., 2.]), combined),
     'combined m2, m3': (CombinedMarginLoss, dict(m2=[0., .5, 1.2, .3], m3=[0., .1, -.2, .4]), combined),
@@ -445,10 +471,10 @@ def test_numbers_for_each_sample(case):
     (CombinedMarginLoss(), 'm3', [2., math.inf])], ids=lambda x: x if isinstance(x, str) else '')
 def test_numbers_for_each_sample_have_the_range_of_the_argument(loss, name, values):
     for value in values:
-        for given in (value, changed(torch.full((7,), 1.), value)):
-            with pytest.raises(ValueError, match=f'^{name} must'): loss(COSINES, TARGETS, **{name: given})
+        for numbers in (value, changed(torch.full((7,), 1.), value)):
+            with pytest.raises(ValueError, match=f'^{name} must'): loss(COSINES, TARGETS, **{name: numbers})
             with pytest.raises(ValueError, match=f'^{name} must'):
-                loss.linear(torch.ones(7, 2), torch.ones(4, 2), TARGETS, **{name: given})
+                loss.linear(torch.ones(7, 2), torch.ones(4, 2), TARGETS, **{name: numbers})
     for wrong in (torch.ones(7).long(), 'a', [1.] * 7, True):
         with pytest.raises(TypeError, match=f'^{name} must'): loss(COSINES, TARGETS, **{name: wrong})
     with pytest.raises(ValueError, match=f'^{name} must'): loss(COSINES, TARGETS, **{name: torch.ones(6)})
@@ -511,7 +537,8 @@ def test_adaface_is_its_formula():
     torch.manual_seed(0)
     loss, (mean, deviation) = AdaFaceLoss(8., momentum=.5, reduction='none').double(), (mpf(20), mpf(100))
     prototypes = torch.randn(4, 3).double()
-    for step, targets in enumerate((torch.tensor([0, 1, 2, 3, 1, 0]), torch.tensor([0, 1, -100, 3, 1, 0]), torch.arange(6) % 4)):
+    for step, targets in enumerate((torch.tensor([0, 1, 2, 3, 1, 0]), torch.tensor([0, 1, -100, 3, 1, 0]),
+                                    torch.arange(6) % 4)):
         features = torch.randn(6, 3).double() * torch.tensor([1, 5, 30., 1e-6, 90, 500])[:, None]
         if step == 2: loss.eval()
         value = loss.linear(features, prototypes, targets, chunk_size=4)
@@ -811,13 +838,14 @@ def test_repr_shows_radians_and_degrees():
 
 OTHER_THAN_DEFAULT = dict(
     scale=7., margin=1.2, m1=1.3, m2=.4, m3=.2, max_margin=.7, detach_margin=True, label_smoothing=.1, alpha1=1.5,
-    alpha2=[1., 2., 3., 4.], beta1=.25, beta2=.75, aggregation='logsumexp', tilt=5., std=.2, kind='cos', h=.5, momentum=.3,
+    alpha2=[1., 2., 3., 4.], beta1=.25, beta2=.75, aggregation='logsumexp', tilt=5., std=.2, kind='cos', h=.5,
+    momentum=.3,
     gamma=3., sample_margin=.5, reduction='sum', ignore_index=7, weight=[1., 2., 3., 4.], prior=[1., 2., 3., 4.])
 LOSSES = [NormFaceLoss, CosFaceLoss, ArcFaceLoss, SphereFaceLoss, CombinedMarginLoss, GMSoftmaxLoss, LMSoftmaxLoss,
           SampleMarginLoss, ElasticFaceLoss, AdaFaceLoss, FocalLoss, lambda **o: LDAMLoss(COUNTS, **o)]
 
 
-@pytest.mark.parametrize('make', LOSSES, ids=lambda make: getattr(make, '__name__'))
+@pytest.mark.parametrize('make', LOSSES, ids=lambda make: make.__name__)
 def test_repr_prints_every_option_that_differs_from_its_default(make):
     "Given, and set later; one that is as it was is printed only where its value is what the loss is."
     names = [name for name in inspect.signature(LDAMLoss if '<' in make.__name__ else make).parameters
@@ -828,7 +856,8 @@ def test_repr_prints_every_option_that_differs_from_its_default(make):
         given = {'tilt': dict(aggregation='logsumexp'), 'kind': dict(margin=.4)}.get(name, {})
         loss, later = make(**given, **{name: value}), make(**given)
         setattr(later, name, value)
-        shown = '[4]' if isinstance(value, list) else repr(value) if isinstance(value, str) else f'{value}'.removesuffix('.0')
+        shown = '[4]' if isinstance(value, list) else repr(value) if isinstance(value,
+                                                                                str) else f'{value}'.removesuffix('.0')
         assert f'{name}={shown}' in repr(loss) and repr(later) == repr(loss), name
         assert repr(loss) != repr(make(**given))
     for name in ('reduction', 'ignore_index', 'weight', 'prior', 'sample_margin', 'label_smoothing', 'detach_margin'):
@@ -943,7 +972,8 @@ def test_bad_weight_is_refused(row, weight, error, given):
     assert torch.equal(loss.weight, WEIGHT)
 
 
-NOT_NUMBERS = [('a', 'str'), (True, 'bool'), ([1.], 'list'), (1j, 'complex'), (torch.ones(3), ''), (np.bool_(True), 'bool')]
+NOT_NUMBERS = [('a', 'str'), (True, 'bool'), ([1.], 'list'), (1j, 'complex'), (torch.ones(3), ''),
+               (np.bool_(True), 'bool')]
 BAD_NUMBERS = [  # (maker, argument, the values out of its range, some in it)
     (NormFaceLoss, 'scale', [0., -1., -5., math.inf, math.nan, 1e9, 1e-9], [1, .1, 1000]),
     (NormFaceLoss, 'label_smoothing', [-.1, 1., 7., math.nan], [0, .5]),
@@ -977,10 +1007,11 @@ def test_numbers_in_their_range_and_no_others(make, name, values, fine):
     later = make()
     settable = isinstance(later, torch.nn.Module)
     for value in values:
-        for given in (value, np.float64(value), torch.tensor(value, dtype=torch.float64)):
-            with pytest.raises(ValueError, match=rf'^{name} must be .*got {re.escape(f"{value:g}")}'): make(**{name: given})
+        for number in (value, np.float64(value), torch.tensor(value, dtype=torch.float64)):
+            with pytest.raises(ValueError, match=rf'^{name} must be .*got {re.escape(f"{value:g}")}'):
+                make(**{name: number})
             if not settable: continue
-            with pytest.raises(ValueError, match=f'^{name} must be'): setattr(later, name, given)
+            with pytest.raises(ValueError, match=f'^{name} must be'): setattr(later, name, number)
     for value, kind in NOT_NUMBERS:
         if name in ('alpha1', 'alpha2', 'beta1', 'beta2') and kind in ('', 'list'): continue  # one for each class
         with pytest.raises(TypeError, match=f'^{name} must be .*{kind}'): make(**{name: value})
@@ -990,16 +1021,17 @@ def test_numbers_in_their_range_and_no_others(make, name, values, fine):
     for value in fine:
         kinds = [value, np.float32(value), np.float64(value), np.array(value), torch.tensor(value)]
         if value == int(value): kinds += [int(value), np.int64(value)]
-        for given in kinds:
-            made = make(**{name: given})
+        for number in kinds:
+            made = make(**{name: number})
             if not settable: continue
             assert getattr(made, name) == pytest.approx(value, rel=1e-7) and isinstance(getattr(made, name), float)
-            setattr(later, name, given)
+            setattr(later, name, number)
             assert getattr(later, name) == getattr(made, name)
 
 
 @pytest.mark.parametrize('loss, name, wrong, right', [
-    (NormFaceLoss(), 'reduction', ['avg', 'MEAN', 'batchmean'], 'sum'), (LMSoftmaxLoss(), 'aggregation', ['max'], 'logsumexp'),
+    (NormFaceLoss(), 'reduction', ['avg', 'MEAN', 'batchmean'], 'sum'),
+    (LMSoftmaxLoss(), 'aggregation', ['max'], 'logsumexp'),
     (ElasticFaceLoss(), 'kind', ['sphere'], 'cos')], ids=lambda x: x if isinstance(x, str) else '')
 def test_choices(loss, name, wrong, right):
     make = type(loss)
@@ -1017,10 +1049,11 @@ def test_numbers_of_each_class_may_come_as_any_list():
     cosines, targets = batch()
     for name in ('weight', 'prior'):
         expected = NormFaceLoss(**{name: torch.tensor(COUNTS)})(cosines, targets)
-        for given in (COUNTS, list(COUNTS), np.array(COUNTS), [torch.tensor(float(c)) for c in COUNTS], map(int, COUNTS),
-                      torch.tensor(COUNTS, dtype=torch.int32), torch.tensor(COUNTS).double(), torch.tensor(COUNTS).half()):
+        for counts in (COUNTS, list(COUNTS), np.array(COUNTS), [torch.tensor(float(c)) for c in COUNTS],
+                       map(int, COUNTS), torch.tensor(COUNTS, dtype=torch.int32), torch.tensor(COUNTS).double(),
+                       torch.tensor(COUNTS).half()):
             loss = NormFaceLoss()
-            setattr(loss, name, given)
+            setattr(loss, name, counts)
             close(loss(cosines, targets), expected, 1e-6)
         setattr(loss, name, None)
         assert loss(cosines, targets) == NormFaceLoss()(cosines, targets)
@@ -1062,7 +1095,7 @@ def test_bad_options_are_refused():
         with pytest.raises(TypeError, match='^ignore_index must be'): NormFaceLoss(ignore_index=value)
         with pytest.raises(TypeError, match='^ignore_index must be'): loss.ignore_index = value
     with pytest.raises(TypeError, match='^generator must be'): ElasticFaceLoss(generator=5)
-    for value in ('g', 0): 
+    for value in ('g', 0):
         with pytest.raises(TypeError, match='^group must be'):
             loss.linear(torch.eye(3), torch.eye(3), torch.arange(3), group=value)
     with pytest.raises(ValueError, match='^tilt must be'): LMSoftmaxLoss(tilt=3.)

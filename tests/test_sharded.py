@@ -13,7 +13,15 @@ from torch import distributed as dist
 from largest_margins.engine.cosines import cosine_matrix
 from largest_margins.heads import ShardedMarginHead
 from largest_margins.losses import (
-    AdaFaceLoss, ArcFaceLoss, CosFaceLoss, ElasticFaceLoss, GMSoftmaxLoss, LMSoftmaxLoss, NormFaceLoss, SampleMarginLoss)
+    AdaFaceLoss,
+    ArcFaceLoss,
+    CosFaceLoss,
+    ElasticFaceLoss,
+    GMSoftmaxLoss,
+    LMSoftmaxLoss,
+    NormFaceLoss,
+    SampleMarginLoss,
+)
 from largest_margins.margins import sample_margins
 from largest_margins.regularizers import zero_centroid
 
@@ -105,7 +113,7 @@ def test_every_loss_in_float64(ranks, chunk_size):
 
 def test_every_loss_in_float32():
     for worst in returned(run_on_ranks(compare, 2, 2, torch.float32, 'auto')):
-        assert max(worst.values()) < 2e-6, max(worst, key=worst.get)
+        for name, error in worst.items(): assert error < (1e-5 if 'logsumexp' in name else 2e-6), name  # exp(s·loss)
 
 
 def test_a_rank_without_a_target_is_among_these():
@@ -289,7 +297,8 @@ def bad(rank, what):
 
 
 REFUSED = {'targets': 'targets must be in 0..8', 'negative': 'targets must be in 0..8',
-           'features': f'features must be finite, row {N + 1}', 'prototypes': 'rank 1 refused', 'samples': 'same samples',
+           'features': f'features must be finite, row {N + 1}', 'prototypes': 'rank 1 refused',
+           'samples': 'same samples',
            'dimensions': 'same dimensions', 'dtypes': 'same dtypes', 'dtypes of features': 'same dtypes',
            'another scale': 'same losses', 'another loss': 'same losses', 'another weight': 'same losses',
            'one shard twice': 'other prototypes'}

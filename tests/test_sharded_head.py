@@ -94,7 +94,7 @@ def test_a_checkpoint_of_two_ranks(ranks, tmp_path):
 
 
 def rank0_checkpoint(rank, ranks, directory):
-    "What every trainer does: rank 0 saves its `state_dict`, all ranks load it. What each says, and what it holds after."
+    "What every trainer does: rank 0 saves its `state_dict`, all ranks load it. What each says and holds after."
     model, path = nn.Sequential(nn.Linear(4, D), head_of()).double(), f'{directory}/rank0.pt'
     before = model[1].full_weight()
     if ranks == 2:  # else: a file of other ranks

@@ -1,4 +1,4 @@
-"""The heads in other people's training stacks: each wrapper trains what one process with the whole batch trains, or raises.
+"""The heads in other people's training stacks: each wrapper trains as one process with the whole batch, or raises.
 
 Loss × head × wrapper by pairs, on two gloo processes.
 """
@@ -18,8 +18,16 @@ from torch.utils.checkpoint import checkpoint
 
 from largest_margins.heads import MarginHead, ShardedMarginHead, keep_shards_out_of_ddp
 from largest_margins.losses import (
-    AdaFaceLoss, ArcFaceLoss, CosFaceLoss, GMSoftmaxLoss, LDAMLoss, LMSoftmaxLoss, NormFaceLoss, SampleMarginLoss,
-    SphereFaceLoss)
+    AdaFaceLoss,
+    ArcFaceLoss,
+    CosFaceLoss,
+    GMSoftmaxLoss,
+    LDAMLoss,
+    LMSoftmaxLoss,
+    NormFaceLoss,
+    SampleMarginLoss,
+    SphereFaceLoss,
+)
 
 N, D, K, STEPS, RATE = 4, 5, 11, 3, .05  # N for each rank
 LOSSES = {
@@ -27,7 +35,7 @@ LOSSES = {
     'CosFace with prior': lambda: CosFaceLoss(8., .2, prior=range(1, K + 1)), 'LM': lambda: LMSoftmaxLoss(8.),
     'SphereFace': lambda: SphereFaceLoss(8.), 'LDAM': lambda: LDAMLoss(range(1, K + 1), 8.),
     'GM per class': lambda: GMSoftmaxLoss(8., alpha1=torch.linspace(1, 2, K)), 'R_sm': SampleMarginLoss}
-ONLY_TOGETHER = {  # the mean of two halves is not their value, so only a head that sees the whole batch trains with them
+ONLY_TOGETHER = {  # the mean of two halves is not their value, so only a head of the whole batch takes them
     'LM log-sum-exp': lambda: LMSoftmaxLoss(8., 'logsumexp', sample_margin=.5),
     'weighted': lambda: ArcFaceLoss(8., weight=range(1, K + 1)),
     'class-mean': lambda: CosFaceLoss(8., .2, reduction='class-mean')}

@@ -19,7 +19,7 @@ from largest_margins.checks import (
     check_features, check_finite, check_integers, check_range, integer, plain,
     values_are_cheap)
 from ..margins import moderate, row_blocks, row_norms, unit_rows
-from .cosines import angle_from_cosine, full_precision
+from .cosines import full_precision
 from .shards import ClassShards, OwnRows, all_ranks, one_process
 
 # %% ../../nbs/losses/14_fused.ipynb #dfffc24d
@@ -124,14 +124,14 @@ class _Slopes:
         if self.prior is not None: self.bound = math.inf
         self.losses, self.leads = [], []
 
-    def step(self, g, rows, columns, here, theta=None, by_theta=None):
+    def step(self, g, rows, columns, here, theta=None):
         "Losses of some rows; returns slopes by θ_y and by numbers for each sample."
         seen = self._read(g, rows, columns[:, None], here, theta)
         losses, slopes = self._terms(seen, rows)
         self.losses.append(losses)
         if not self.wanted: return {}
         share, lead_share = (_part(v, rows) for v in self.shares)
-        pull, found = self._softmax_slopes(g, seen, slopes, share, theta, by_theta)
+        pull, found = self._softmax_slopes(g, seen, slopes, share, theta)
         if self.weight: pull = self._margin_slopes(g, seen, lead_share, pull)
         if pull is not None: _add(g, seen.at, pull, here)
         if self.columns is not None: g.mul_(self.columns)
@@ -165,19 +165,20 @@ class _Slopes:
         numbers = {name: _part(v, rows) for name, v in self.numbers.items()}
         return self.loss.terms(own, rest, numbers, self.wanted)
 
-    def _softmax_slopes(self, g, seen, slopes, share, theta, by_theta):
+    def _softmax_slopes(self, g, seen, slopes, share, theta):
         "From exponentials to slopes, in place; and the slope by the target's cosine."
         if not self.scale:
             g.zero_()
             return None, {}
         by_rest, by_own = slopes.pop('rest') * (share * self.slope), slopes.pop('own')
-        if not self.shards.alone: by_rest = by_rest * (seen.local - seen.rest).exp()
-        if seen.total is not None: by_rest = by_rest / seen.total
+        if not self.shards.alone:  # a shard may hold nothing but the target: its sum is 0
+            total = seen.rest if seen.total is not None else seen.rest - seen.local
+            by_rest = by_rest * (-total).exp()
+        elif seen.total is not None: by_rest = by_rest / seen.total
         g.mul_(by_rest[:, None] if isinstance(by_rest, Tensor) else by_rest)
         found = {name: slope * share for name, slope in slopes.items()}
         if theta is None: return by_own * (share * self.slope / self.scale), found
-        if by_theta is None: return None, found | dict(angle=by_own * share)
-        return by_own * by_theta * (share * self.slope / self.scale), found
+        return None, found | dict(angle=by_own * share)
 
     def _margin_slopes(self, g, seen, share, pull):
         "λ·R_sm pulls at two cosines: the largest of the others, and the target's."
@@ -342,44 +343,71 @@ def _within(rows, block):
     return slice(rows.start + block.start, rows.start + block.stop)
 
 # %% ../../nbs/losses/14_fused.ipynb #155e697c
-class _Engine(torch.autograd.Function):
-    "A loss whose gradients are made together with its value, and kept for the way back."
+class _Fused(torch.autograd.Function):
+    "The loss of features and prototypes; its gradients are made with its value."
 
     @staticmethod
-    def value(ctx, targets, num_classes, dtype, run):
-        "The loss; `run(wanted, shares, logs)` gives losses, margins and gradients."
-        loss = ctx.loss
-        share = loss.shares(targets, ctx.valid, num_classes, dtype)
-        logs = loss.log_shares(targets, ctx.valid, num_classes, dtype)
+    def forward(ctx, loss, valid, shards, size, names, *tensors):
+        features, prototypes, targets, *_ = tensors
+        ctx.loss, ctx.valid, ctx.shards, ctx.size = loss, valid, shards, size
+        ctx.names = 'features', 'prototypes', 'targets', *names
+        ctx.save_for_backward(*tensors)
+        ctx.wanted = tuple(n for n, need in zip(ctx.names, ctx.needs_input_grad[5:])
+                           if need)
+        dtype = work_dtype(features.dtype, prototypes.dtype)
+        share, logs = (weigh(targets, valid, shards.num_classes, dtype)
+                       for weigh in (loss.shares, loss.log_shares))
         ctx.shares, ctx.logs = (share if logs is None else 1., share), logs
         now = ctx.wanted if loss.reduction != 'none' else ()
         if logs is not None and loss.sample_margin and now:  # R_sm has its own weights
-            weights = (logs + loss.tilt * run((), ctx.shares, logs)[0]).softmax(0)
+            weights = (logs + loss.tilt * _run(ctx, tensors)[0]).softmax(0)
             ctx.shares, ctx.logs = (weights.nan_to_num(0), share), None
-        losses, leads, gradients = run(now, ctx.shares, ctx.logs)
+        losses, leads, gradients = _run(ctx, tensors, now)
         ctx.gradients = gradients if now else None
         return loss.total(losses, leads, share, logs)
 
     @staticmethod
-    def slope(ctx, tensors, slope, run, differentiable):
-        "The gradients by each of the tensors that wants one, in their order."
-        twice = torch.is_grad_enabled()  # somebody wants the gradient of a gradient
-        if twice or _many_at_once(slope):
-            with torch.enable_grad():  # of views: one may depend on another
-                views = {n: t.view_as(t) for n, t in zip(ctx.names, tensors)}
-                wanted = [views[n] for n in ctx.wanted]
-                found = dict(zip(ctx.wanted, torch.autograd.grad(
-                    differentiable(*views.values()), wanted, slope, create_graph=twice,
-                    materialize_grads=True)))
-        else:
-            found, ctx.gradients = ctx.gradients, None
-            by_sample = ctx.loss.reduction == 'none'
-            if found is None:
-                shares = tuple(v * slope for v in ctx.shares) if by_sample else ctx.shares
-                *_, found = run(ctx.wanted, shares, ctx.logs)
-            if not by_sample and not (values_are_cheap(slope) and slope.item() == 1):
-                for gradient in found.values(): gradient.mul_(slope)
-        return [_like(found.get(n), t) for n, t in zip(ctx.names, tensors)]
+    def backward(ctx, slope):
+        tensors, twice = ctx.saved_tensors, torch.is_grad_enabled()
+        if twice or _many_at_once(slope): found = _by_matrix(ctx, tensors, slope, twice)
+        else: found = _by_pass(ctx, tensors, slope)
+        return *[None] * 5, *(_like(found.get(n), t) for n, t in zip(ctx.names, tensors))
+
+
+def _run(ctx, tensors, wanted=(), shares=None):
+    "The pass that a context describes, outside of autocast."
+    features, prototypes, targets, *numbers = tensors
+    pooled = None if ctx.logs is None else _LogSumExp(ctx.logs, ctx.loss.tilt)
+    with full_precision(features.device.type):
+        return _Pass(ctx.loss, features, prototypes, targets,
+                     dict(zip(ctx.names[3:], numbers)), ctx.shards, ctx.size, wanted,
+                     shares or ctx.shares, pooled).run()
+
+
+def _by_pass(ctx, tensors, slope):
+    "The gradients that were kept, or those of another pass, times a slope."
+    found, ctx.gradients = ctx.gradients, None
+    by_sample = ctx.loss.reduction == 'none'
+    if found is None:
+        shares = tuple(v * slope for v in ctx.shares) if by_sample else None
+        *_, found = _run(ctx, tensors, ctx.wanted, shares)
+    if not by_sample and not (values_are_cheap(slope) and slope.item() == 1):
+        for gradient in found.values(): gradient.mul_(slope)
+    return found
+
+
+def _by_matrix(ctx, tensors, slope, twice):
+    "Gradients that have gradients, or many at once, by way of the matrix."
+    if not ctx.shards.alone:
+        raise RuntimeError('create_graph=True: classes shared out among processes '
+                           'have no second derivatives; use one process')
+    with torch.enable_grad():  # of views: one tensor may depend on another
+        features, prototypes, targets, *numbers = views = [t.view_as(t) for t in tensors]
+        value = ctx.loss.of_matrix(features, prototypes, targets, ctx.valid,
+                                   dict(zip(ctx.names[3:], numbers)))
+        wanted = [v for n, v in zip(ctx.names, views) if n in ctx.wanted]
+        return dict(zip(ctx.wanted, torch.autograd.grad(
+            value, wanted, slope, create_graph=twice, materialize_grads=True)))
 
 
 def _many_at_once(slope):
@@ -392,199 +420,6 @@ def _like(gradient, tensor):
     "A gradient in the dtype of its tensor."
     if gradient is None or gradient.dtype == tensor.dtype: return gradient
     return gradient.to(tensor.dtype)
-
-# %% ../../nbs/losses/14_fused.ipynb #4de88c2c
-class _OfFeatures(_Engine):
-    "The loss of features and prototypes."
-
-    @staticmethod
-    def forward(ctx, loss, valid, shards, size, names, features, prototypes, targets,
-                *numbers):
-        ctx.loss, ctx.valid, ctx.shards, ctx.size = loss, valid, shards, size
-        ctx.names = 'features', 'prototypes', *names
-        needed = *ctx.needs_input_grad[5:7], *ctx.needs_input_grad[8:]
-        ctx.wanted = tuple(n for n, need in zip(ctx.names, needed) if need)
-        ctx.save_for_backward(features, prototypes, targets, *numbers)
-        run = _OfFeatures.run(ctx, features, prototypes, targets, *numbers)
-        return _Engine.value(ctx, targets, shards.num_classes,
-                             work_dtype(features.dtype, prototypes.dtype), run)
-
-    @staticmethod
-    def backward(ctx, slope):
-        features, prototypes, targets, *numbers = ctx.saved_tensors
-        def differentiable(features, prototypes, *numbers):
-            if ctx.shards.alone: return ctx.loss.of_matrix(
-                features, prototypes, targets, ctx.valid,
-                dict(zip(ctx.names[2:], numbers)))
-            raise RuntimeError('create_graph=True: classes shared out among processes '
-                               'have no second derivatives; use one process')
-        run = _OfFeatures.run(ctx, features, prototypes, targets, *numbers)
-        by_features, by_prototypes, *by_numbers = _Engine.slope(
-            ctx, (features, prototypes, *numbers), slope, run, differentiable)
-        return *[None] * 5, by_features, by_prototypes, None, *by_numbers
-
-    @staticmethod
-    def run(ctx, features, prototypes, targets, *numbers):
-        "The pass that a context describes, outside of autocast."
-        numbers = dict(zip(ctx.names[2:], numbers))
-        def run(wanted, shares, logs):
-            pooled = None if logs is None else _LogSumExp(logs, ctx.loss.tilt)
-            with full_precision(features.device.type):
-                return _Pass(ctx.loss, features, prototypes, targets, numbers, ctx.shards,
-                             ctx.size, wanted, shares, pooled).run()
-        return run
-
-# %% ../../nbs/losses/14_fused.ipynb #6ed3dd7f
-class _OfCosines(_Engine):
-    "The loss of a matrix of cosines: one chunk, and no products."
-
-    @staticmethod
-    def forward(ctx, loss, valid, resolution, names, cosines, targets, *numbers):
-        ctx.loss, ctx.valid, ctx.resolution = loss, valid, resolution
-        ctx.names = 'cosines', *names
-        needed = ctx.needs_input_grad[4], *ctx.needs_input_grad[6:]
-        ctx.wanted = tuple(n for n, need in zip(ctx.names, needed) if need)
-        ctx.save_for_backward(cosines, targets, *numbers)
-        return _Engine.value(ctx, targets, cosines.shape[1], cosines.dtype,
-                             _OfCosines.run(ctx, cosines, targets, *numbers))
-
-    @staticmethod
-    def backward(ctx, slope):
-        cosines, targets, *numbers = ctx.saved_tensors
-        def differentiable(cosines, *numbers): return ctx.loss.of_cosines(
-            cosines, own_of(ctx.loss, cosines, targets, ctx.resolution), ctx.valid,
-            dict(zip(ctx.names[1:], numbers)))
-        by_cosines, *by_numbers = _Engine.slope(
-            ctx, (cosines, *numbers), slope,
-            _OfCosines.run(ctx, cosines, targets, *numbers), differentiable)
-        return *[None] * 4, by_cosines, None, *by_numbers
-
-    @staticmethod
-    def run(ctx, cosines, targets, *numbers):
-        "Slopes in a copy of the cosines."
-        loss, numbers = ctx.loss, dict(zip(ctx.names[1:], numbers))
-        def run(wanted, shares, logs):
-            g, theta, by_theta = cosines.clone(), None, None
-            slopes = _Slopes(loss, targets, numbers, one_process(g.shape[1]),
-                             loss.scale or 1., wanted, shares, g.dtype)
-            if loss.angular:
-                own = own_of(loss, cosines, targets, ctx.resolution)
-                most = 1 - ctx.resolution
-                theta, inner = own.angle, own.cosine.clamp(-most, most)
-                by_theta = ((1 - inner) * (1 + inner)).rsqrt_().neg_()
-            given = [slopes.step(_part(g, rows), rows, _part(targets, rows), None, _part(theta, rows),
-                                 _part(by_theta, rows))
-                     for rows in _parts(len(g), max(1, 2**18 // g.shape[1]))]
-            losses, leads = slopes.done()
-            if not wanted: return losses, leads, {}
-            found = {n: _joined([v[n] for v in given]) for n in given[0]} | dict(cosines=g)
-            if logs is not None:
-                pooled = _LogSumExp(logs, loss.tilt)
-                weights = pooled.weigh(None, losses, [])
-                for v in found.values(): v.mul_(weights[:, None] if v.ndim > 1 else weights)
-                pooled.finish(found.values())
-            return losses, leads, found
-        return run
-
-
-def own_of(
-    loss,  # a loss of cosines
-    cosines: Tensor,  # [N, k]
-    targets: Tensor,  # class of each sample, int64, [N]
-    resolution: float,  # the distance of 1 to the next smaller cosine
-) -> Own:
-    "What a matrix of cosines says about each sample's own class."
-    own = cosines.gather(1, targets[:, None])[:, 0]
-    return Own(targets, own, angle_from_cosine(own, resolution) if loss.angular else None)
-
-
-def matrix_loss(
-    loss,  # a loss of cosines
-    cosines: Tensor,  # that have been checked, [N, k]
-    targets: Tensor,  # class of each sample, int64, [N]
-    valid: Tensor | None,  # which samples count, [N]; None: all
-    numbers: dict[str, Tensor],  # further numbers for each sample, [N] each
-    resolution: float,  # the distance of 1 to the next smaller cosine
-) -> Tensor:  # the loss, [] (or [N] for reduction='none')
-    "What a loss of cosines returns."
-    return _OfCosines.apply(loss.frozen(), valid, resolution, tuple(numbers), cosines,
-                            targets, *numbers.values())
-
-# %% ../../nbs/losses/14_fused.ipynb #de81b36a
-class _OfCosines(_Engine):
-    "The loss of a matrix of cosines: one chunk, and no products."
-
-    @staticmethod
-    def forward(ctx, loss, valid, resolution, names, cosines, targets, *numbers):
-        ctx.loss, ctx.valid, ctx.resolution = loss, valid, resolution
-        ctx.names = 'cosines', *names
-        needed = ctx.needs_input_grad[4], *ctx.needs_input_grad[6:]
-        ctx.wanted = tuple(n for n, need in zip(ctx.names, needed) if need)
-        ctx.save_for_backward(cosines, targets, *numbers)
-        return _Engine.value(ctx, targets, cosines.shape[1], cosines.dtype,
-                             _OfCosines.run(ctx, cosines, targets, *numbers))
-
-    @staticmethod
-    def backward(ctx, slope):
-        cosines, targets, *numbers = ctx.saved_tensors
-        def differentiable(cosines, *numbers): return ctx.loss.of_cosines(
-            cosines, own_of(ctx.loss, cosines, targets, ctx.resolution), ctx.valid,
-            dict(zip(ctx.names[1:], numbers)))
-        by_cosines, *by_numbers = _Engine.slope(
-            ctx, (cosines, *numbers), slope,
-            _OfCosines.run(ctx, cosines, targets, *numbers), differentiable)
-        return *[None] * 4, by_cosines, None, *by_numbers
-
-    @staticmethod
-    def run(ctx, cosines, targets, *numbers):
-        "Slopes in a copy of the cosines."
-        loss, numbers = ctx.loss, dict(zip(ctx.names[1:], numbers))
-        def run(wanted, shares, logs):
-            g, theta, by_theta = cosines.clone(), None, None
-            slopes = _Slopes(loss, targets, numbers, one_process(g.shape[1]),
-                             loss.scale or 1., wanted, shares, g.dtype)
-            if loss.angular:
-                own = own_of(loss, cosines, targets, ctx.resolution)
-                most = 1 - ctx.resolution
-                theta, inner = own.angle, own.cosine.clamp(-most, most)
-                by_theta = ((1 - inner) * (1 + inner)).rsqrt_().neg_()
-            given = [slopes.step(_part(g, rows), rows, _part(targets, rows), None, _part(theta, rows),
-                                 _part(by_theta, rows))
-                     for rows in _parts(len(g), max(1, 2**18 // g.shape[1]))]
-            losses, leads = slopes.done()
-            if not wanted: return losses, leads, {}
-            found = {n: _joined([v[n] for v in given]) for n in given[0]} | dict(cosines=g)
-            if logs is not None:
-                pooled = _LogSumExp(logs, loss.tilt)
-                weights = pooled.weigh(None, losses, [])
-                for v in found.values(): v.mul_(weights[:, None] if v.ndim > 1 else weights)
-                pooled.finish(found.values())
-            return losses, leads, found
-        return run
-
-
-def own_of(
-    loss,  # a loss of cosines
-    cosines: Tensor,  # [N, k]
-    targets: Tensor,  # class of each sample, int64, [N]
-    resolution: float,  # the distance of 1 to the next smaller cosine
-) -> Own:
-    "What a matrix of cosines says about each sample's own class."
-    own = cosines.gather(1, targets[:, None])[:, 0]
-    return Own(targets, own, angle_from_cosine(own, resolution) if loss.angular else None)
-
-
-def matrix_loss(
-    loss,  # a loss of cosines
-    cosines: Tensor,  # that have been checked, [N, k]
-    targets: Tensor,  # class of each sample, int64, [N]
-    valid: Tensor | None,  # which samples count, [N]; None: all
-    numbers: dict[str, Tensor],  # further numbers for each sample, [N] each
-    resolution: float,  # the distance of 1 to the next smaller cosine
-) -> Tensor:  # the loss, [] (or [N] for reduction='none')
-    "What a loss of cosines returns."
-    return _OfCosines.apply(loss.frozen(), valid, resolution, tuple(numbers), cosines,
-                            targets, *numbers.values())
 
 # %% ../../nbs/losses/14_fused.ipynb #00bf8a3d
 BUFFER_BYTES = 72 * 2**20  # what chunk_size='auto' allows the buffer
@@ -625,7 +460,7 @@ def fused_loss(
     loss.check_classes(k, features.device)
     if chunk_size == 'auto': chunk_size = rows_at_once(features.shape[0],
                                                          shards.largest_size)
-    value = _OfFeatures.apply(loss.frozen(), valid, shards, chunk_size, tuple(numbers),
+    value = _Fused.apply(loss.frozen(), valid, shards, chunk_size, tuple(numbers),
                               features, prototypes, targets, *numbers.values())
     if shards.alone or value.ndim == 0: return value
     return OwnRows.apply(value, shards.group)
