@@ -52,7 +52,9 @@ def _decoded(file, mode):
         if image.mode[0] in 'IF':  # Pillow would cut these off at 255
             raise ValueError(f'its pixels are not bytes but {image.mode}; scale them '
                              'to 8 bits')
-        with _large if pixels > _LARGE else nullcontext(): return image.convert(mode)
+        with _large if pixels > _LARGE else nullcontext():
+            image.load()
+            return image if image.mode == mode else image.convert(mode)
 
 # %% ../nbs/training/20_images.ipynb #7becde9a
 _CLUTTER = {'thumbs.db', 'thumbs.db:encryptable', 'ehthumbs.db', 'desktop.ini',

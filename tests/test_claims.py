@@ -3,6 +3,7 @@ import math
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
+from time import process_time
 
 import pytest
 
@@ -22,12 +23,12 @@ ROWS = {'T4', 'L1', 'BP', 'T2', 'T2b', 'P3', 'GB', 'U', 'T5', 'P6', 'T7', 'JE', 
 
 
 def test_all_claims_hold():
-    evidence = prove()
+    start, evidence = process_time(), prove()
     assert [e for e in evidence if not e.passed] == []
     assert len(evidence) == sum(len(c.checks) for c in claims())
     assert all(e.seconds >= 0 and e.difference == e.value - e.reference for e in evidence)
     assert {e.kind for e in evidence} == {'exact', 'certified', 'optimised', 'boundary'}
-    assert sum(e.seconds for e in evidence) < 300
+    assert process_time() - start < 120  # of the processor, whoever else keeps it busy
 
 
 def test_the_ledger_is_whole_and_each_claim_has_its_kinds_of_check():
@@ -48,8 +49,8 @@ def test_the_ledger_is_whole_and_each_claim_has_its_kinds_of_check():
 def test_ids_and_quick():
     assert {e.claim for e in prove(['P3', 'ME'])} == {'P3', 'ME'}
     with pytest.raises(ValueError, match='T9.*L1'): prove(['T9'])
-    quick = prove(quick=True)
-    assert {e.claim for e in quick} == ROWS and sum(e.seconds for e in quick) < 20
+    start, quick = process_time(), prove(quick=True)
+    assert {e.claim for e in quick} == ROWS and process_time() - start < 40
 
 
 def test_the_theorems_of_the_slides_are_found_by_their_number():
