@@ -36,7 +36,7 @@ from fastcore.foundation import L
 from torch import Tensor, nn
 
 from .bounds import class_margin_bound
-from .checks import choice, integer, number, plain
+from .checks import Integer, Number, choice, plain
 from .engine.cosines import cosine_matrix
 from .files import read_torch, remove_file, write_file
 from .heads import CosineLinear, ShardedMarginHead
@@ -117,22 +117,20 @@ def find_head(
     *inputs: Tensor,  # two samples; a `Sequential` or a single head does without
 ) -> nn.Module:  # the layer whose `weight` [k, d] holds the prototypes
     "The classifier, found by what the model returns."
-    return _locate(bare(model), inputs)[0]
+    return _locate(bare(model), inputs)
 
 
-def _locate(model, inputs, given=None):
-    "The classifier, and whether the model returns its very output."
+def _locate(model, inputs):
     last = _last_of_sequential(model)
-    if last is not None and given in (None, last): return last, True
+    if last is not None: return last
     layers = dict(model.named_modules())
     result, seen = _watch(model, *inputs) if inputs else (None, {})
     names = _returned(result, seen)
-    if given is not None: return given, any(layers[name] is given for name in names)
-    if len(names) == 1: return layers[names[0]], True
+    if len(names) == 1: return layers[names[0]]
     cosines = [n for n, m in layers.items() if isinstance(m, CosineLinear)]
     if len(cosines) == 1 and not names and (not inputs or (
             cosines[0] in seen and _is_multiple(result, seen[cosines[0]][0]))):
-        return layers[cosines[0]], False
+        return layers[cosines[0]]
     candidates = [f'{name} ({type(m).__name__})' for name, m in layers.items()
                   if getattr(getattr(m, 'weight', None), 'ndim', 0) == 2]
     raise ValueError(f'head= must say which layer of {type(model).__name__} holds the '
@@ -193,12 +191,12 @@ class HeadCallback(Callback):
             raise ValueError(f'head= must be a layer of the model, {given} is none')
         batch = [x for x in getattr(self.learn, 'xb', ()) if x is not None]
         inputs = apply(lambda x: x[:2], batch)
-        head, returned = _locate(model, inputs, given)
+        head = _locate(model, inputs) if given is None else given
         k, rows = get_c(self.learn.dls), getattr(head, 'out_features', len(head.weight))
         if given is None and k and rows != k:
             raise ValueError(f'head= must say which layer has the {k} classes of the '
                              f'data, the model returns the output of {head}')
-        cosines = returned and isinstance(head, CosineLinear)
+        cosines = isinstance(head, CosineLinear) and head is _last_of_sequential(model)
         loss = find_loss(self.learn.loss_func, CosineLoss)
         if loss and inputs and not cosines: _check_range(model, inputs, loss)
         return head, cosines
@@ -206,7 +204,7 @@ class HeadCallback(Callback):
     def before_fit(self): self._found = None
 
     def before_batch(self):
-        "Where the prediction is not cosines, look at what enters the classifier."
+        "Where the prediction may be more than cosines, look at what enters the head."
         self.forget()
         _, head, cosines = self._look()
         if cosines: return
@@ -262,6 +260,12 @@ def find_loss(
     return next((part for part in found if part is not None), None)
 
 
+def _ignore_index(loss):
+    "The target of samples that do not count, as the loss inside says it."
+    known = find_loss(loss, (ClassificationLoss, nn.CrossEntropyLoss))
+    return getattr(known, 'ignore_index', -100)
+
+
 def _wrapped(loss):
     "What a loss function holds: attributes, arguments, variables around it."
     owner = getattr(loss, '__self__', None)
@@ -279,7 +283,7 @@ def _wrapped(loss):
 # %% ../nbs/training/23_callbacks.ipynb #8b2f3af2
 class SampleMarginRegularizer(HeadCallback):
     "Adds `weight`·R_sm to the loss while training (Zhou et al. 2022, section 3.3)."
-    order, run_valid = 1, False
+    order, run_valid, weight = 1, False, Number(at_least=0)
 
     def __init__(
         self,
@@ -288,7 +292,7 @@ class SampleMarginRegularizer(HeadCallback):
         head: nn.Module | None = None,  # the classifier; None finds it in the model
     ):
         super().__init__(head)
-        self.weight = number('weight', weight, at_least=0)
+        self.weight = weight
         self.loss = SampleMarginLoss(
             reduction=choice('reduction', reduction, ('mean', 'class-mean')))
 
@@ -329,6 +333,7 @@ class SampleMarginRegularizer(HeadCallback):
     def after_loss(self):
         "Add the term to `learn.loss_grad`, unless the loss contains it."
         if not self.learn.yb or self.learn.pred.ndim < 2: return
+        self.loss.ignore_index = _ignore_index(self.learn.loss_func)
         self.value = self._mixed(self.batch_cosines(), self.learn.yb[0])
         self.learn.loss_grad = self.learn.loss_grad + self.weight * self.value
 
@@ -336,17 +341,17 @@ class SampleMarginRegularizer(HeadCallback):
         "R_sm, interpolated between the targets that MixUp or CutMix have mixed."
         mix = next((cb for cb in self.learn.cbs if isinstance(cb, MixHandler)), None)
         if mix is None: return self.loss(cosines, targets)
-        each = SampleMarginLoss(reduction='none')
+        each = SampleMarginLoss(reduction='none', ignore_index=self.loss.ignore_index)
         other, own = (each(cosines, y) for y in (mix.yb1[0], targets))
         mixed = torch.lerp(other, own, torch.as_tensor(mix.lam, dtype=own.dtype))
-        targets = plain(targets).long()
-        shares = self.loss.shares(targets, None, cosines.shape[1], own.dtype)
+        targets, valid = self.loss.split_ignored(plain(targets).long(), cosines.shape[1])
+        shares = self.loss.shares(targets, valid, cosines.shape[1], own.dtype)
         return self.loss.aggregate(mixed, shares)
 
 # %% ../nbs/training/23_callbacks.ipynb #be0b5105
 class ZeroCentroidRegularizer(HeadCallback):
     "Adds `weight` · `zero_centroid` to the loss (Zhou et al. 2022, section 3.4)."
-    order, run_valid = 1, False
+    order, run_valid, weight = 1, False, Number(at_least=0)
 
     def __init__(
         self,
@@ -354,7 +359,7 @@ class ZeroCentroidRegularizer(HeadCallback):
         head: nn.Module | None = None,  # the classifier; None finds it in the model
     ):
         super().__init__(head)
-        self.weight = number('weight', weight, at_least=0)
+        self.weight = weight
 
     def before_batch(self):
         "No features are needed, only the prototypes of all classes."
@@ -382,6 +387,7 @@ class MarginRecorder(HeadCallback):
         class_margin='class_margin°', bound='bound°',
         mean_sample_margin='mean_sample_margin', min_sample_margin='min_sample_margin',
         norm_ratio='norm_ratio', centroid_norm='centroid_norm')
+    most_classes = Integer(at_least=2)
     checkpointed: ClassVar = ('history', 'latest')  # what a `Checkpoint` keeps of it
 
     def __init__(
@@ -391,7 +397,7 @@ class MarginRecorder(HeadCallback):
     ):
         super().__init__(head)
         self.history, self.latest, self._trained = [], {}, False
-        self.most_classes = integer('most_classes', most_classes, at_least=2)
+        self.most_classes = most_classes
         self._margins, self._targets = [], []
         self._metrics = [ValueMetric(partial(self._value, key), name)
                          for key, name in self.columns.items()]
@@ -427,8 +433,11 @@ class MarginRecorder(HeadCallback):
         "Keep the sample margins of the batch."
         if self._predicting or not self.learn.yb: return
         targets, features = plain(self.learn.yb[0]), vars(self.learn).get('features')
+        ignored = targets == _ignore_index(self.learn.loss_func)
+        targets = targets.masked_fill(ignored, 0)
         margins = (sample_margins(self.batch_cosines(), targets) if features is None
                    else self.head.sample_margins(features, targets))
+        targets = targets.long().masked_fill(ignored, -1)
         seen = self.learn.to_detach((margins, targets))  # of all processes, if several
         self._margins.append(seen[0])
         self._targets.append(seen[1])
@@ -445,6 +454,8 @@ class MarginRecorder(HeadCallback):
         if self._predicting or not self._margins: return
         margins, targets = torch.cat(self._margins), torch.cat(self._targets)
         self._margins, self._targets = [], []
+        margins, targets = margins[targets >= 0], targets[targets >= 0]
+        if not len(margins): return  # all samples are ignored
         prototypes = _prototypes(self.head)
         few = len(prototypes) <= self.most_classes
         self.latest = dict(
@@ -476,6 +487,7 @@ def _prototypes(head):
 # %% ../nbs/training/23_callbacks.ipynb #79fded55
 class DeferredReweighting(Callback):
     "From `start_epoch` on, class-balanced weights (Cao et al. 2019, DRW)."
+    start_epoch = Integer(at_least=0)
     order, run_valid = -5, False  # before anything is added to the loss
 
     def __init__(
@@ -484,7 +496,7 @@ class DeferredReweighting(Callback):
         start_epoch: int,  # the first epoch with weights, counted from 0
         beta: float = 0.9999,  # β of `class_balanced_weights`, in [0, 1)
     ):
-        self.start_epoch = integer('start_epoch', start_epoch, at_least=0)
+        self.start_epoch = start_epoch
         self.weights = class_balanced_weights(class_counts, beta)
 
     def before_fit(self):
@@ -679,6 +691,7 @@ def _set_training_state(learn, state):
 # %% ../nbs/training/23_callbacks.ipynb #2d3b082f
 class Checkpoint(Callback):
     "After each epoch, all that a fit needs to go on from there; bit for bit on a CPU."
+    every = Integer(at_least=1)
     order = 69  # after all that records an epoch, before those who tell of it
 
     def __init__(
@@ -687,7 +700,7 @@ class Checkpoint(Callback):
         configuration: dict | None = None,  # plain values that must be the same then
         every: int = 1,  # epochs from one writing to the next, ≥ 1
     ):
-        self.path, self.every = Path(path), integer('every', every, at_least=1)
+        self.path, self.every = Path(path), every
         self.configuration = _as_plain(dict(configuration or {}))
         self.seconds = 0.  # of the epochs that the last fit found in the file
         self._fitting = self._trained = self._ended = False

@@ -11,6 +11,7 @@ __all__ = ['NotFinite']
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from numbers import Integral, Real
 from typing import Any
 
@@ -32,7 +33,7 @@ def number(
     below: float = math.inf,  # and less than this
 ) -> float:  # the value
     "Refuse what is not a finite number in its range."
-    value = _scalar(value)
+    value = _scalar(name, value)
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f'{name} must be a number, got {_described(value)}')
     try: given = float(value)
@@ -53,7 +54,7 @@ def integer(
     at_most: float = math.inf,  # nor greater than this
 ) -> int:  # the value
     "Refuse what is not a whole number in its range."
-    value = _scalar(value)
+    value = _scalar(name, value)
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f'{name} must be an int, got {_described(value)}')
     if not at_least <= value <= at_most:
@@ -86,9 +87,12 @@ def choice(
     return value
 
 
-def _scalar(value):
+def _scalar(name, value):
     "The number in a 0-d tensor or array; anything else as it is."
     zero_dim = getattr(value, 'ndim', None) == 0 and hasattr(value, 'item')
+    if getattr(value, 'requires_grad', False):
+        raise TypeError(f'{name} must be a constant, got a tensor that requires grad, '
+                        'which would get none: detach() it')
     return value.item() if zero_dim else value
 
 
@@ -144,8 +148,10 @@ class _Checked:
 
 
 class Integer(_Checked):
-    "An attribute that holds a whole number."
-    check = staticmethod(integer)
+    "An attribute that holds a whole number, not less than `at_least`."
+
+    def __init__(self, at_least: float = -math.inf):
+        self.check = partial(integer, at_least=at_least)
 
 
 class Flag(_Checked):
@@ -270,11 +276,14 @@ def per_class(
         values = list(values)
         if any(isinstance(v, (bool, str)) for v in values):
             raise TypeError(f'{name} must be numbers [k], got {_described(values)}')
-        try: values = torch.as_tensor(values)
+        try: values = torch.as_tensor(values, device='cpu')  # not on meta: they are known
         except (TypeError, ValueError, RuntimeError) as e:
             raise TypeError(f'{name} must be a tensor or a list of numbers [k]: '
                             f'{e}') from e
     values = plain(values)
+    if values.requires_grad:
+        raise TypeError(f'{name} must be constants, got a tensor that requires grad, '
+                        'which would get none: detach() it')
     if values.is_complex() or values.dtype == torch.bool:
         raise TypeError(f'{name} must be a tensor of numbers [k], got {values.dtype}')
     if values.ndim != 1 or len(values) < 2:

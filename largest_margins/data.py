@@ -27,7 +27,7 @@ from fastai.torch_core import default_device
 from torch import Tensor
 from torch.nn import functional as F
 
-from .checks import integer, number
+from .checks import choice, integer, number
 from .files import escape
 from .images import ImageFiles, image_files, is_clutter
 
@@ -582,16 +582,12 @@ def imbalanced_counts(
     kind: str = 'long-tailed',  # or 'step'
 ) -> list[int]:  # images of each class, in label order, [k]
     "How many images of each class remain (Cao et al. 2019, rounded down as there)."
-    for name, value, least in (('n_max', n_max, 1), ('num_classes', num_classes, 2)):
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f'{name} must be an int ≥ {least}, got {value!r}')
-    if not (math.isfinite(ratio) and ratio >= 1):
-        raise ValueError(f'ratio must be a finite number ≥ 1, got {ratio!r}')
-    k, factor = num_classes, 1 / ratio
-    if kind == 'long-tailed':
+    n_max = integer('n_max', n_max, at_least=1)
+    k = integer('num_classes', num_classes, at_least=2)
+    factor = 1 / number('ratio', ratio, at_least=1)
+    if choice('kind', kind, ('long-tailed', 'step')) == 'long-tailed':
         return [int(n_max * factor**(c / (k - 1))) for c in range(k)]
-    if kind == 'step': return [n_max] * (k // 2) + [int(n_max * factor)] * (k - k // 2)
-    raise ValueError(f"kind must be 'long-tailed' or 'step', got {kind!r}")
+    return [n_max] * (k // 2) + [int(n_max * factor)] * (k - k // 2)
 
 # %% ../nbs/training/21_data.ipynb #243594ab
 def imbalanced_indices(

@@ -33,7 +33,7 @@ class CosineLinear(nn.Module):
         super().__init__()
         self.in_features = integer('in_features', in_features, at_least=1)
         self.out_features = integer('out_features', out_features, at_least=1)
-        if dtype is not None and not dtype.is_floating_point:
+        if dtype is not None and not getattr(dtype, 'is_floating_point', False):
             raise TypeError(f'dtype must be a floating-point dtype, got {dtype}')
         self.weight = nn.Parameter(torch.empty(self._rows(), self.in_features,
                                                device=device, dtype=dtype))
@@ -66,13 +66,16 @@ class CosineLinear(nn.Module):
             raise ValueError(f'points must be [{self.out_features}, '
                              f'{self.in_features}], '
                              f'got shape {tuple(points.shape)}')
+        if 'weight' not in self._parameters | self._buffers:
+            raise RuntimeError('weight must be a parameter to be fixed, here it is '
+                               'computed from others: remove the parametrization first')
         points = points.detach().to(self.weight, copy=True)
         del self.weight
         self.register_buffer('weight', points)
         return self
 
     def extra_repr(self):
-        fixed = '' if isinstance(self.weight, nn.Parameter) else ', fixed'
+        fixed = ', fixed' if 'weight' in self._buffers else ''
         sizes = f'in_features={self.in_features}, out_features={self.out_features}'
         return f'{sizes}{fixed}'
 
@@ -90,12 +93,16 @@ class MarginHead(CosineLinear):
         device: torch.device | str | None = None,  # where the prototypes live
         dtype: torch.dtype | None = None,  # their dtype
     ):
-        if not isinstance(loss, CosineLoss):
-            raise TypeError('loss must be a loss of ours on cosines, such as '
-                            f'CosFaceLoss(), got {type(loss).__name__}')
         super().__init__(in_features, out_features, device, dtype)
         if chunk_size != 'auto': integer('chunk_size', chunk_size, at_least=1)
         self.loss, self.chunk_size = loss, chunk_size
+
+    def __setattr__(self, name, value):
+        "A loss that is set later is checked like one that is given."
+        if name == 'loss' and not isinstance(value, CosineLoss):
+            raise TypeError('loss must be a loss of ours on cosines, such as '
+                            f'CosFaceLoss(), got {type(value).__name__}')
+        super().__setattr__(name, value)
 
     def forward(
         self,

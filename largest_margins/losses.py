@@ -79,18 +79,23 @@ class _ClassNumbers(_Shown):
 
     def __setattr__(self, name: str, value: Any):
         "What is set later is checked like an argument."
+        if isinstance(known := getattr(type(self), name, None), Number):
+            return known.__set__(self, value)  # also where torch would take a Parameter
         optional = name in _ClassNumbers.by_class
         if name in self.by_class and not (value is None and optional):
             value = per_class(name, value, **self.by_class[name])
         super().__setattr__(name, value)
 
     def _apply(self, fn, recurse=True):
-        "Buffers move with the module and keep their precision: half cannot hold counts."
+        "Buffers move with the module and keep their numbers, in half or in to_empty."
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, value in before.items():
-            if value is None or value.dtype == self._buffers[name].dtype: continue
-            if not value.is_meta: self._buffers[name] = value.to(self._buffers[name].device)
+            if value is None or (moved := self._buffers[name]).is_meta: continue
+            if not value.is_meta: self._buffers[name] = value.to(moved.device)
+            elif value.ndim:
+                raise RuntimeError(f'{name} of {type(self).__name__} lost its numbers on '
+                                   'meta: make the loss again where it is used')
         return self
 
     def log_prior(
@@ -735,6 +740,14 @@ def class_balanced_weights(
     return (weights * len(counts) / weights.sum()).float()
 
 # %% ../nbs/losses/12_losses.ipynb #4412ccad
+def _refuse_recomputing(loss):
+    "What moves on with each batch gives other gradients when it is called again."
+    if is_traced() or torch._C._current_graph_task_id() < 0: return  # not in backward
+    raise RuntimeError(f'{type(loss).__name__} moves on with each batch in training: '
+                       'activation checkpointing, which calls it again in backward, '
+                       'would get other gradients; keep the head out of the checkpoint')
+
+
 class ElasticFaceLoss(MarginSoftmaxLoss):
     "A margin drawn anew for each sample (Boutros et al. 2022, ElasticFace)."
     numbers: ClassVar = dict(margin='margin')
@@ -775,6 +788,7 @@ class ElasticFaceLoss(MarginSoftmaxLoss):
     def per_batch(self, given, features, targets, group=None):
         "In training a margin for each sample, if none are given; else the mean for all."
         if given or not self.training: return given
+        _refuse_recomputing(self)
         mean = torch.full(targets.shape, self.margin, device=self.generator.device)
         drawn = torch.normal(mean, self.std, generator=self.generator)
         return dict(margin=drawn.to(targets.device, non_blocking=True))
@@ -788,9 +802,9 @@ class ElasticFaceLoss(MarginSoftmaxLoss):
         slope = -_arcs(own.angle + margin)[1].sin() if self.angular else 1.
         return *self.curves(own, margin), slope, slope
 
-    def get_extra_state(self): return dict(generator=self.generator.get_state())
+    def get_extra_state(self): return self.generator.get_state()  # a tensor
 
-    def set_extra_state(self, state): self.generator.set_state(state['generator'])
+    def set_extra_state(self, state): self.generator.set_state(state)
 
 # %% ../nbs/losses/12_losses.ipynb #4b1dcc70
 class AdaFaceLoss(MarginSoftmaxLoss):
@@ -816,8 +830,14 @@ class AdaFaceLoss(MarginSoftmaxLoss):
         super().__init__(scale, sample_margin=sample_margin, weight=weight, prior=prior,
                          reduction=reduction, ignore_index=ignore_index)
         self.margin, self.h, self.momentum = margin, h, momentum
-        self.register_buffer('norm_mean', torch.tensor(20.))  # as in the authors' code
-        self.register_buffer('norm_std', torch.tensor(100.))
+        self.register_buffer('norm_mean', torch.empty(()))
+        self.register_buffer('norm_std', torch.empty(()))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        "The running statistics start as in the authors' code."
+        self.norm_mean.fill_(20.)
+        self.norm_std.fill_(100.)
 
     @torch.no_grad()
     def per_batch(self, given, features, targets, group=None):
@@ -829,7 +849,9 @@ class AdaFaceLoss(MarginSoftmaxLoss):
         norms = row_norms(plain(features.detach()).to(
             torch.promote_types(features.dtype, torch.float32)))[:, 0].clamp(1e-3, 100)
         counted = targets != self.ignore_index
-        if self.training: self._follow(norms, counted.to(norms.dtype), group)
+        if self.training:
+            _refuse_recomputing(self)
+            self._follow(norms, counted.to(norms.dtype), group)
         quality = (norms - self.norm_mean) / (self.norm_std + 1e-3) * self.h
         return dict(quality=quality.clamp(-1, 1))
 

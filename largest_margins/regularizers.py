@@ -13,7 +13,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.autograd.function import once_differentiable
 
-from .checks import at_least_float32, check_prototypes, plain
+from .checks import at_least_float32, check_prototypes, is_traced, plain
 from .margins import precise, row_blocks, row_norms, unit_rows
 
 # %% ../nbs/losses/13_regularizers.ipynb #2c7ea6f1
@@ -65,7 +65,8 @@ def zero_centroid(
 ) -> Tensor:  # in [0, 1], []
     "‖(1/k) Σ_j w_j/‖w_j‖‖², the squared norm of the centroid (Zhou et al. 2022, §3.4)."
     check_prototypes(prototypes, least=2 if group is None else 1)
-    centroid = _Centroid.apply(plain(prototypes))
+    if is_traced(): centroid = unit_rows(at_least_float32(prototypes)).mean(0)
+    else: centroid = _Centroid.apply(plain(prototypes))
     if group is not None:
         centroid = _CentroidOfRanks.apply(centroid, len(prototypes), group)
     return centroid.square().sum()

@@ -1,7 +1,7 @@
 "The callbacks in a real Learner: what they add, what they work with, and that they leave no trace."
 import warnings
 from functools import partial
-from math import degrees
+from math import degrees, inf
 
 import fastai.callback.schedule
 import numpy as np
@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from largest_margins import checks
 from largest_margins.bounds import class_margin_bound
 from largest_margins.callbacks import (
+    Checkpoint,
     DeferredReweighting,
     MarginModel,
     MarginRecorder,
@@ -514,6 +515,56 @@ def test_scaled_cosines_are_measured_on_the_features():
     assert learn.margin_recorder.latest['min_sample_margin'] == pytest.approx(margins.min().item(), abs=1e-5)
 
 
+class OtherInTraining(nn.Module):
+    "After the cosines comes what evaluation does not show."
+
+    def __init__(self, change):
+        super().__init__()
+        self.body, self.head, self.change = nn.Linear(8, D), CosineLinear(D, K), change
+
+    def forward(self, x):
+        cosines = self.head(self.body(x))
+        return self.change(cosines) if self.training else cosines
+
+
+@pytest.mark.parametrize('change', [lambda x: x.clamp(-.1, .1), nn.Dropout(.5), lambda x: x.flip(1)])
+def test_what_training_alone_adds_to_the_cosines(change):
+    "The term is of the cosines."
+    class Watch(Callback):
+        order = 2
+        def after_loss(self):
+            if not self.training: return
+            true = -sample_margins(model.head(model.body(self.x)), self.y).mean()
+            torch.testing.assert_close(self.learn.sample_margin_regularizer.value, true)
+    model = OtherInTraining(change)
+    learn = Learner(data(), model, F.cross_entropy, cbs=[SampleMarginRegularizer(), Watch()])
+    quiet(learn, learn.fit, 1)
+
+
+@pytest.mark.parametrize('ignored', [-100, 255])
+def test_ignored_samples_have_no_margin(ignored):
+    "Neither in the term nor in the table."
+    loss, loaders = NormFaceLoss(8., ignore_index=ignored), []
+    torch.manual_seed(0)
+    x, y = torch.randn(40, 8), torch.arange(40) % K
+    targets = y.masked_fill(y.eq(1), ignored)
+    for labels in (targets, targets.where(y.ne(1), 0)):
+        samples = [(a, b) for a, b, c in zip(x, labels, y) if c != 1 or labels is targets]
+        loaders.append(DataLoaders(*(DataLoader(samples, bs=len(samples)) for _ in range(2))))
+        loaders[-1].c = K
+    weights = []
+    for dls in loaders:
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(8, D), CosineLinear(D, K))
+        learn = Learner(dls, model, loss, lr=.1, cbs=[SampleMarginRegularizer(), MarginRecorder()])
+        quiet(learn, learn.fit, 1)
+        weights.append((model[-1].weight.detach(), learn.margin_recorder.history))
+    (first, history), (second, other) = weights
+    torch.testing.assert_close(first, second)
+    assert history[0]['mean_sample_margin'] == pytest.approx(other[0]['mean_sample_margin'], abs=1e-6)
+    assert history[0]['class_sample_margins'][1] == inf
+
+
 @pytest.mark.parametrize('model', [
     lambda: Branches(nn.Linear(D, K), out=lambda x: x / .1), lambda: Branches(CosineLinear(D, K), out=torch.relu),
     lambda: Branches(nn.Linear(D, K), CosineLinear(D, K), out=lambda x: 2 * x), nn.ReLU,
@@ -593,6 +644,10 @@ def test_meaningless_arguments():
         with pytest.raises(error, match='start_epoch must be'): DeferredReweighting(COUNTS, start)
     assert DeferredReweighting(COUNTS, np.int64(3)).start_epoch == 3
     with pytest.raises(ValueError, match='most_classes'): MarginRecorder(most_classes=0)
+    for cb, name, wrong in ((SampleMarginRegularizer(), 'weight', -1), (ZeroCentroidRegularizer(), 'weight', '1'),
+                            (MarginRecorder(), 'most_classes', 0), (DeferredReweighting(COUNTS, 1), 'start_epoch', -1),
+                            (Checkpoint('file'), 'every', 0)):
+        with pytest.raises((TypeError, ValueError), match=f'^{name} must be'): setattr(cb, name, wrong)
 
 
 # Classes shared out over processes

@@ -27,13 +27,12 @@ from largest_margins.checks import (
     plain,
     values_are_cheap,
 )
+from largest_margins.losses import CosFaceLoss, GMSoftmaxLoss, NormFaceLoss
 
 
 @pytest.mark.parametrize('value', [1, 1.5, Fraction(3, 2), np.float32(1.5), np.int64(1), np.array(1.5),
                                    torch.tensor(1.5),
-                                   torch.tensor(1), torch.tensor(1.5, requires_grad=True),
-                                   nn.Parameter(torch.tensor(1.))],
-                         ids=repr)
+                                   torch.tensor(1)], ids=repr)
 def test_numbers_of_every_kind_are_welcome(value):
     got = number('x', value, above=0, at_most=1.5)
     assert type(got) is float and got == float(value)
@@ -44,6 +43,16 @@ def test_numbers_of_every_kind_are_welcome(value):
 def test_what_is_no_number_is_a_type_error(value):
     for check in (number, integer):
         with pytest.raises(TypeError, match='^x must be'): check('x', value)
+
+
+@pytest.mark.parametrize('value', [torch.tensor(1.5, requires_grad=True), nn.Parameter(torch.tensor(1.))], ids=repr)
+def test_what_cannot_be_learned_is_refused(value):
+    "It would get no gradient, and stay what it is without a word."
+    for make in (lambda: number('x', value), lambda: NormFaceLoss(value), lambda: GMSoftmaxLoss(alpha1=value),
+                 lambda: NormFaceLoss(weight=value.expand(3)), lambda: GMSoftmaxLoss(beta1=value.expand(3)),
+                 lambda: setattr(CosFaceLoss(), 'margin', value)):
+        with pytest.raises(TypeError, match='requires grad'): make()
+    assert NormFaceLoss(value.detach()).scale == value
 
 
 def test_ranges():

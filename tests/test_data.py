@@ -90,6 +90,12 @@ def test_no_class_gives_more_than_it_has():
     assert np.bincount(targets[imbalanced_indices(targets, 1.)]).tolist() == [3, 6]
 
 
+def test_numbers_of_any_make_give_counts():
+    assert imbalanced_counts(np.int64(10), np.int64(5), np.float32(10)) == imbalanced_counts(10, 5, 10.)
+    for wrong in (('10', 5, 10), (10., 5, 10), (True, 5, 10), (10, 5, '10'), (10, 5, True), (10, 5, 10, 3)):
+        with pytest.raises(TypeError, match='must be'): imbalanced_counts(*wrong)
+
+
 @pytest.mark.parametrize('call,message', [
     (partial(imbalanced_counts, 0, 10, 10), 'n_max'), (partial(imbalanced_counts, 10, 1, 10), 'num_classes'),
     (partial(imbalanced_counts, 10, 10, .5), 'ratio'), (partial(imbalanced_counts, 10, 10, float('nan')), 'ratio'),

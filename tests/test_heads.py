@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 from loss_family import ON_COSINES
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.autograd import gradcheck
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from largest_margins.engine.cosines import cosine_matrix
 from largest_margins.heads import CosineLinear, MarginHead
@@ -274,3 +276,78 @@ def test_half_heads_keep_what_their_loss_counts():
         assert head.weight.dtype == torch.float16 and all(b.dtype == torch.float32 for b in loss.buffers())
         value = head(features.half(), targets)
         assert value.dtype == torch.float32 and value.isfinite()
+
+
+@pytest.mark.parametrize('size', [1e-42, 1e-30, 1e30, 3e38])
+def test_evaluation_by_rows_of_any_norm(size):
+    "Also with prototypes whose squares, products or norms leave the range of float32."
+    features, targets = (x.float() if x.is_floating_point() else x for x in inputs())
+    head = MarginHead(3, 4, CosFaceLoss())
+    with torch.no_grad(): head.weight[1] = size * head.weight[1].sign()
+    true = F.normalize(features.double()) @ F.normalize(head.weight.detach().double(), eps=0).T
+    assert (head.top(features, 4)[0] - true.sort(1, descending=True)[0]).abs().max() < 1e-6
+    assert (head.sample_margins(features, targets) - sample_margins(true, targets)).abs().max() < 1e-6
+
+
+def test_evaluation_by_rows_at_its_boundaries():
+    features, targets = inputs()
+    head, wrong = MarginHead(3, 4, CosFaceLoss(), dtype=torch.float64), features.clone()
+    assert head.top(features[:0], 2)[1].shape == (0, 2) and head.sample_margins(features[:0], targets[:0]).shape == (0,)
+    wrong[2] = math.nan
+    for call in (head.top, lambda z: head.sample_margins(z, targets)):
+        with pytest.raises(ValueError, match='^features must be finite, row 2'): call(wrong)
+    with torch.no_grad(): head.weight[3] = math.inf
+    for call in (head.top, lambda z: head.sample_margins(z, targets)):
+        with pytest.raises(ValueError, match='^prototypes must be finite, row 3'): call(features)
+    with pytest.raises(ValueError, match='k ≥ 2'):
+        MarginHead(3, 1, CosFaceLoss(), dtype=torch.float64).sample_margins(features, targets * 0)
+
+
+def test_a_parametrized_head_is_not_fixed():
+    features, targets = inputs()
+    for wrap in (nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm):
+        head = wrap(MarginHead(3, 4, NormFaceLoss(8.), dtype=torch.float64))
+        assert 'fixed' not in repr(head).split('\n')[1]
+        true = F.cross_entropy(8 * F.normalize(features) @ F.normalize(head.weight).T, targets)
+        torch.testing.assert_close(head.eval()(features, targets), true)
+        with pytest.raises(RuntimeError, match='parametrization'): head.fix(torch.eye(4)[:, :3] + 1)
+
+
+def test_what_is_set_later_or_no_dtype_is_refused():
+    head = MarginHead(3, 4, CosFaceLoss())
+    with pytest.raises(TypeError, match='^loss must'): head.loss = nn.CrossEntropyLoss()
+    for dtype in ('float32', float, torch.int64):
+        with pytest.raises(TypeError, match='^dtype must'): MarginHead(3, 4, CosFaceLoss(), dtype=dtype)
+
+
+def test_heads_made_on_meta():
+    "What a loss knows of the classes is kept, or its loss is told; statistics start anew."
+    with torch.device('meta'): head = MarginHead(3, 4, NormFaceLoss(prior=[1, 2, 3, 4]))
+    for _ in range(2):
+        assert head.to_empty(device='cpu').loss.prior.tolist() == [1, 2, 3, 4]
+    with pytest.raises(RuntimeError, match='^prior of NormFaceLoss lost its numbers'):
+        head.to('meta').to_empty(device='cpu')
+    with torch.device('meta'): loss = AdaFaceLoss()
+    loss.to_empty(device='cpu').reset_parameters()
+    assert loss.norm_mean == 20 and loss.norm_std == 100
+
+
+@pytest.mark.parametrize('reentrant', [True, False])
+@pytest.mark.parametrize('make', [ElasticFaceLoss, AdaFaceLoss])
+def test_losses_that_move_on_are_not_computed_again(make, reentrant):
+    "Else the gradient would be that of other margins than the value."
+    features, targets = inputs()
+    head = MarginHead(3, 4, make(), dtype=torch.float64)
+    value = checkpoint(head, features.requires_grad_(), targets, use_reentrant=reentrant)
+    with pytest.raises(RuntimeError, match='keep the head out of the checkpoint'): value.backward()
+    checkpoint(head.eval(), features, targets, use_reentrant=reentrant).backward()
+
+
+def test_the_state_of_a_head_is_tensors(tmp_path):
+    "So that it can be saved as safetensors."
+    features, targets = inputs()
+    head = MarginHead(3, 4, ElasticFaceLoss(), dtype=torch.float64)
+    save_file(head.state_dict(), tmp_path/'head.safetensors')
+    expected = head(features, targets)
+    head.load_state_dict(load_file(tmp_path/'head.safetensors'))
+    assert head(features, targets) == expected != head(features, targets)

@@ -115,6 +115,15 @@ def test_the_gradient_of_zero_centroid_has_a_gradient():
     assert gradgradcheck(zero_centroid, torch.randn(5, 3).double().requires_grad_())
 
 
+@pytest.mark.parametrize('transform', [torch.func.grad, torch.func.jacfwd, torch.func.hessian])
+def test_zero_centroid_under_function_transforms(transform):
+    prototypes = torch.randn(5, 3, dtype=torch.float64)
+    def true(w): return (w / w.norm(dim=1, keepdim=True)).mean(0).square().sum()
+    torch.testing.assert_close(transform(zero_centroid)(prototypes), transform(true)(prototypes))
+    many = torch.randn(2, 5, 3, dtype=torch.float64)
+    torch.testing.assert_close(torch.func.vmap(zero_centroid)(many), torch.stack([true(w) for w in many]))
+
+
 def test_autocast_changes_no_zero_centroid():
     torch.manual_seed(0)
     prototypes = torch.randn(50, 20).requires_grad_()

@@ -478,7 +478,7 @@ def rows_at_once(
 ) -> int:  # rows of a chunk, in 1..N
     "The chunk size that `chunk_size='auto'` stands for."
     most = max(1, BUFFER_BYTES // (num_classes * 4))
-    chunks = -(-samples // most)
+    chunks = max(1, -(-samples // most))
     even = -(-samples // chunks)
     return min(samples, most, -(-even // 16) * 16)
 
@@ -517,13 +517,18 @@ def _cosines_by_rows(features, prototypes, shards):
     "The cosines of some features at a time with all prototypes, and which rows."
     dtype = work_dtype(features.dtype, prototypes.dtype)
     w = prototypes.to(dtype)
-    inverse = _safe_norms(w).reciprocal()[:, 0]
+    norms = torch.linalg.vector_norm(w, dim=1, keepdim=True)
+    usual = moderate(norms)
+    if not usual and shards.alone: check_finite('prototypes', w)
+    check_finite('features', features)
+    w = _Rows(w, norms, usual)
+    inverse = 1. if w.divided else w.norms.reciprocal()[:, 0]
     size = rows_at_once(len(features), shards.largest_size)
-    buffer = w.new_empty(size, len(w))
+    buffer = w.x.new_empty(size, len(w.x))
     for rows in _parts(len(features), size):
         unit = unit_rows(_part(features, rows).to(dtype))
         with full_precision(features.device.type):
-            cosines = torch.mm(unit, w.T, out=buffer[:len(unit)])
+            cosines = torch.mm(unit, w.x.T, out=buffer[:len(unit)])
         yield cosines.mul_(inverse), rows
 
 
@@ -556,6 +561,8 @@ def margins_by_rows(
     check_features(features, prototypes)
     features, prototypes = plain(features), plain(prototypes)
     shards = shards or one_process(len(prototypes))
+    if shards.num_classes < 2:
+        raise ValueError('prototypes must be [k, d] with k ≥ 2 for margins, got k = 1')
     targets = shards.all_rows(check_integers(targets, len(features), features.device))
     check_range(targets, shards.num_classes)
     margins = []
