@@ -239,6 +239,7 @@ def neural_collapse(
     k = len(prototypes)
     targets = check_targets(targets, len(features), k, features.device)
     z, w = (plain(x).to(precise(x)) for x in (features, prototypes))
+    z, w = z / z.abs().amax(), w / w.abs().amax()  # squares stay in range
     counts = torch.bincount(targets, minlength=k)
     if (counts == 0).any():
         raise ValueError('targets must have a sample of each class, class '

@@ -360,3 +360,13 @@ def test_no_value_is_read_on_a_gpu():
         assert class_sample_margins(cosines, targets).shape == (4,)
         assert min_sample_margin(cosines, targets).shape == ()
         with pytest.raises(ValueError, match='^prototypes must'): class_margin(prototypes[0])
+
+
+@pytest.mark.parametrize('dtype, size', [(torch.float64, 1e200), (torch.float64, 1e-200), (torch.float32, 3e37)])
+def test_neural_collapse_of_any_size(dtype, size):
+    "No square leaves the range."
+    features, targets, prototypes = torch.randn(9, 3).to(dtype), torch.arange(9) % 3, torch.randn(3, 3).to(dtype)
+    usual = torch.stack(neural_collapse(features, targets, prototypes))
+    for found in (neural_collapse(features * size, targets, prototypes),
+                  neural_collapse(features, targets, prototypes * size)):
+        torch.testing.assert_close(torch.stack(found), usual, rtol=1e-5, atol=1e-6)
