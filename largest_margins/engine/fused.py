@@ -76,14 +76,14 @@ def _straight(loss, x, w, targets, share, wanted):
     x, w, s, at = x / x_norm, w / w_norm, loss.scale, targets[:, None]
     g = torch.mm(x, w.T).mul_(s)                                      # products
     own = g.gather(1, at)
-    total = g.scatter_(1, at, -math.inf).exp_().sum(1, keepdim=True)  # exponentials
+    total = g.scatter_(1, at, -math.inf).exp_().sum(1)                # exponentials
     angle = _Angle(x, w[targets]) if loss.angular else None
     if angle is None: own = Own(targets, own[:, 0] / s)
     else: own = Own(targets, angle=angle.value)
-    losses, slopes = loss.terms(own, total.log()[:, 0], {}, wanted)
+    losses, slopes = loss.terms(own, total.log(), {}, wanted)
     if not wanted: return losses, None, {}
     by_own, by_rest = slopes['own'] * share, slopes['rest'] * (share * s)
-    g.mul_((by_rest[:, None] if isinstance(by_rest, Tensor) else by_rest) / total)
+    g.mul_((by_rest / total)[:, None])
     if angle is None:                                                 # slopes
         g.scatter_(1, at, by_own[:, None] if isinstance(by_own, Tensor) else by_own)
     found = dict(features=torch.mm(g, w)) if 'features' in wanted else {}
