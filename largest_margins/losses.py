@@ -23,8 +23,8 @@ from torch.nn import functional as F
 
 from .checks import (
     Choice, Flag, Integer, Number, as_one_node, at_least_float32, check_device,
-    check_features, check_integers, check_range, check_scores, integer, is_symbol, is_traced,
-    number, per_class, per_sample, plain, values_are_cheap)
+    check_features, check_integers, check_range, check_scores, integer, is_symbol,
+    is_traced, number, per_class, per_sample, plain, values_are_cheap)
 from .engine.cosines import (
     angle_from_cosine, full_precision, log_sum_exp_of_others)
 from .engine.fused import Own, fused_loss, work_dtype
@@ -253,8 +253,8 @@ class _PerSample(ClassificationLoss):
                                      torch.ones_like(losses), allow_unused=True)
         if any(slope is not None for slope in slopes[len(leaves):]):
             raise TypeError(f'{type(self).__name__} reads a parameter of its own, '
-                            'which would get no gradient: name it in `numbers`, and return '
-                            'it for each sample from `per_batch`')
+                            'which would get no gradient: name it in `numbers`, and '
+                            'return it for each sample from `per_batch`')
         slopes = (torch.zeros_like(v) if slope is None else slope
                   for slope, v in zip(slopes, leaves.values()))
         return losses.detach(), dict(zip(leaves, slopes))
