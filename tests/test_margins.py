@@ -13,7 +13,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck
 
 from largest_margins.losses import SampleMarginLoss
-from largest_margins.margins import class_margin, class_sample_margins, min_sample_margin, norm_ratio, sample_margins
+from largest_margins.margins import (
+    class_margin,
+    class_sample_margins,
+    min_sample_margin,
+    neural_collapse,
+    norm_ratio,
+    sample_margins,
+)
 
 mp.dps = 50
 BENCHMARK = Path(__file__).parent.parent/'benchmarks'/'margins.py'
