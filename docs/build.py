@@ -154,19 +154,30 @@ def own_code(obj):
 
 
 def errors(obj, lib, seen=None):
-    "The errors that `obj` raises, itself or through the `check…` functions of the library that it calls."
+    "The errors that `obj` raises, itself or through what the library checks arguments with."
     seen = set() if seen is None else seen
-    found = set()
-    for node in (n for tree in own_code(obj) for n in ast.walk(tree)):
+    owners = [c for c in obj.__mro__ if c.__module__.startswith(lib)] if inspect.isclass(obj) else [obj]
+    found = {'TypeError', 'ValueError'} if any(checks_values(c) for c in owners) else set()
+    for owner, node in ((o, n) for o in owners for tree in own_code(o) for n in ast.walk(tree)):
         if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and isinstance(node.exc.func, ast.Name):
-            found.add(node.exc.func.id)
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and 'check' in node.func.id:
-            name = node.func.id
-            called = getattr(import_module(obj.__module__), name, None)
-            if name not in seen and getattr(called, '__module__', '').startswith(lib):
-                seen.add(name)
+            found |= {node.exc.func.id} - {'error'}     # a name for what is chosen there
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id not in seen:
+            called = getattr(import_module(owner.__module__), node.func.id, None)
+            if inspect.isfunction(called) and called.__module__.startswith(lib) and refuses(called):
+                seen.add(node.func.id)
                 found |= errors(called, lib, seen)
     return found
+
+
+def checks_values(owner):
+    "Whether a class has attributes that look at what they are given."
+    return any(hasattr(type(value), '__set__') and type(value).__module__.endswith('.checks')
+               for value in vars(owner).values())
+
+
+def refuses(function):
+    "Whether a function checks an argument: it is called so, or is told what the argument is called."
+    return 'check' in function.__name__ or 'name' in inspect.signature(function).parameters
 
 
 def api_entry(name, syms):

@@ -49,7 +49,10 @@ from .regularizers import zero_centroid
 
 # %% ../nbs/training/23_callbacks.ipynb #6780399e
 @torch.no_grad()
-def evaluate_once(model, *inputs):
+def evaluate_once(
+    model: nn.Module,  # any model
+    *inputs: Tensor,  # a small batch
+):
     "What the model returns in evaluation; its layers keep their modes and statistics."
     modes = {m: m.training for m in model.modules()}
     try: return model.eval()(*inputs)

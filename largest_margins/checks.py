@@ -57,8 +57,8 @@ def integer(
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f'{name} must be an int, got {_described(value)}')
     if not at_least <= value <= at_most:
-        raise ValueError(f'{name} must be {_range(at_least=at_least, at_most=at_most)}, '
-                         f'got {value}')
+        allowed = _range(at_least=at_least, at_most=at_most)
+        raise ValueError(f'{name} must be {allowed}, got {value}')
     return int(value)
 
 
@@ -94,8 +94,8 @@ def _scalar(value):
 
 def _described(value):
     "A short description of what is not a number."
-    shown = repr(value)
-    return f'{type(value).__name__} {shown}' if len(shown) < 40 else type(value).__name__
+    kind, shown = type(value).__name__, repr(value)
+    return f'{kind} {shown}' if len(shown) < 40 else kind
 
 
 def _range(above=-math.inf, at_least=-math.inf, at_most=math.inf, below=math.inf):
@@ -343,7 +343,8 @@ def check_finite(
     if not values_are_cheap(rows): return
     wrong = ~rows.detach().isfinite().all(1)
     if wrong.any():
-        raise NotFinite(f'{name} must be finite, row {wrong.nonzero()[0].item()} is not')
+        row = wrong.nonzero()[0].item()
+        raise NotFinite(f'{name} must be finite, row {row} is not')
 
 
 def check_features(

@@ -185,7 +185,8 @@ class ShardedMarginHead(MarginHead):
         "The loss of the whole batch, on every rank; every rank must bring the same n."
         if is_symbol(features): return as_one_node(self, features, targets, given=given)
         _refuse_ddp(self.weight)
-        if targets is None and not given: return self.shards.matrix(features, self.weight)
+        if targets is None and not given:
+            return self.shards.matrix(features, self.weight)
         ranks = len(self.shards.sizes)
         if self.averaged: features = TimesRanks.apply(features, ranks)
         return self.loss.linear(features, self.weight, targets, group=self.shards,
@@ -238,8 +239,8 @@ class ShardedMarginHead(MarginHead):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _described(self):
-        first = self.shards.first
-        return f'classes {first} to {first + self.shards.size - 1} of {self.out_features}'
+        first, last = self.shards.first, self.shards.first + self.shards.size - 1
+        return f'classes {first} to {last} of {self.out_features}'
 
     def extra_repr(self): return f'{super().extra_repr()}, {self._described()} here'
 

@@ -22,9 +22,9 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from .checks import (
-    Choice, Flag, Integer, Number, as_one_node, at_least_float32, check_device, check_features,
-    check_integers, check_range, check_scores, integer, is_symbol, is_traced,
-    number, per_class, per_sample, plain, values_are_cheap)
+    Choice, Flag, Integer, Number, as_one_node, at_least_float32, check_device,
+    check_features, check_integers, check_range, check_scores, integer, is_symbol,
+    is_traced, number, per_class, per_sample, plain, values_are_cheap)
 from .engine.cosines import (
     angle_from_cosine, full_precision, log_sum_exp_of_others)
 from .engine.fused import Own, fused_loss, work_dtype
@@ -58,7 +58,8 @@ def _options(cls):
     options = dict(signature(cls).parameters)
     further = [name for name, p in options.items() if p.kind is p.VAR_KEYWORD]
     if not further: return options
-    return _options(cls.__base__) | {n: p for n, p in options.items() if n not in further}
+    named = {n: p for n, p in options.items() if n not in further}
+    return _options(cls.__base__) | named
 
 # %% ../nbs/losses/12_losses.ipynb #db9daa6c
 class _ClassNumbers(_Shown):
@@ -85,12 +86,13 @@ class _ClassNumbers(_Shown):
         super().__setattr__(name, value)
 
     def _apply(self, fn, recurse=True):
-        "Buffers move with the module and keep their precision: half cannot hold counts."
+        "Buffers move with the module, in their precision: half cannot hold counts."
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, value in before.items():
             if value is None or value.dtype == self._buffers[name].dtype: continue
-            if not value.is_meta: self._buffers[name] = value.to(self._buffers[name].device)
+            if value.is_meta: continue
+            self._buffers[name] = value.to(self._buffers[name].device)
         return self
 
     def log_prior(
@@ -196,13 +198,13 @@ class _PerSample(ClassificationLoss):
     angular = False  # whether the hook reads `own.angle`
     scale: float | None = None  # s of the log-sum-exp; None: only the largest counts
     numbers: ClassVar[dict[str, str]] = {}  # per sample: its name, and what it replaces
-    sample_margin = Number(at_least=0, at_most=1e6, default=0.)  # λ of the λ·R_sm that is added
+    sample_margin = Number(at_least=0, at_most=1e6, default=0.)  # λ of λ·R_sm, added
 
     def per_sample(
         self,
         own: Own,  # cosine, angle and class of each sample, [n] each
         rest: Tensor,  # log Σ_{j≠y} exp(s·c_j), [n]
-        **numbers: float | Tensor,  # what `numbers` names, one for each sample or for all
+        **numbers: float | Tensor,  # what `numbers` names, for each sample or for all
     ) -> Tensor:  # losses, [n]
         "The hook of a loss that is no margin softmax."
         raise TypeError(f'{type(self).__name__} must define curves or per_sample')
@@ -210,7 +212,7 @@ class _PerSample(ClassificationLoss):
     def per_batch(
         self,
         given: dict[str, Tensor],  # the caller's numbers for each sample, [N] each
-        features: Tensor | None,  # of any norm, [N, d]; None where only cosines are known
+        features: Tensor | None,  # of any norm, [N, d]; None: only cosines are known
         targets: Tensor,  # class of each sample, int64, [N]
         group=None,  # process group whose ranks share one batch
     ) -> dict[str, Tensor]:  # [N] each
@@ -250,9 +252,9 @@ class _PerSample(ClassificationLoss):
         slopes = torch.autograd.grad(losses, [*leaves.values(), *learned],
                                      torch.ones_like(losses), allow_unused=True)
         if any(slope is not None for slope in slopes[len(leaves):]):
-            raise TypeError(f'{type(self).__name__} reads a parameter of its own, which '
-                            'would get no gradient: name it in `numbers`, and return it '
-                            'for each sample from `per_batch`')
+            raise TypeError(f'{type(self).__name__} reads a parameter of its own, '
+                            'which would get no gradient: name it in `numbers`, and '
+                            'return it for each sample from `per_batch`')
         slopes = (torch.zeros_like(v) if slope is None else slope
                   for slope, v in zip(slopes, leaves.values()))
         return losses.detach(), dict(zip(leaves, slopes))
@@ -365,7 +367,8 @@ class CosineLoss(_OfMatrix):
         "The loss of features and prototypes, both normalised here; no matrix is kept."
         check_features(features, prototypes)
         least = 2 if group is None else 1
-        if group is not None and not isinstance(group, (dist.ProcessGroup, ClassShards)):
+        known = dist.ProcessGroup, ClassShards
+        if group is not None and not isinstance(group, known):
             raise TypeError('group must be a process group, '
                             f'got {type(group).__name__}')
         n, k = features.shape[0], prototypes.shape[0]
@@ -408,7 +411,7 @@ class _Curves(CosineLoss):
     def curves(
         self,
         own: Own,  # cosine, angle and class of each sample, [n] each
-        **numbers: float | Tensor,  # what `numbers` names, one for each sample or for all
+        **numbers: float | Tensor,  # what `numbers` names, for each sample or for all
     ) -> tuple[Tensor, Tensor | None]:  # num and den, [n] each; den None means −∞
         "The hook: the two curves of equation (eq-family), which make the loss."
         return own.cosine, own.cosine
@@ -426,7 +429,7 @@ class _Curves(CosineLoss):
     def with_slopes(
         self,
         own: Own,  # cosine, angle and class of each sample, [n] each
-        **numbers: float | Tensor,  # what `numbers` names, one for each sample or for all
+        **numbers: float | Tensor,  # what `numbers` names, for each sample or for all
     ) -> tuple | None:  # num, den, ∂num and ∂den by the cosine (the angle, if angular)
         "For speed: the curves with their slopes; None leaves these to autograd."
         return None
@@ -440,7 +443,8 @@ class _Curves(CosineLoss):
     def terms(self, own, rest, given, wanted=()):
         found, s = None, self.scale
         if wanted and not given.keys() & set(wanted):
-            found = self.with_slopes(own, **self._filled(given, own.targets, rest.dtype))
+            filled = self._filled(given, own.targets, rest.dtype)
+            found = self.with_slopes(own, **filled)
         if found is None: return super().terms(own, rest, given, wanted)
         num, den, by_num, by_den = found
         if den is None: return rest / s - num, dict(own=-by_num, rest=1 / s)
@@ -480,14 +484,14 @@ class MarginSoftmaxLoss(_Curves):
     def linear(self, features, prototypes, targets, *, chunk_size='auto', group=None,
                **given):
         if self.label_smoothing:
-            raise ValueError('label_smoothing needs the matrix of cosines: call the loss '
-                             'on CosineLinear(features), or set label_smoothing=0')
+            raise ValueError('label_smoothing needs the matrix of cosines: call the '
+                             'loss on CosineLinear(features), or set label_smoothing=0')
         return super().linear(features, prototypes, targets, chunk_size=chunk_size,
                               group=group, **given)
 
     def of_cosines(self, cosines, own, valid, given):
-        if not self.label_smoothing: return super().of_cosines(cosines, own, valid, given)
-        return self._smoothed(cosines, own, valid, given)
+        if self.label_smoothing: return self._smoothed(cosines, own, valid, given)
+        return super().of_cosines(cosines, own, valid, given)
 
     def _smoothed(self, cosines, own, valid, given):
         "The cross-entropy with smoothed labels of the edited, scaled cosines."
@@ -773,7 +777,7 @@ class ElasticFaceLoss(MarginSoftmaxLoss):
     def angular(self): return self.kind == 'arc'
 
     def per_batch(self, given, features, targets, group=None):
-        "In training a margin for each sample, if none are given; else the mean for all."
+        "In training a margin for each sample, if none is given; else the mean."
         if given or not self.training: return given
         mean = torch.full(targets.shape, self.margin, device=self.generator.device)
         drawn = torch.normal(mean, self.std, generator=self.generator)
@@ -823,8 +827,8 @@ class AdaFaceLoss(MarginSoftmaxLoss):
     def per_batch(self, given, features, targets, group=None):
         "Quality q̂ in [−1, 1] of each sample; in training the statistics move on."
         if features is None:
-            raise TypeError('AdaFaceLoss reads the norms of the features, which cosines '
-                            'do not have: use MarginHead(d, k, loss), or '
+            raise TypeError('AdaFaceLoss reads the norms of the features, which '
+                            'cosines do not have: use MarginHead(d, k, loss), or '
                             'loss.linear(features, prototypes, targets)')
         norms = row_norms(plain(features.detach()).to(
             torch.promote_types(features.dtype, torch.float32)))[:, 0].clamp(1e-3, 100)

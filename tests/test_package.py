@@ -23,14 +23,21 @@ training_only = ['fastai', 'matplotlib', 'torchvision', 'sklearn', 'timm']
 
 
 def exported_modules():
-    "Module name -> floor number, read from the notebooks; what is claimed about a loss stands on the losses' floor."
+    """Module name -> floor number, read from the notebooks. What is claimed about a loss stands on the losses' floor;
+    the checks of arguments, which everybody calls, on the ground."""
     found = {}
     for path in sorted((root/'nbs').glob('*/*.ipynb')):
         cells = json.loads(path.read_text(encoding='utf-8'))['cells']
         code = '\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'code')
         if name := re.search(r'^#\|\s*default_exp\s+(\S+)', code, re.M):
-            found[name[1]] = floors.index('losses' if name[1].endswith('_claims') else path.parent.name)
+            floor = 'theory' if name[1] == 'checks' else 'losses' if name[1].endswith('_claims') else path.parent.name
+            found[name[1]] = floors.index(floor)
     return found
+
+
+def source(name):
+    "The file of a module: `engine.fused` is in a folder."
+    return package/f'{name.replace(".", "/")}.py'
 
 
 modules = exported_modules()
@@ -69,8 +76,10 @@ def test_wheel_holds_the_package_and_nothing_else(dist):
     names = ZipFile(next(dist.glob('*.whl'))).namelist()
     info = f'largest_margins-{largest_margins.__version__}.dist-info'
     assert {n.split('/')[0] for n in names} == {'largest_margins', info}
-    for name in modules:
-        assert f'largest_margins/{name}.py' in names
+    ours = {p.relative_to(root).as_posix() for p in package.rglob('*') if p.is_file() and '__pycache__' not in p.parts}
+    assert {n for n in names if not n.startswith(info)} == ours
+    assert {source(name).relative_to(root).as_posix() for name in modules} <= ours
+    assert {f'largest_margins/{name}' for name in ('py.typed', '__init__.pyi', 'engine/__init__.py')} <= ours
     assert f'{info}/licenses/LICENSE' in names
 
 
@@ -116,18 +125,19 @@ def test_command_line_is_installed(installed, tmp_path):
 def imports(name):
     "Top-level names that a module imports, and our own modules among them."
     others, ours = set(), set()
-    for node in ast.walk(ast.parse((package/f'{name}.py').read_text(encoding='utf-8'))):
+    for node in ast.walk(ast.parse(source(name).read_text(encoding='utf-8'))):
         if isinstance(node, ast.Import):
             paths = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            module = '.'.join(filter(None, ['largest_margins' if node.level else '', node.module]))
+            above = ['largest_margins', *name.split('.')][:-node.level] if node.level else []
+            module = '.'.join([*above, *filter(None, [node.module])])
             paths = [module] if module != 'largest_margins' else [f'{module}.{a.name}' for a in node.names]
         else:
             continue
         for path in paths:
             top, *rest = path.split('.')
             if top == 'largest_margins':
-                ours.update(rest[:1])
+                ours.update(m for m in modules if '.'.join(rest) == m)
             else:
                 others.add(top)
     return others, ours

@@ -259,11 +259,12 @@ def test_parameters_of_the_same_name_are_no_references():
 
 def test_errors_are_those_raised_and_those_of_the_checks():
     margins = import_module('largest_margins.margins')
-    assert build.errors(margins.class_margin, 'largest_margins') == {'TypeError', 'ValueError'}
+    assert build.errors(margins.class_margin, 'largest_margins') == {'NotFinite', 'TypeError', 'ValueError'}
     assert build.errors(margins.unit_rows, 'largest_margins') == set()
     losses = import_module('largest_margins.losses')
     assert 'ValueError' in build.errors(losses.ArcFaceLoss, 'largest_margins')
-    assert ':raises: TypeError, ValueError' in build.api_entry('class_margin', syms)
+    assert build.errors(losses.class_balanced_weights, 'largest_margins') >= {'TypeError', 'ValueError'}
+    assert ':raises: NotFinite, TypeError, ValueError' in build.api_entry('class_margin', syms)
 
 
 def test_long_lines_that_are_printed_are_broken_but_not_those_of_tables():

@@ -61,14 +61,16 @@ class _Angle:
 
     def turn(self, gradients, by_angle, columns, norms=None):
         "Add what half a slope by θ does to features and to their own prototypes."
-        if 'features' in gradients: gradients['features'].addcmul_(self.at_feature, by_angle)
+        if 'features' in gradients:
+            gradients['features'].addcmul_(self.at_feature, by_angle)
         if 'prototypes' in gradients:
             if norms is not None: by_angle = by_angle / norms
-            gradients['prototypes'].index_add_(0, columns, self.at_own.mul_(by_angle), alpha=-1)
+            turned = self.at_own.mul_(by_angle)
+            gradients['prototypes'].index_add_(0, columns, turned, alpha=-1)
 
 # %% ../../nbs/losses/14_fused.ipynb #ba55d641
 def _straight(loss, x, w, targets, share, wanted):
-    "Losses and gradients of a small head in one line; None if it needs the parts below."
+    "Losses and gradients of a small head; None if it needs the parts below."
     x_norm, w_norm = (torch.linalg.vector_norm(v, dim=1, keepdim=True) for v in (x, w))
     if not moderate(torch.cat([x_norm, w_norm])): return None
     x, w, s, at = x / x_norm, w / w_norm, loss.scale, targets[:, None]
@@ -76,7 +78,8 @@ def _straight(loss, x, w, targets, share, wanted):
     own = g.gather(1, at)
     total = g.scatter_(1, at, -math.inf).exp_().sum(1)                # exponentials
     angle = _Angle(x, w[targets]) if loss.angular else None
-    own = Own(targets, own[:, 0] / s) if angle is None else Own(targets, angle=angle.value)
+    if angle is None: own = Own(targets, own[:, 0] / s)
+    else: own = Own(targets, angle=angle.value)
     losses, slopes = loss.terms(own, total.log(), {}, wanted)
     if not wanted: return losses, None, {}
     by_own, by_rest = slopes['own'] * share, slopes['rest'] * (share * s)
@@ -161,9 +164,11 @@ def exponentials_(
 class _Slopes:
     "From cosines to losses and, in their place, to the slopes of all losses."
 
-    def __init__(self, loss, targets, numbers, shards, to_logits, wanted, shares, dtype):
-        self.loss, self.targets, self.numbers, self.shards = loss, targets, numbers, shards
-        self.to_logits, self.wanted, self.shares = to_logits, wanted, shares
+    def __init__(self, loss, targets, numbers, shards, to_logits, wanted, shares,
+                 dtype):
+        self.loss, self.targets, self.numbers = loss, targets, numbers
+        self.shards, self.to_logits = shards, to_logits
+        self.wanted, self.shares = wanted, shares
         self.scale, self.weight = loss.scale, loss.sample_margin
         self.columns = to_logits if isinstance(to_logits, Tensor) else None
         self.slope = (self.scale or 1.) if self.columns is None else 1.  # of a logit
@@ -187,7 +192,7 @@ class _Slopes:
     def _read(self, g, rows, at, here, theta):
         "Take the target out, and reduce the others; their exponentials stay in `g`."
         own = g.mul_(self.to_logits).gather(1, at)
-        low = torch.finfo(g.dtype).min  # exp(low) is 0, and no nan where nothing is left
+        low = torch.finfo(g.dtype).min  # exp(low) is 0, never nan
         g.scatter_(1, at, low if here is None else torch.where(here[:, None], low, own))
         largest = place = local = total = None
         if self.weight:
@@ -196,8 +201,8 @@ class _Slopes:
             if self.prior is not None: g.add_(self.shards.own_classes(self.prior))
             local, total = exponentials_(g, self.bound,
                                          largest if self.prior is None else None)
-        own, rest, largest, wins = self.shards.combine(
-            here, own[:, 0] / (self.scale or 1.) if theta is None else theta, local, largest)
+        own = own[:, 0] / (self.scale or 1.) if theta is None else theta
+        own, rest, largest, wins = self.shards.combine(here, own, local, largest)
         targets = _part(self.targets, rows)
         own = Own(targets, own) if theta is None else Own(targets, angle=own)
         return SimpleNamespace(at=at, own=own, local=local, total=total, rest=rest,
@@ -206,7 +211,8 @@ class _Slopes:
     def _terms(self, seen, rows):
         "Losses of some rows, and their slopes by what the loss reads."
         own, rest = seen.own, seen.rest
-        if self.weight: self.leads.append(seen.largest / (self.scale or 1.) - own.cosine)
+        if self.weight:
+            self.leads.append(seen.largest / (self.scale or 1.) - own.cosine)
         if not self.scale: return torch.zeros_like(own.cosine), {}
         if self.prior is not None: rest = rest - self.prior[own.targets]
         numbers = {name: _part(v, rows) for name, v in self.numbers.items()}
@@ -218,7 +224,7 @@ class _Slopes:
             g.zero_()
             return None, {}
         by_rest, by_own = slopes.pop('rest') * (share * self.slope), slopes.pop('own')
-        if not self.shards.alone:  # a shard may hold nothing but the target: its sum is 0
+        if not self.shards.alone:  # in a shard with only the target the sum is 0
             total = seen.rest if seen.total is not None else seen.rest - seen.local
             by_rest = by_rest * (-total).exp()
         elif seen.total is not None: by_rest = by_rest / seen.total
@@ -312,7 +318,8 @@ class _Pass:
             turn = found.pop('angle')[:, None] / 2
             if here is not None: turn = turn * here[:, None]
         for name, slope in found.items(): self._store(name, slope, rows)
-        if 'features' in self.wanted: self._to_features(rows, unit, g, weights, angle, turn)
+        if 'features' in self.wanted:
+            self._to_features(rows, unit, g, weights, angle, turn)
         if 'prototypes' in self.wanted:
             if weights is not None: unit = unit * weights
             self._to_prototypes(unit, g, columns, angle, turn)
@@ -326,7 +333,8 @@ class _Pass:
                      _part(here, block), angle and _part(angle.value, block))
                  for block in blocks]
         losses = _joined(self.slopes.losses[-len(blocks):])
-        return {name: _joined([some[name] for some in found]) for name in found[0]}, losses
+        found = {name: _joined([some[name] for some in found]) for name in found[0]}
+        return found, losses
 
     def _to_features(self, rows, unit, g, weights, angle, turn):
         "The gradient by some features: one product, and the target's angle."
@@ -404,7 +412,8 @@ class _Fused(torch.autograd.Function):
         tensors, twice = ctx.saved_tensors, torch.is_grad_enabled()
         if twice or _many_at_once(slope): found = _by_matrix(ctx, tensors, slope, twice)
         else: found = _by_pass(ctx, tensors, slope)
-        return *[None] * 5, *(_like(found.get(n), t) for n, t in zip(ctx.names, tensors))
+        found = [_like(found.get(n), t) for n, t in zip(ctx.names, tensors)]
+        return *[None] * 5, *found
 
 
 def _run(ctx, tensors, wanted=(), shares=None):
@@ -449,7 +458,8 @@ def _by_matrix(ctx, tensors, slope, twice):
         raise RuntimeError('create_graph=True: classes shared out among processes '
                            'have no second derivatives; use one process')
     with torch.enable_grad():  # of views: one tensor may depend on another
-        features, prototypes, targets, *numbers = views = [t.view_as(t) for t in tensors]
+        views = [t.view_as(t) for t in tensors]
+        features, prototypes, targets, *numbers = views
         value = ctx.loss.of_matrix(features, prototypes, targets, ctx.valid,
                                    dict(zip(ctx.names[3:], numbers)))
         wanted = [v for n, v in zip(ctx.names, views) if n in ctx.wanted]
@@ -559,7 +569,8 @@ def margins_by_rows(
     targets = shards.all_rows(check_integers(targets, len(features), features.device))
     check_range(targets, shards.num_classes)
     margins = []
-    for cosines, rows in _cosines_by_rows(shards.all_rows(features), prototypes, shards):
+    features = shards.all_rows(features)
+    for cosines, rows in _cosines_by_rows(features, prototypes, shards):
         columns, here = shards.place(_part(targets, rows))
         own = cosines.gather(1, columns[:, None])
         low = torch.finfo(own.dtype).min

@@ -305,7 +305,7 @@ def _compare(same, heads):
         raise ValueError(f'the ranks of a group must bring the same {name}, got '
                          f'different ones{got}')
     if len(set(firsts)) < len(firsts):
-        raise ValueError('each rank of a group must hold other prototypes, two hold the '
-                         'same: was the model wrapped in DistributedDataParallel '
+        raise ValueError('each rank of a group must hold other prototypes, two hold '
+                         'the same: was the model wrapped in DistributedDataParallel '
                          'without keep_shards_out_of_ddp, or one shard loaded twice?')
     return sizes, max(wants)
