@@ -9,6 +9,7 @@ import torch
 from pages import root
 
 from largest_margins.bounds import class_margin_bound
+from largest_margins.finite_scales import admissible_margin, guaranteed_margin, scale_for_margin
 from largest_margins.lm_softmax_claims import on_circle
 from largest_margins.losses import ArcFaceLoss, CosFaceLoss, LMSoftmaxLoss, NormFaceLoss, suggest_scale
 
@@ -202,6 +203,28 @@ def test_calculator_bounds_are_bounds_of_the_library(visit):
         bound = math.degrees(class_margin_bound(k, d).radians)
         tabulated = (k, d) not in {(275, 22), (40, 18), (40, 3)}      # for these, one that also holds
         assert bound - 1e-9 <= found <= bound + (2e-4 if tabulated else 8), (k, d)
+
+
+def test_calculator_has_the_library_s_sample_margins_and_scales(visit):
+    pairs = [(2, 2), (5, 2), (8, 3), (10, 16), (10, 5), (24, 4), (100, 64)]
+    seen = visit(f'''
+        const calculator = await widget('calculator'), {{k, d}} = calculator.querySelector('form').elements;
+        const f = await import('/_static/widgets/formulas.js');
+        return {json.dumps(pairs)}.map(([classes, dimensions]) => {{
+          put(d, dimensions); put(k, classes);
+          const rows = Object.fromEntries(all('dt', calculator).map(dt => [dt.textContent, dt.nextSibling.textContent]));
+          const largest = parseFloat(rows['largest possible smallest sample margin']);
+          return [rows, [1, 20, 500].map(s => f.guaranteedMargin(classes, largest, s)), largest];
+        }})''')
+    for (k, d), (rows, guaranteed, largest) in zip(pairs, seen):
+        reached, never = admissible_margin(k, d)
+        assert largest == pytest.approx(reached, abs=6e-5)
+        assert guaranteed == pytest.approx([guaranteed_margin(k, d, s) for s in (1, 20, 500)], abs=3e-3)
+        asked, scale = rows['CosFace can ask for m'], rows['scale that guarantees 90 % of this margin']
+        assert asked.startswith(f'below {largest:.4f}')
+        assert ('not above' in asked) == (never - reached > 1e-4)
+        assert float(scale.partition(';')[0]) == pytest.approx(scale_for_margin(k, d), rel=1e-4)
+        assert ('any scale' in scale) == (k <= d + 1)
 
 
 # --- everywhere ---

@@ -1,5 +1,5 @@
-// k classes in d dimensions: how far apart, how far at most, and at which scale.
-import {closedBounds, closedMargin, degrees, suggestedScale} from './formulas.js';
+// k classes in d dimensions: how far apart, how far at most, with which margins, and at which scale.
+import {closedBounds, closedMargin, degrees, radians, scaleForMargin, suggestedScale} from './formulas.js';
 
 const markup = `
 <form class="widget-controls" aria-label="Margin calculator">
@@ -62,7 +62,9 @@ export default function draw(widget, data) {
     const [k, d, p] = ['k', 'd', 'p'].map(name => form.elements[name].valueAsNumber);
     const {best, bound} = margins(data, k, d);
     const angle = x => `${x.toFixed(3)}°`;
-    const most = 1 - Math.cos(bound.degrees * Math.PI / 180);
+    const [reached, most] = [best, bound].map(x => x && 1 - Math.cos(radians(x.degrees)));
+    const exact = best && most - reached < 5e-5;
+    const enough = best && scaleForMargin(k, reached, 0.9).toFixed(2);
     const search = `<code>largest-margins prototypes ${k} ${d}</code>`;
     const gap = best && angle(Math.max(0, bound.degrees - best.degrees));
     const rows = [
@@ -71,8 +73,13 @@ export default function draw(widget, data) {
           (best.least ? `; ${search} searches for more` : '')],
       ['no arrangement exceeds', `${angle(bound.degrees)} (${bound.source})`],
       ['gap', best ? (best.least ? `at most ${gap}` : gap) : 'unknown'],
-      ['smallest sample margin at most', most.toFixed(4)],
+      ['largest possible smallest sample margin', exact ? most.toFixed(4)
+        : `${best ? reached.toFixed(4) : 'unknown'}, and nowhere above ${most.toFixed(4)}`],
       ['suggested scale, at least', p > 1 / k ? suggestedScale(k, p).toFixed(2) : 'none: p must exceed 1/k'],
+      ['CosFace can ask for m', !best ? 'unknown' : exact ? `below ${reached.toFixed(4)}`
+        : `below ${reached.toFixed(4)}, and not above ${most.toFixed(4)}`],
+      ['scale that guarantees 90 % of this margin', !best ? 'unknown'
+        : `${enough}${k <= d + 1 ? '; with classes of one size any scale has the simplex as its optimum' : ''}`],
     ];
     results.innerHTML = rows.map(([name, value]) => `<dt>${name}</dt><dd>${value}</dd>`).join('');
   }

@@ -65,3 +65,25 @@ export function closedMargin(k, d) {
 // the smallest scale at which a sample at the best place has this probability under NormFace
 export const suggestedScale = (k, probability) =>
   (k - 1) / k * Math.log((k - 1) * probability / (1 - probability));
+
+// --- which smallest sample margin a scale guarantees, for NormFace and k classes of one size ---
+
+// the least of all minimisers, where `largest` is the largest possible in this dimension
+export function guaranteedMargin(k, largest, s) {
+  const logX = Math.log(k - 1) - s * largest;
+  const power = k * Math.log1p(Math.exp(logX));        // log (1 + x)^k
+  const logGrown = power > 1e-300 ? power + Math.log(-Math.expm1(-power)) : logX + Math.log(k);
+  return largest - (Math.log(k - 1) + logGrown - logX) / s;
+}
+
+// the smallest scale that guarantees this fraction of the largest
+export function scaleForMargin(k, largest, fraction) {
+  const enough = s => guaranteedMargin(k, largest, s) >= fraction * largest;
+  let low = 0, high = 1;
+  while (!enough(high)) [low, high] = [high, 2 * high];
+  for (let n = 0; n < 60; n++) {
+    const middle = (low + high) / 2;
+    if (enough(middle)) high = middle; else low = middle;
+  }
+  return high;
+}
