@@ -51,7 +51,7 @@ sections = [
 # Markdown at the top of the repository that is a page too
 documents = ['CONTRIBUTING.md', 'CHANGELOG.md']
 # names in backticks that look like ours and that no code of ours mentions
-foreign = {'MixedPrecision', 'distrib_ctx', 'fine_tune', 'lr_find'}    # fastai's
+foreign = {'BaseLoss', 'MixedPrecision', 'distrib_ctx', 'fine_tune', 'lr_find'}    # fastai's
 # what Quarto's cell options say, as MyST-NB's tags
 tags = {('echo', 'false'): 'remove-input', ('output', 'false'): 'remove-output',
         ('include', 'false'): 'remove-cell', ('code-fold', 'true'): 'hide-input',

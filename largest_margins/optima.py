@@ -154,8 +154,12 @@ def collapse_ratio(
         if held <= 0 or pull * -p <= 0: return math.inf
         return ((other - own)**2 / held - toward) / (pull * -p)
 
-    if A == 1: return needed(1.)
-    def excess(log_ratio): return math.log(needed(math.exp(log_ratio))) - log_ratio
+    if A == 1: return max(0., needed(1.))
+    def excess(log_ratio):
+        return math.log(max(needed(math.exp(log_ratio)), 1e-300)) - log_ratio
+    if excess(0.) <= 0:
+        raise ValueError('loss must keep rare classes apart at ratio 1, '
+                         f'{loss} does not')
     high = 1.
     while excess(high) > 0:
         high *= 2

@@ -97,6 +97,7 @@ def test_styles_load_nothing_from_outside(site):
 syms = build.symbols(build.get_config(root))
 public = {full: page.split('#')[0] for mod in syms for full, (page, _) in syms[mod].items()
           if full.removeprefix(f'{mod}.') in import_module(mod).__all__}
+sources = {full: file for mod in syms for full, (_, file) in syms[mod].items()}
 
 
 def test_every_page_is_within_two_clicks_of_the_first(site):
@@ -129,7 +130,7 @@ def test_every_entry_leads_to_its_source(site):
         html = (site/page).read_text(encoding='utf-8')
         for full in (name for name, where in public.items() if where == page):
             entry = html.split(f'id="{full}"', 1)[1].split('</dt>', 1)[0]
-            assert f'/blob/main/{"/".join(full.split(".")[:2])}.py#L' in entry
+            assert f'/blob/main/{sources[full]}#L' in entry
 
 
 def test_every_backticked_name_is_a_link(site):

@@ -74,11 +74,11 @@ export default function draw(widget, data) {
       ['no arrangement exceeds', `${angle(bound.degrees)} (${bound.source})`],
       ['gap', best ? (best.least ? `at most ${gap}` : gap) : 'unknown'],
       ['largest possible smallest sample margin', exact ? most.toFixed(4)
-        : `${best ? reached.toFixed(4) : 'unknown'}, and nowhere above ${most.toFixed(4)}`],
+        : `${best ? `at least ${reached.toFixed(4)}, ` : ''}at most ${most.toFixed(4)}`],
       ['suggested scale, at least', p > 1 / k ? suggestedScale(k, p).toFixed(2) : 'none: p must exceed 1/k'],
-      ['CosFace can ask for m', !best ? 'unknown' : exact ? `below ${reached.toFixed(4)}`
-        : `below ${reached.toFixed(4)}, and not above ${most.toFixed(4)}`],
-      ['scale that guarantees 90 % of this margin', !best ? 'unknown'
+      ['largest margin m for CosFace', exact ? `below ${most.toFixed(4)}`
+        : `${best ? `any below ${reached.toFixed(4)}, ` : ''}none above ${most.toFixed(4)}`],
+      ['scale that guarantees 90 % of this sample margin', !best ? 'unknown'
         : `${enough}${k <= d + 1 ? '; with classes of one size any scale has the simplex as its optimum' : ''}`],
     ];
     results.innerHTML = rows.map(([name, value]) => `<dt>${name}</dt><dd>${value}</dd>`).join('');
