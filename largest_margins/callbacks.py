@@ -211,8 +211,13 @@ class HeadCallback(Callback):
         self.forget()
         _, head, cosines = self._look()
         if cosines: return
-        seen = self._seen = []  # a list, which torch.compile can follow
-        def remember(module, args): seen.append(args[0])
+        seen, training = [], self.training  # a list, which torch.compile can follow
+        self._seen = seen
+        def remember(module, args):
+            seen.append(args[0])
+            if training and not torch.is_grad_enabled():
+                raise RuntimeError('the head must run with gradients in training: leave '
+                                   'it out of checkpoint, or say use_reentrant=False')
         def passed(*_): self._unhook()
         self._hooks = (head.register_forward_pre_hook(remember),
                        self.learn.model.register_forward_hook(passed, always_call=True))

@@ -246,7 +246,7 @@ def check_floating(
     "Refuse what is not a tensor of floating-point numbers."
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError(f'{name} must be a floating-point tensor {shape}, got '
-                        f'{getattr(x, "dtype", type(x).__name__)}')
+                        f'{x.dtype if isinstance(x, Tensor) else type(x).__name__}')
 
 
 def check_device(
@@ -382,8 +382,9 @@ def check_integers(
 ) -> Tensor:  # int64, [N]
     "Refuse what cannot be classes whatever their number: shape, dtype and device."
     if not isinstance(targets, Tensor) or targets.dtype not in _INTEGERS:
-        raise TypeError('targets must be an integer tensor [N] of class indices, got '
-                        f'{getattr(targets, "dtype", type(targets).__name__)}')
+        got = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
+        raise TypeError('targets must be an integer tensor [N] of class indices, '
+                        f'got {got}')
     if targets.shape != (samples,):
         raise ValueError(f'targets must be [N] with N = {samples}, '
                          f'got shape {tuple(targets.shape)}')

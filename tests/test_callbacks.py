@@ -27,6 +27,7 @@ from fastai.optimizer import OptimWrapper
 from processes import returned, run_on_ranks
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from largest_margins import checks
 from largest_margins.bounds import class_margin_bound
@@ -539,6 +540,22 @@ def test_what_training_alone_adds_to_the_cosines(change):
     model = OtherInTraining(change)
     learn = Learner(data(), model, F.cross_entropy, cbs=[SampleMarginRegularizer(), Watch()])
     quiet(learn, learn.fit, 1)
+
+
+@pytest.mark.parametrize('reentrant', [True, False])
+def test_a_head_inside_a_checkpoint(reentrant):
+    "The term reaches the body, or it is an error."
+    class Checkpointed(OtherInTraining):
+        def forward(self, x): return checkpoint(super().forward, x.requires_grad_(), use_reentrant=reentrant)
+    def gradients(kind):
+        torch.manual_seed(0)
+        learn = learner('linear', cbs=[SampleMarginRegularizer(), keep := FirstGradients()])
+        learn.model = kind(nn.Identity())
+        quiet(learn, learn.fit, 1)
+        return keep.grads
+    if not reentrant: assert same(gradients(Checkpointed), gradients(OtherInTraining))
+    else:
+        with pytest.raises(RuntimeError, match='use_reentrant=False'): gradients(Checkpointed)
 
 
 @pytest.mark.parametrize('ignored', [-100, 255])

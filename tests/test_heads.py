@@ -318,6 +318,8 @@ def test_what_is_set_later_or_no_dtype_is_refused():
     with pytest.raises(TypeError, match='^loss must'): head.loss = nn.CrossEntropyLoss()
     for dtype in ('float32', float, torch.int64):
         with pytest.raises(TypeError, match='^dtype must'): MarginHead(3, 4, CosFaceLoss(), dtype=dtype)
+    for args in ((np.ones((2, 3), np.float32), torch.arange(2)), (torch.ones(2, 3), np.arange(2))):
+        with pytest.raises(TypeError, match='got ndarray'): head(*args)
 
 
 def test_heads_made_on_meta():
