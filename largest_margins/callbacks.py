@@ -216,8 +216,8 @@ class HeadCallback(Callback):
         def remember(module, args):
             seen.append(args[0])
             if training and not torch.is_grad_enabled():
-                raise RuntimeError('the head must run with gradients in training: leave '
-                                   'it out of checkpoint, or say use_reentrant=False')
+                raise RuntimeError('the head must run with gradients in training: '
+                                   'leave it out of checkpoint, or say use_reentrant=False')
         def passed(*_): self._unhook()
         self._hooks = (head.register_forward_pre_hook(remember),
                        self.learn.model.register_forward_hook(passed, always_call=True))
@@ -352,8 +352,9 @@ class SampleMarginRegularizer(HeadCallback):
         each = SampleMarginLoss(reduction='none', ignore_index=self.loss.ignore_index)
         other, own = (each(cosines, y) for y in (mix.yb1[0], targets))
         mixed = torch.lerp(other, own, torch.as_tensor(mix.lam, dtype=own.dtype))
-        targets, valid = self.loss.split_ignored(plain(targets).long(), cosines.shape[1])
-        shares = self.loss.shares(targets, valid, cosines.shape[1], own.dtype)
+        k = cosines.shape[1]
+        targets, valid = self.loss.split_ignored(plain(targets).long(), k)
+        shares = self.loss.shares(targets, valid, k, own.dtype)
         return self.loss.aggregate(mixed, shares)
 
 # %% ../nbs/training/23_callbacks.ipynb #be0b5105

@@ -276,7 +276,7 @@ def per_class(
         values = list(values)
         if any(isinstance(v, (bool, str)) for v in values):
             raise TypeError(f'{name} must be numbers [k], got {_described(values)}')
-        try: values = torch.as_tensor(values, device='cpu')  # not on meta: they are known
+        try: values = torch.as_tensor(values, device='cpu')  # never on meta
         except (TypeError, ValueError, RuntimeError) as e:
             raise TypeError(f'{name} must be a tensor or a list of numbers [k]: '
                             f'{e}') from e

@@ -95,8 +95,8 @@ class _ClassNumbers(_Shown):
             if value is None or (moved := self._buffers[name]).is_meta: continue
             if not value.is_meta: self._buffers[name] = value.to(moved.device)
             elif value.ndim:
-                raise RuntimeError(f'{name} of {type(self).__name__} lost its numbers on '
-                                   'meta: make the loss again where it is used')
+                raise RuntimeError(f'{name} of {type(self).__name__} lost its numbers '
+                                   'on meta: make the loss again where it is used')
         return self
 
     def log_prior(
