@@ -217,7 +217,8 @@ class HeadCallback(Callback):
             seen.append(args[0])
             if training and not torch.is_grad_enabled():
                 raise RuntimeError('the head must run with gradients in training: '
-                                   'leave it out of checkpoint, or say use_reentrant=False')
+                                   'leave it out of checkpoint, or say '
+                                   'use_reentrant=False')
         def passed(*_): self._unhook()
         self._hooks = (head.register_forward_pre_hook(remember),
                        self.learn.model.register_forward_hook(passed, always_call=True))
