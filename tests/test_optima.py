@@ -99,7 +99,8 @@ def test_weights_are_sample_counts_and_norms_do_not_matter():
 
 
 @pytest.mark.parametrize('loss', [ArcFaceLoss(6., .5), ArcFaceLoss(64., .1), SphereFaceLoss(6., 1.35),
-                                  lambda cosines, targets: (cosines**2).sum().neg()], ids=repr)
+                                  lambda cosines, targets: (cosines**2).sum().neg()],
+                         ids=['ArcFace', 'ArcFace at 64', 'SphereFace', 'concave'])
 def test_what_is_not_convex_is_refused(loss):
     with pytest.raises(ValueError, match='convex'): certify_optimum(loss, rows(0, 5, 6), rows(1, 5, 6))
 
