@@ -102,11 +102,11 @@ class Clock:
         return self.now
 
 
-def starts_of(monkeypatch, tick=1e-4, **kwargs):
+def starts_of(monkeypatch, tick=1e-4, size=(9, 4), **kwargs):
     seen = []
     with monkeypatch.context() as m:
         m.setattr(codes, 'time', Clock(tick))
-        packing = best_packing(9, 4, progress=lambda *told: seen.append(told), **kwargs)
+        packing = best_packing(*size, progress=lambda *told: seen.append(told), **kwargs)
     return len(seen), packing
 
 
@@ -119,8 +119,10 @@ def test_seconds_shorten_and_lengthen_the_search(monkeypatch):
 
 
 def test_a_search_that_had_no_time_says_so(monkeypatch):
-    done, packing = starts_of(monkeypatch, tick=1, seconds=.5)
+    done, packing = starts_of(monkeypatch, tick=1, size=(13, 3), seconds=.5)  # for which no construction is known
     assert done == 1 and packing.optimum == 'none'
+    done, packing = starts_of(monkeypatch, tick=1, seconds=.5)
+    assert done == 1 and not packing.how.startswith('search')
 
 
 def test_the_time_of_the_bound_is_not_the_searchs_own(monkeypatch):
