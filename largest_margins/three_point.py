@@ -59,7 +59,7 @@ class _Programme:
         self.width = float(self.cosine) + 1  # of the interval [−1, s]
         self.orders = list(combinations_with_replacement(range(degree - 1), 3))
         self.sizes = [degree + 1 - i for i in range(degree + 1)]
-        self.parts = np.cumsum([2 * degree, 3, *(m * (m + 1) // 2 for m in self.sizes),
+        self.parts = np.cumsum([degree, 3, *(m * (m + 1) // 2 for m in self.sizes),
                                 len(self.orders)])  # where b, F_0, F_1, …, q, η begin
 
     def pairs(self, y):
@@ -67,8 +67,8 @@ class _Programme:
         u = self.width * y - 1
         zero, one = np.zeros_like(u), np.ones_like(u)
         matrices = 3 * _kernels(self.d, self.degree, u, u, one)
-        return np.column_stack([*_gegenbauer(self.d, 2 * self.degree, u)[1:], zero,
-                                2 * one, one, matrices, *[zero] * len(self.orders), one])
+        return np.column_stack([*_gegenbauer(self.d, self.degree, u)[1:], zero, 2 * one,
+                                one, matrices, *[zero] * len(self.orders), one])
 
     def triples(self, y):
         "The left side of (eq-three) plus q·D and η at points of the cube, y [3, N]."
@@ -80,13 +80,13 @@ class _Programme:
             permutations(order))) for order in self.orders]
         D = 1 + 2 * X.prod(0) - (X**2).sum(0)
         matrices = _kernels(self.d, self.degree, *X)
-        return np.column_stack([*[zero] * (2 * self.degree + 2), one, matrices,
+        return np.column_stack([*[zero] * (self.degree + 2), one, matrices,
                                 *(D * x for x in q), one])
 
     def points(self):
         "f(1) + b_11 + Σ F_0[a, b] − c_0 as a linear function of the unknowns."
         row = np.zeros(self.parts[-1] + 1)
-        row[:self.parts[0] + 1] = 1
+        row[:self.degree + 1] = 1
         row[self.parts[1]:self.parts[2]] = [1 if i == j else math.sqrt(2)
                                             for i, j in _triangle(self.sizes[0])]
         return row
