@@ -47,6 +47,8 @@ class _AdjustedTerm(HeadCallback):
         super().__init__()
         self.weight, self.prior, self.scale = weight, prior, scale
 
+    def reads_pred(self, loss): return True  # the term stands beside the loss
+
     def after_loss(self):
         margins = adjusted_margins(self.batch_cosines(), self.learn.yb[0], self.prior,
                                    self.scale)
