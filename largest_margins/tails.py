@@ -113,10 +113,10 @@ class _Further(Callback):
     def _last(self): return self.learn.epoch + 1 == self.learn.n_epoch
 
     def before_validate(self):
-        "Look at some 500 test samples only, until the last epoch."
+        "Look at one batch of test samples only, until the last epoch."
         if self._last: return
         whole = self.learn.dls.valid.dataset
-        some = slice(None, None, max(1, len(whole) // 500))
+        some = slice(None, None, -(-len(whole) // self.learn.dls.valid.bs))
         self.learn.dl = self.learn.dls.valid.new(whole.new(whole.images[some],
                                                            whole.targets[some]))
 
