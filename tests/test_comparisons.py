@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_1samp
 
-from largest_margins.comparisons import Comparison, adjust, compare_rows, plot_comparisons, ranking
+from largest_margins.study.comparisons import Comparison, adjust, compare_rows, plot_comparisons, ranking
 
 
 def cell(*differences): return dict(enumerate(differences))
@@ -31,7 +31,7 @@ def test_cells_are_averaged_within_a_seed_first():
     assert found.by_seed == {0: 2.5, 1: 4.} and found.mean == 3.25 and found.raised == found.number == 2
     assert found.standard_error == pytest.approx(np.std([2.5, 4.], ddof=1) / np.sqrt(2))
     with pytest.raises(ValueError, match='two seeds or more in common'):
-        Comparison({('s', 'a', 'b'): {0: 1., 1: 2.}, ('t', 'a', 'b'): {1: 1., 2: 2.}}).mean
+        Comparison({('s', 'a', 'b'): {0: 1., 1: 2.}, ('t', 'a', 'b'): {1: 1., 2: 2.}}).brief()
 
 
 def test_copies_of_a_cell_say_no_more_than_one():
