@@ -63,7 +63,7 @@ def number(name: str, value, **bounds: float) -> float:
         raise NotFinite(f'{name} must be a finite number, got {value}')
     return _in_range(name, given, bounds)
 
-
+# %% ../nbs/losses/10_checks.ipynb #56242783
 def integer(name: str, value, **bounds: float) -> int:
     "A whole number within its bounds."
     return _in_range(name, int(_scalar(name, value, Integral, 'an int')), bounds)
@@ -74,7 +74,7 @@ def flag(name: str, value: bool) -> bool:
     if isinstance(value, bool): return value
     raise TypeError(f'{name} must be True or False, got {_described(value)}')
 
-
+# %% ../nbs/losses/10_checks.ipynb #56242784
 def choice(name: str, value: str, options: tuple) -> str:
     "One of the options."
     if not isinstance(value, str):
@@ -116,7 +116,7 @@ class Integer(Checked):
     "An attribute that holds a whole number."
     check = staticmethod(integer)
 
-
+# %% ../nbs/losses/10_checks.ipynb #688cb992
 class Flag(Checked):
     "An attribute that holds True or False."
     check = staticmethod(flag)
@@ -134,7 +134,7 @@ def values_are_cheap(x: Tensor) -> bool:
     return (x.is_cpu and type(x) in (Tensor, torch.nn.Parameter)
             and not is_traced() and not _is_fake())
 
-
+# %% ../nbs/losses/10_checks.ipynb #a62ef312
 def is_traced() -> bool:
     "Whether what runs now is recorded or transformed: compiled, traced, `torch.func`."
     return (torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
@@ -157,7 +157,7 @@ def plain(x: Tensor) -> Tensor:
                         'full_tensor(), or call the module that FSDP wrapped')
     return x.as_subclass(Tensor)
 
-
+# %% ../nbs/losses/10_checks.ipynb #68661f2f
 def at_least_float32(x: Tensor) -> Tensor:
     "A plain tensor in float32, or in float64 if it was: half precision is for storage."
     return plain(x).to(torch.promote_types(x.dtype, torch.float32))
@@ -167,7 +167,7 @@ def is_symbol(x) -> bool:
     "Whether `x` is a name in a graph that fx is drawing."
     return isinstance(x, torch.fx.Proxy)
 
-
+# %% ../nbs/losses/10_checks.ipynb #51b7a3cb
 def as_one_node(module: torch.nn.Module, *args, given=None) -> torch.fx.Proxy:
     "A call of `module` as one node of a graph: its checks of values cannot be drawn."
     tracer = args[0].tracer
@@ -204,8 +204,7 @@ def check_matrix(name: str, x: Tensor, **least: int):
 def _as_tensor(name, values):
     "A tensor, or what makes one, as a plain tensor of numbers."
     wanted = f'{name} must be a tensor or a list of numbers [k]'
-    if isinstance(values, (str, bytes, dict, set)) or not isinstance(
-            values, (Tensor, Iterable)):
+    if isinstance(values, (bytes, dict, set)):
         raise TypeError(f'{wanted}, got {type(values).__name__}')
     if not isinstance(values, Tensor):
         try: values = torch.as_tensor(list(values), device='cpu')  # never on meta
@@ -259,14 +258,12 @@ def per_sample(name: str, value, x: Tensor, **bounds: float) -> Tensor:
     if not isinstance(value, Tensor):
         return x.new_full(x.shape[:1], number(name, value, **bounds), dtype=dtype)
     if not value.is_floating_point():
-        raise TypeError(f'{name} must be a number or a floating-point tensor [N], '
-                        f'got {value.dtype}')
+        raise TypeError(f'{name} must be a number or of floats [N], got {value.dtype}')
     if value.ndim and value.shape != x.shape[:1]:
         raise ValueError(f'{name} must be a number or [N] with N = {x.shape[0]}, '
                          f'got shape {tuple(value.shape)}')
     check_device(name, value, x.device)
-    value = plain(value)
-    if values_are_cheap(value):
+    if values_are_cheap(value := plain(value)):
         for extreme in value.detach().aminmax(): number(name, extreme, **bounds)
     return value.to(dtype).expand(x.shape[0])
 
@@ -282,7 +279,7 @@ def check_prototypes(prototypes: Tensor, name: str = 'prototypes', least: int = 
         raise ValueError(f'{name} must have a direction, row '
                          f'{largest.eq(0).nonzero()[0].item()} is zero')
 
-
+# %% ../nbs/losses/10_checks.ipynb #5d34aefe
 def check_finite(name: str, rows: Tensor):
     "Refuse rows with nan or infinity, on a CPU."
     if not values_are_cheap(rows): return
@@ -305,12 +302,9 @@ def check_features(features: Tensor, prototypes: Tensor, samples=0, classes=0):
     check_device('prototypes', prototypes, features.device)
 
 # %% ../nbs/losses/10_checks.ipynb #bb1549bf
-_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-
-
 def check_integers(targets: Tensor, samples: int, device=None) -> Tensor:
     "Refuse what cannot be classes whatever their number; return them as int64, [N]."
-    if not isinstance(targets, Tensor) or targets.dtype not in _INTEGERS:
+    if _kind(targets) not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.long):
         raise TypeError('targets must be an integer tensor [N] of class indices, '
                         f'got {_kind(targets)}')
     if targets.shape != (samples,):
@@ -330,7 +324,7 @@ def check_range(targets: Tensor, num_classes: int, ignored: Tensor | None = None
         raise ValueError(f'targets must be in 0..{num_classes - 1}, '
                          f'got {low} to {high}')
 
-
+# %% ../nbs/losses/10_checks.ipynb #bb1549c1
 def check_targets(targets: Tensor, samples: int, num_classes: int, device=None) -> Tensor:
     "Refuse what cannot be classes; return them as int64, [N]."
     targets = check_integers(targets, samples, device)
@@ -353,7 +347,7 @@ def check_scores(scores: Tensor, name: str = 'logits') -> Tensor:
                              'scale to the loss')
     return at_least_float32(scores)
 
-
+# %% ../nbs/losses/10_checks.ipynb #ed59ca63
 def check_cosines(cosines: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     "Cosines in at least float32, [N, k], and targets as int64, [N], or an error."
     plain_cosines = check_scores(cosines, 'cosines')

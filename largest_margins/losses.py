@@ -27,8 +27,8 @@ from .checks import (
     check_device, check_features, check_integers, check_range, check_scores, integer,
     is_symbol, is_traced, number, per_class, per_sample, plain, values_are_cheap)
 from .engine.cosines import (
-    angle_from_cosine, full_precision, log_sum_exp_of_others)
-from .engine.fused import Own, fused_loss, work_dtype
+    angle_from_cosine, cosine_matrix, log_sum_exp_of_others)
+from .engine.fused import Own, fused_loss
 from .engine.shards import ClassShards
 from .margins import angle, row_norms, unit_rows
 
@@ -56,6 +56,13 @@ def _parameters(cls):
         else: found[p.name] = p
     return found
 
+# %% ../nbs/losses/12_losses.ipynb #be217096
+def _as_text(value, is_angle=False):
+    "A value as it is printed; angles in degrees, too."
+    if isinstance(value, Tensor): return f'[{len(value)}]'
+    if not isinstance(value, float): return repr(value)
+    return f'{value:g}' + (f' rad ({math.degrees(value):.2f}°)' if is_angle else '')
+
 # %% ../nbs/losses/12_losses.ipynb #be217094
 class _Shown(_Fields):
     "The same, which prints what makes it differ from others."
@@ -66,20 +73,12 @@ class _Shown(_Fields):
             known = getattr_static(type(self), name, None)
             value = vars(self).get(getattr(known, 'key', name),
                                    getattr(self, name, p.default))
-            text = f'{value:g}' if isinstance(value, float) else repr(value)
-            if isinstance(value, Tensor): text = f'[{len(value)}]'
-            elif isinstance(value, torch.Generator): continue
-            elif value == p.default and not _is_main(p, known, value): continue
-            if isinstance(known, Number) and known.allowed.get('below') == math.pi:
-                text += f' rad ({math.degrees(value):.2f}°)'
-            shown.append(f'{name}={text}')
+            main = isinstance(known, Number) and p.kind is not p.KEYWORD_ONLY
+            same = not isinstance(value, Tensor) and value == p.default
+            if isinstance(value, torch.Generator) or (same and not main): continue
+            is_angle = main and known.allowed.get('below') == math.pi
+            shown.append(f'{name}={_as_text(value, is_angle)}')
         return ', '.join(shown)
-
-
-def _is_main(p, known, value):
-    "Whether it is a number that every loss of its kind prints."
-    positional = p.kind is not p.KEYWORD_ONLY
-    return positional and isinstance(known, Checked) and isinstance(value, float)
 
 # %% ../nbs/losses/12_losses.ipynb #db9daa6c
 class _ClassNumbers(_Shown):
@@ -150,8 +149,9 @@ class _Reduction(_Options):
         return losses.mean() if self.reduction == 'mean' else losses.sum()
 
 # %% ../nbs/losses/12_losses.ipynb #f12a317f
-class _Checking(_Reduction):
-    "What a loss asks of scores and targets."
+class ClassificationLoss(_Reduction):
+    "What all losses share: weights, the reduction, what fastai wants to know."
+    y_int = True  # targets are integers, so MixUp mixes losses and not labels
 
     def split_ignored(self, targets, num_classes):
         "Class 0 in the place of `ignore_index`, and which samples count (None: all)."
@@ -169,11 +169,6 @@ class _Checking(_Reduction):
         targets = check_integers(targets, scores.shape[0], scores.device)
         self.check_classes(scores.shape[1], scores.device)
         return scores, *self.split_ignored(targets, scores.shape[1])
-
-# %% ../nbs/losses/12_losses.ipynb #f12a3181
-class ClassificationLoss(_Checking):
-    "What all losses share: weights, the reduction, what fastai wants to know."
-    y_int = True  # targets are integers, so MixUp mixes losses and not labels
 
     def log_prior(self, dtype):
         "What the prior adds to the logits of a training, [k], or None."
@@ -199,6 +194,7 @@ class _Hooks(ClassificationLoss):
     angular = False  # whether the hook reads `own.angle`
     scale: float | None = None  # s of the log-sum-exp; None: only the largest counts
     numbers: ClassVar[dict[str, str]] = {}  # per sample: its name, and what it replaces
+    label_smoothing = 0.  # of the matrix of cosines only
 
     def per_sample(self, own: Own, rest: Tensor, **numbers: float | Tensor) -> Tensor:
         "The hook of a loss that is no margin softmax: the losses, [n]."
@@ -208,10 +204,6 @@ class _Hooks(ClassificationLoss):
                   targets: Tensor, group=None) -> dict[str, Tensor]:
         "A hook, once a batch: numbers for each sample that the loss makes itself."
         return given
-
-# %% ../nbs/losses/12_losses.ipynb #7bc740c7
-class _PerSampleNumbers(_Hooks):
-    "Numbers for each sample, given or the loss's own."
 
     def _given(self, given, x):
         "The caller's numbers, checked, under the names of what they replace, [N]."
@@ -236,7 +228,7 @@ class _PerSampleNumbers(_Hooks):
         return given
 
 # %% ../nbs/losses/12_losses.ipynb #7bc740c9
-class _Terms(_PerSampleNumbers):
+class _Terms(_Hooks):
     "What the engine asks of a loss."
 
     def terms(self, own, rest, given, wanted=()):
@@ -254,18 +246,12 @@ class _Terms(_PerSampleNumbers):
             losses = self.per_sample(own, numbers.pop('rest'), **numbers)
         learned = [p for p in self.parameters() if p.requires_grad]
         slopes = torch.autograd.grad(losses, [*leaves.values(), *learned],
-                                     torch.ones_like(losses), allow_unused=True)
-        if any(slope is not None for slope in slopes[len(leaves):]):
+                                     torch.ones_like(losses), materialize_grads=True)
+        if any(slope.any() for slope in slopes[len(leaves):]):
             raise TypeError(f'{type(self).__name__} reads a parameter of its own, '
                             'which would get no gradient: name it in `numbers`, and '
                             'return it for each sample from `per_batch`')
-        slopes = (torch.zeros_like(v) if slope is None else slope
-                  for slope, v in zip(slopes, leaves.values()))
         return losses.detach(), dict(zip(leaves, slopes))
-
-# %% ../nbs/losses/12_losses.ipynb #b1c78170
-class _Totals(_Terms):
-    "How the losses of a batch become one."
 
     def log_shares(self, targets, valid, num_classes, dtype):
         "log a_i, [N], if samples are summed up by (1/t)·log Σ a_i·exp(t·L_i); else None."
@@ -276,22 +262,16 @@ class _Totals(_Terms):
         if leads is not None: losses = losses + self.sample_margin * leads
         return self.aggregate(losses, shares)
 
-    def frozen(self):
-        "This loss as it is now, whatever is set later: for the way back."
-        loss = object.__new__(type(self))
-        loss.__dict__ |= vars(self) | dict(_buffers=dict(self._buffers))
-        return loss
-
 # %% ../nbs/losses/12_losses.ipynb #b1c78171
-class _OfMatrix(_Totals):
+class _OfMatrix(_Terms):
     "The loss of a matrix, differentiable as often as one likes."
 
     def of_cosines(self, cosines, own, valid, given):
         "The loss of cosines that have been checked."
-        targets, dtype, leads = own.targets, cosines.dtype, None
-        shares, logs = (weigh(targets, valid, cosines.shape[1], dtype)
-                        for weigh in (self.shares, self.log_shares))
-        losses = torch.zeros_like(own.cosine)
+        targets, dtype = own.targets, cosines.dtype
+        shares, logs = (weights(targets, valid, cosines.shape[1], dtype)
+                        for weights in (self.shares, self.log_shares))
+        losses, leads = torch.zeros_like(own.cosine), None
         if self.scale:
             rest = log_sum_exp_of_others(cosines, targets, self.scale,
                                          self.log_prior(dtype))
@@ -304,24 +284,24 @@ class _OfMatrix(_Totals):
         others = cosines.scatter(1, own.targets[:, None], -torch.inf)
         return others.amax(1) - own.cosine
 
-# %% ../nbs/losses/12_losses.ipynb #b1c78172
-class _OfFeatures(_OfMatrix):
-    "The same, from features and prototypes."
-
     def of_matrix(self, features, prototypes, targets, valid, given):
         "What `linear` returns, by way of the matrix: slower, but torch sees each step."
-        dtype = work_dtype(features.dtype, prototypes.dtype)
-        z, w = (unit_rows(plain(x).to(dtype)) for x in (features, prototypes))
-        with full_precision(features.device.type): cosines = F.linear(z, w)
-        own = Own(targets, cosines.gather(1, targets[:, None])[:, 0],
-                  angle(z, w[targets]) if self.angular else None)
+        cosines, theta = cosine_matrix(features, prototypes), None
+        if self.angular:
+            theta = angle(*(unit_rows(plain(x).to(cosines.dtype))
+                            for x in (features, prototypes[targets])))
+        own = Own(targets, cosines.gather(1, targets[:, None])[:, 0], theta)
         return self.of_cosines(cosines, own, valid, given)
 
-# %% ../nbs/losses/12_losses.ipynb #95195c77
-class _OnCosines(_OfFeatures):
-    "The call with a matrix of cosines."
-    label_smoothing = 0.  # of the matrix of cosines only
+    def frozen(self):
+        "This loss as it is now, whatever is set later: for the way back."
+        loss = object.__new__(type(self))
+        loss.__dict__ |= vars(self) | dict(_buffers=dict(self._buffers))
+        return loss
 
+# %% ../nbs/losses/12_losses.ipynb #95195c77
+class _OnCosines(_OfMatrix):
+    "The call with a matrix of cosines."
     def forward(
         self,
         cosines: Tensor,  # cosines in [−1, 1], not yet scaled, [N, k]
@@ -375,43 +355,43 @@ class CosineLoss(_OnCosines):
 class _Curves(CosineLoss):
     "The hook of a margin softmax, its two curves."
 
-    def curves(self, own: Own, **numbers) -> tuple[Tensor, Tensor | None]:
-        "The hook: num and den of equation (eq-family), [n] each; den None means −∞."
-        return own.cosine, own.cosine
-
-    def with_slopes(self, own: Own, **numbers) -> tuple | None:
-        "For speed: num, den, and their slopes by the cosine (the angle, if angular)."
-        return None  # autograd finds them
+    def curves(self, own: Own, **numbers) -> tuple:
+        """The hook: num and den of equation (eq-family), [n] each; den None means −∞.
+        For speed, their slopes by the cosine (the angle, if angular) may follow."""
+        return own.cosine, own.cosine, 1., 1.
 
     def curves_at(self, angle: Tensor) -> tuple[Tensor, Tensor | None]:
         "The two curves of class 0 over the angle in radians, [n], for plots."
         targets = torch.zeros_like(angle, dtype=torch.long)
         numbers = self._filled(self.per_batch({}, None, targets), targets, angle.dtype)
-        return self.curves(Own(targets, angle=angle), **numbers)
+        return self.curves(Own(targets, angle=angle), **numbers)[:2]
+
+# %% ../nbs/losses/12_losses.ipynb #28dc9c67
+def _with_slopes(num, den, by_num, by_den, rest, s):
+    "Equation (eq-stable) and its slopes, from the curves and theirs."
+    if den is None: return rest / s - num, dict(own=-by_num, rest=1 / s)
+    excess = torch.sub(rest, den, alpha=s)
+    losses, miss = F.softplus(excess, threshold=40), excess.sigmoid_()
+    if den is num: return losses, dict(own=miss * (-s * by_num), rest=miss)
+    by_own = s * ((1 - miss) * by_den - by_num)
+    return torch.add(losses, den - num, alpha=s), dict(own=by_own, rest=miss)
 
 # %% ../nbs/losses/12_losses.ipynb #28dc9c64
 class _Softmax(_Curves):
-    "What follows from the curves, by equation (eq-stable)."
+    "What follows from the curves."
 
     def per_sample(self, own, rest, **numbers):
-        num, den = self.curves(own, **numbers)
+        num, den, *_ = self.curves(own, **numbers)
         if den is None: return rest / self.scale - num
         losses = F.softplus(rest - self.scale * den, threshold=40)
         return losses if den is num else losses + self.scale * (den - num)
 
     def terms(self, own, rest, given, wanted=()):
-        found, s = None, self.scale
         if wanted and not given.keys() & set(wanted):
             filled = self._filled(given, own.targets, rest.dtype)
-            found = self.with_slopes(own, **filled)
-        if found is None: return super().terms(own, rest, given, wanted)
-        num, den, by_num, by_den = found
-        if den is None: return rest / s - num, dict(own=-by_num, rest=1 / s)
-        excess = torch.sub(rest, den, alpha=s)
-        losses, miss = F.softplus(excess, threshold=40), excess.sigmoid_()
-        if den is num: return losses, dict(own=miss * (-s * by_num), rest=miss)
-        by_own = s * ((1 - miss) * by_den - by_num)
-        return torch.add(losses, den - num, alpha=s), dict(own=by_own, rest=miss)
+            if len(found := self.curves(own, **filled)) == 4:
+                return _with_slopes(*found, rest, self.scale)
+        return super().terms(own, rest, given, wanted)
 
 # %% ../nbs/losses/12_losses.ipynb #28dc9c66
 _SCALE = dict(at_least=1e-6, at_most=1e6)
@@ -420,28 +400,39 @@ _ANGLE = dict(at_least=0, below=math.pi)
 _LEAD = dict(above=-2, below=2)  # two cosines differ by at most 2
 
 # %% ../nbs/losses/12_losses.ipynb #64fb0eed
-def _smoothed(loss, cosines, own, valid, curves):
-    "The cross-entropy with smoothed labels of the edited, scaled cosines."
-    (num, den), w, targets = curves, loss.weight, own.targets
-    if den is not num:
-        raise ValueError(f'label_smoothing is for losses with num = den, '
-                         f'{type(loss).__name__} is none')
-    if w is not None and loss.reduction == 'class-mean':
-        raise ValueError('label_smoothing with class weights must have another '
-                         "reduction than 'class-mean'")
-    if w is not None: w = w.to(cosines.dtype)
+def _smoothed(loss, cosines, own, valid, num):
+    "The cross-entropy with smoothed labels of the scaled cosines, with num among them."
+    w, targets = loss.weight, own.targets
     logits = loss.scale * cosines.scatter(1, targets[:, None], num[:, None])
     if valid is not None: targets = torch.where(valid, targets, -100)
-    losses = F.cross_entropy(logits, targets, w, label_smoothing=loss.label_smoothing,
-                             reduction='none' if w is None else loss.reduction)
+    losses = F.cross_entropy(
+        logits, targets, None if w is None else w.to(logits.dtype),
+        label_smoothing=loss.label_smoothing,
+        reduction='none' if w is None else loss.reduction)
     shares = loss.shares(own.targets, valid, cosines.shape[1], cosines.dtype)
     leads = loss._leads(cosines, own)
     if w is None: return loss.total(losses, leads, shares)
     return losses + loss.sample_margin * loss.aggregate(leads, shares)
 
+# %% ../nbs/losses/12_losses.ipynb #64fb0eee
+class _Smoothed(_Softmax):
+    "The same with smoothed labels."
+
+    def of_cosines(self, cosines, own, valid, given):
+        if not self.label_smoothing:
+            return super().of_cosines(cosines, own, valid, given)
+        self.__post_init__()
+        numbers = self._filled(given, own.targets, cosines.dtype)
+        num, den, *_ = self.curves(own, **numbers)
+        weighted = self.weight is not None and self.reduction == 'class-mean'
+        if den is not num or weighted:
+            raise ValueError('label_smoothing must be 0 where num is not den, and for '
+                             'the class-mean with class weights')
+        return _smoothed(self, cosines, own, valid, num)
+
 # %% ../nbs/losses/12_losses.ipynb #64fb0eef
 @dataclass(eq=False, repr=False)
-class MarginSoftmaxLoss(_Softmax):
+class MarginSoftmaxLoss(_Smoothed):
     "A margin softmax: the `curves` of the target's cosine, one reduction of the rest."
     scale: float = Number(20., **_SCALE)  # s > 0, the inverse temperature of the cosines
     _: KW_ONLY
@@ -452,19 +443,9 @@ class MarginSoftmaxLoss(_Softmax):
             raise ValueError('label_smoothing must be 0 with a prior, '
                              f'got {self.label_smoothing:g}')
 
-    def activation(
-        self,
-        scores: Tensor,  # cosines, [N, k]
-    ) -> Tensor:  # probabilities softmax(s·cosines), [N, k]
-        "The model's probabilities, without the margin."
+    def activation(self, scores):
+        "The model's probabilities softmax(s·cosines), [N, k], without the margin."
         return super().activation(self.scale * at_least_float32(scores))
-
-    def of_cosines(self, cosines, own, valid, given):
-        if not self.label_smoothing:
-            return super().of_cosines(cosines, own, valid, given)
-        self.__post_init__()
-        numbers = self._filled(given, own.targets, cosines.dtype)
-        return _smoothed(self, cosines, own, valid, self.curves(own, **numbers))
 
 # %% ../nbs/losses/12_losses.ipynb #c501d9c0
 class NormFaceLoss(MarginSoftmaxLoss):
@@ -480,21 +461,19 @@ class CosFaceLoss(MarginSoftmaxLoss):
     margin: float = Number(.35, **_LEAD)  # m in (−2, 2), in units of cosine
     numbers: ClassVar = dict(margin='margin', m3='margin')
 
-    def curves(self, own, margin): return (logit := own.cosine - margin), logit
-
-    def with_slopes(self, own, margin): return *self.curves(own, margin), 1., 1.
+    def curves(self, own, margin): return (logit := own.cosine - margin), logit, 1., 1.
 
 # %% ../nbs/losses/12_losses.ipynb #749b650d
+def _psi(u):
+    "ψ(u) and its slope, from how many times π fits into u and what is left."
+    arcs = torch.div(u, math.pi, rounding_mode='floor')
+    within = torch.sub(u, arcs, alpha=math.pi)
+    return torch.sub(within.cos(), arcs, alpha=2), -within.sin()
+
+
 def falling_cosine(u: Tensor) -> Tensor:
     "ψ(u): the cosine of u radians, which keeps falling past π, as SphereFace's does."
-    arcs, within = _arcs(u)
-    return torch.sub(within.cos(), arcs, alpha=2)
-
-
-def _arcs(u):
-    "How many times π fits into u, and what is left, of which ψ is the cosine again."
-    arcs = torch.div(u, math.pi, rounding_mode='floor')
-    return arcs, torch.sub(u, arcs, alpha=math.pi)
+    return _psi(u)[0]
 
 # %% ../nbs/losses/12_losses.ipynb #2e03686b
 def _times(factor, x):
@@ -515,14 +494,11 @@ class _AngularLoss(MarginSoftmaxLoss):
     detach_margin = False
 
     def curves(self, own, m1, m2, m3):
-        logit = _less(falling_cosine(_times(m1, own.angle) + m2), m3)
-        if self.detach_margin: logit = own.cosine + (logit - own.cosine).detach()
-        return logit, logit
-
-    def with_slopes(self, own, m1, m2, m3):
-        arcs, within = _arcs(_times(m1, own.angle) + m2)
-        logit = _less(torch.sub(within.cos(), arcs, alpha=2), m3)
-        slope = -own.angle.sin() if self.detach_margin else within.sin() * -m1
+        psi, slope = _psi(_times(m1, own.angle) + m2)
+        logit, slope = _less(psi, m3), _times(m1, slope)
+        if self.detach_margin:
+            logit = own.cosine + (logit - own.cosine).detach()
+            slope = -own.angle.sin()
         return logit, logit, slope, slope
 
 # %% ../nbs/losses/12_losses.ipynb #2e03686d
@@ -561,7 +537,7 @@ class _ClassCounts:
     "What stands before the parameters of all others."
     class_counts: _Numbers = PerClass(above=0, below=1e30)  # samples of each, > 0, [k]
 
-
+# %% ../nbs/losses/12_losses.ipynb #15c127a6
 @dataclass(eq=False, repr=False)
 class LDAMLoss(MarginSoftmaxLoss, _ClassCounts):
     "A margin on the cosine for each class, num = den = c − m_y (Cao et al. 2019)."
@@ -569,19 +545,14 @@ class LDAMLoss(MarginSoftmaxLoss, _ClassCounts):
     # Of the rarest class, in [0, 2), in units of cosine.
     max_margin: float = Number(.5, at_least=0, below=2)
 
-    def class_margins(
-        self,
-        dtype: torch.dtype = torch.float32,  # of the result
-    ) -> Tensor:  # m_j in units of cosine, [k]
-        "The margin of each class, equation (eq-ldam)."
+    def class_margins(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        "The margin m_j of each class in units of cosine, equation (eq-ldam), [k]."
         counts = self.class_counts.to(dtype)
         return self.max_margin * (counts / counts.amin()) ** -.25
 
     def curves(self, own):
         logit = own.cosine - self.class_margins(own.cosine.dtype)[own.targets]
-        return logit, logit
-
-    def with_slopes(self, own): return *self.curves(own), 1., 1.
+        return logit, logit, 1., 1.
 
 # %% ../nbs/losses/12_losses.ipynb #0fd8c9da
 def class_balanced_weights(
@@ -604,9 +575,17 @@ def _refuse_recomputing(loss):
                        'would get other gradients; keep the head out of the checkpoint')
 
 # %% ../nbs/losses/12_losses.ipynb #4412ccae
+class _Drawing(MarginSoftmaxLoss):
+    "A loss with a `generator`, whose state is saved with it."
+
+    def get_extra_state(self): return self.generator.get_state()  # a tensor
+
+    def set_extra_state(self, state): self.generator.set_state(state)
+
+# %% ../nbs/losses/12_losses.ipynb #4412ccaf
 @dataclass(eq=False, repr=False)
-class _Drawn(MarginSoftmaxLoss):
-    "The parameters of random margins, and their generator."
+class ElasticFaceLoss(_Drawing):
+    "A margin drawn anew for each sample (Boutros et al. 2022, ElasticFace)."
     scale: float = Number(64., **_SCALE)  # s > 0; 64 as in the paper, for faces
     # Its mean; None: 0.5 rad for arc, 0.35 for cos.
     margin: float | None = Number(None, at_least=0, below=2)
@@ -621,19 +600,8 @@ class _Drawn(MarginSoftmaxLoss):
     def __post_init__(self):
         if self.margin is None: self.margin = .5 if self.angular else .35
         if self.generator is None:
-            self.generator = torch.Generator()
-            self.generator.manual_seed(torch.randint(2**62, ()).item())
-        elif not isinstance(self.generator, torch.Generator):
-            raise TypeError('generator must be a torch.Generator or None, '
-                            f'got {type(self.generator).__name__}')
-
-    def get_extra_state(self): return self.generator.get_state()  # a tensor
-
-    def set_extra_state(self, state): self.generator.set_state(state)
-
-# %% ../nbs/losses/12_losses.ipynb #4412ccaf
-class ElasticFaceLoss(_Drawn):
-    "A margin drawn anew for each sample (Boutros et al. 2022, ElasticFace)."
+            seed = torch.randint(2**62, ()).item()
+            self.generator = torch.Generator().manual_seed(seed)
 
     @property
     def angular(self): return self.kind == 'arc'
@@ -650,10 +618,6 @@ class ElasticFaceLoss(_Drawn):
         if not self.angular: return CosFaceLoss.curves(self, own, margin)
         return _AngularLoss.curves(self, own, 1., margin, 0.)
 
-    def with_slopes(self, own, margin):
-        if not self.angular: return CosFaceLoss.with_slopes(self, own, margin)
-        return _AngularLoss.with_slopes(self, own, 1., margin, 0.)
-
 # %% ../nbs/losses/12_losses.ipynb #4b1dcc6f
 def _mean_and_std(values, counted, group):
     "How many values of all ranks count (1, not 0); their mean and standard deviation."
@@ -666,9 +630,23 @@ def _mean_and_std(values, counted, group):
     squares, = summed((values - mean).square())
     return count, mean, (squares / (count - 1).clamp_min(1)).sqrt()
 
+# %% ../nbs/losses/12_losses.ipynb #4b1dcc71
+class _NormStatistics(MarginSoftmaxLoss):
+    "The running mean and deviation of norms, in buffers."
+
+    def __post_init__(self):
+        for name in ('norm_mean', 'norm_std'):
+            self.register_buffer(name, torch.empty(()))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        "The running statistics start as in the authors' code."
+        self.norm_mean.fill_(20.)
+        self.norm_std.fill_(100.)
+
 # %% ../nbs/losses/12_losses.ipynb #4b1dcc70
 @dataclass(eq=False, repr=False)
-class AdaFaceLoss(MarginSoftmaxLoss):
+class AdaFaceLoss(_NormStatistics):
     "A margin that follows the feature's norm, its quality (Kim et al. 2022, AdaFace)."
     angular: ClassVar = True
     scale: float = Number(64., **_SCALE)  # s > 0; 64 as in the paper, for faces
@@ -678,16 +656,6 @@ class AdaFaceLoss(MarginSoftmaxLoss):
     # Of the running mean and deviation of norms, in (0, 1].
     momentum: float = Number(.01, above=0, at_most=1)
     label_smoothing: float = field(default=0., init=False)
-
-    def __post_init__(self):
-        self.register_buffer('norm_mean', torch.empty(()))
-        self.register_buffer('norm_std', torch.empty(()))
-        self.reset_parameters()
-
-    def reset_parameters(self):
-        "The running statistics start as in the authors' code."
-        self.norm_mean.fill_(20.)
-        self.norm_std.fill_(100.)
 
     @torch.no_grad()
     def per_batch(self, given, features, targets, group=None):
@@ -708,15 +676,11 @@ class AdaFaceLoss(MarginSoftmaxLoss):
         return dict(quality=quality.clamp(-1, 1))
 
     def curves(self, own, quality):
-        theta = (own.angle - self.margin * quality).clamp(0, math.pi)
-        logit = theta.cos() - self.margin * (1 + quality)
-        return logit, logit
-
-    def with_slopes(self, own, quality):
         theta = own.angle - self.margin * quality
-        inside = (theta >= 0) & (theta <= math.pi)
-        slope = torch.where(inside, -theta.sin(), 0)
-        return *self.curves(own, quality), slope, slope
+        within = theta.clamp(0, math.pi)
+        logit = within.cos() - self.margin * (1 + quality)
+        slope = torch.where(theta == within, -within.sin(), 0)
+        return logit, logit, slope, slope
 
 # %% ../nbs/losses/12_losses.ipynb #74135abf
 @dataclass(eq=False, repr=False)
@@ -730,10 +694,8 @@ class GMSoftmaxLoss(MarginSoftmaxLoss):
     numbers: ClassVar = {n: n for n in ('alpha1', 'alpha2', 'beta1', 'beta2')}
 
     def curves(self, own, alpha1, alpha2, beta1, beta2):
-        return alpha1 * own.cosine + beta1, alpha2 * own.cosine + beta2
-
-    def with_slopes(self, own, alpha1, alpha2, beta1, beta2):
-        return *self.curves(own, alpha1, alpha2, beta1, beta2), alpha1, alpha2
+        num, den = alpha1 * own.cosine + beta1, alpha2 * own.cosine + beta2
+        return num, den, alpha1, alpha2
 
 # %% ../nbs/losses/12_losses.ipynb #4df3080f
 class _Tilt(Number):
@@ -757,18 +719,14 @@ class LMSoftmaxLoss(MarginSoftmaxLoss):
     tilt: float | None = _Tilt(None, **_SCALE)  # t > 0 of 'logsumexp'; None: s
     label_smoothing: float = field(default=0., init=False)
 
-    def curves(self, own): return own.cosine, None
-
-    def with_slopes(self, own): return own.cosine, None, 1., None
+    def curves(self, own): return own.cosine, None, 1., None
 
     def log_shares(self, targets, valid, num_classes, dtype):
         if self.aggregation == 'mean' or self.reduction == 'none': return None
         shares = self.shares(targets, valid, num_classes, dtype)
-        if not isinstance(shares, Tensor):
-            shares = torch.ones_like(targets, dtype=dtype)
-        elif self.reduction != 'sum':
+        if self.reduction != 'sum':  # they sum to N
             shares = shares * (targets.shape[0] if valid is None else valid.sum())
-        return shares.log()
+        return (shares * torch.ones_like(targets, dtype=dtype)).log()
 
     def total(self, losses, leads, shares, logs=None):
         if logs is None: return super().total(losses, leads, shares)
@@ -799,12 +757,12 @@ class FocalLoss(ClassificationLoss):
         "The focal losses, reduced over the batch."
         if is_symbol(logits): return as_one_node(self, logits, targets)
         logits, targets, valid = self.checked(logits, targets, 'logits')
-        rest = log_sum_exp_of_others(logits, targets, 1, self.log_prior(logits.dtype))
+        k, dtype = logits.shape[1], logits.dtype
+        rest = log_sum_exp_of_others(logits, targets, 1, self.log_prior(dtype))
         excess = rest - logits.gather(1, targets[:, None])[:, 0]
-        losses = (self.gamma * F.logsigmoid(excess)).exp() * F.softplus(
-            excess, threshold=40)
-        return self.aggregate(losses, self.shares(targets, valid, logits.shape[1],
-                                                  logits.dtype))
+        miss, losses = F.logsigmoid(excess), F.softplus(excess, threshold=40)
+        losses = (self.gamma * miss).exp() * losses
+        return self.aggregate(losses, self.shares(targets, valid, k, dtype))
 
 # %% ../nbs/losses/12_losses.ipynb #1e597dcb
 def suggest_scale(

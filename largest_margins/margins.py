@@ -78,17 +78,18 @@ def _all_norms(prototypes):
     return norms
 
 # %% ../nbs/theory/01_margins.ipynb #962efc23
-def _products(tiles, left, right):
-    "Each tile (a, b) with `right(b) @ left(a).T`, and −inf on the diagonal."
-    at, buffer = None, None
+def _closeness(tiles, left, right, measure=None):
+    "Each tile (a, b) of `right(b)` with `left(a)`, by cosines; −inf on the diagonal."
     for a, b in tiles:
-        if a != at: at, columns = a, left(a)
-        rows = right(b)
-        if buffer is None: buffer = rows.new_empty(len(rows) * len(columns))
-        tile = buffer[:len(rows) * len(columns)].view(len(rows), len(columns))
-        torch.mm(rows, columns.T, out=tile)
+        rows, columns = right(b), left(a)
+        tile = measure(rows, columns) if measure else torch.mm(rows, columns.T)
         if a == b: tile.diagonal().fill_(-torch.inf)
         yield a, b, tile
+
+
+def _short_chords(x, y):
+    "The chords from `x` to `y`, of which the shortest is the largest."
+    return -torch.cdist(x, y, compute_mode='donot_use_mm_for_euclid_dist')
 
 # %% ../nbs/theory/01_margins.ipynb #962efc24
 def _promising(prototypes, tiles, size):
@@ -101,7 +102,7 @@ def _promising(prototypes, tiles, size):
     def unit(i): return (prototypes[i:i + size] / norms[i:i + size]).float()
     def plain_rows(i): return prototypes[i:i + size].float()
     largest = [(tile.amax(1) / norms[b:b + size, 0]).amax().item()
-               for _, b, tile in _products(tiles, unit, plain_rows)]
+               for _, b, tile in _closeness(tiles, unit, plain_rows)]
     enough = max(largest) - slack
     return [tile for tile, cosine in zip(tiles, largest) if cosine >= enough]
 
@@ -117,22 +118,13 @@ def _closest_pair(prototypes):
     def unit(i): return unit_rows(prototypes[i:i + size].to(dtype))
     pair = torch.zeros(2, dtype=torch.long, device=prototypes.device)
     best = prototypes.new_full((), -torch.inf, dtype=dtype)
-    closeness = _products if dtype == torch.float64 else _chords
-    for a, b, tile in closeness(tiles, unit, unit):
+    chords = None if dtype == torch.float64 else _short_chords
+    for a, b, tile in _closeness(tiles, unit, unit, chords):
         value, where = tile.flatten().max(0)
         found = torch.stack([a + where % tile.shape[1], b + where // tile.shape[1]])
         pair = torch.where(value > best, found, pair)
         best = torch.maximum(value, best)
     return pair
-
-
-def _chords(tiles, left, right):
-    "Each tile (a, b) with the chords from `right(b)` to `left(a)`, the shortest largest."
-    for a, b in tiles:
-        tile = -torch.cdist(right(b), left(a),
-                            compute_mode='donot_use_mm_for_euclid_dist')
-        if a == b: tile.diagonal().fill_(-torch.inf)
-        yield a, b, tile
 
 # %% ../nbs/theory/01_margins.ipynb #f68f7719
 def class_margin(
