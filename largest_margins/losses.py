@@ -116,12 +116,12 @@ _Numbers = Tensor | Iterable[float]
 @dataclass(eq=False, repr=False, kw_only=True)
 class _Options(_Sized):
     "The options of all losses."
-    # Of each class, ≥ 0, [k].
+    # of each class, ≥ 0, [k]
     weight: _Numbers | None = PerClass(None, at_least=0, below=1e30)
-    # Which mean: 'mean', 'sum', 'none' or 'class-mean'.
+    # 'mean', 'sum', 'none' or 'class-mean'
     reduction: str = Choice('mean', 'sum', 'none', 'class-mean')
     ignore_index: int = Integer(-100)  # samples with this target do not count
-    # Counts or shares of the classes, > 0, [k].
+    # counts or shares of the classes, > 0, [k]
     prior: _Numbers | None = PerClass(None, above=0, below=1e30)
 
 # %% ../nbs/losses/12_losses.ipynb #f12a317d
@@ -436,7 +436,7 @@ class MarginSoftmaxLoss(_Smoothed):
     "A margin softmax: the `curves` of the target's cosine, one reduction of the rest."
     scale: float = Number(20., **_SCALE)  # s > 0, the inverse temperature of the cosines
     _: KW_ONLY
-    label_smoothing: float = Number(0., at_least=0, below=1)  # ε in [0, 1); of a matrix
+    label_smoothing: float = Number(0., at_least=0, below=1)  # ε in [0, 1); dense only
 
     def __post_init__(self):
         if self.label_smoothing and self.prior is not None:
@@ -542,7 +542,7 @@ class _ClassCounts:
 class LDAMLoss(MarginSoftmaxLoss, _ClassCounts):
     "A margin on the cosine for each class, num = den = c − m_y (Cao et al. 2019)."
     scale: float = Number(30., **_SCALE)  # s > 0; 30 as in the authors' code
-    # Of the rarest class, in [0, 2), in units of cosine.
+    # of the rarest class, in [0, 2), in units of cosine
     max_margin: float = Number(.5, at_least=0, below=2)
 
     def class_margins(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -587,9 +587,9 @@ class _Drawing(MarginSoftmaxLoss):
 class ElasticFaceLoss(_Drawing):
     "A margin drawn anew for each sample (Boutros et al. 2022, ElasticFace)."
     scale: float = Number(64., **_SCALE)  # s > 0; 64 as in the paper, for faces
-    # Its mean; None: 0.5 rad for arc, 0.35 for cos.
+    # its mean; None: 0.5 rad for arc, 0.35 for cos
     margin: float | None = Number(None, at_least=0, below=2)
-    # Its standard deviation, in the same unit, in [0, 1].
+    # its standard deviation, in the same unit, in [0, 1]
     std: float = Number(.05, at_least=0, at_most=1)
     kind: str = Choice('arc', 'cos')  # margin on the angle, or taken off the cosine
     generator: torch.Generator | None = None  # of the margins; None makes one
@@ -651,9 +651,9 @@ class AdaFaceLoss(_NormStatistics):
     angular: ClassVar = True
     scale: float = Number(64., **_SCALE)  # s > 0; 64 as in the paper, for faces
     margin: float = Number(.4, at_least=0, below=2)  # m, in units of angle and cosine
-    # How much a norm counts: standard deviations to [−1, 1].
+    # how much a norm counts: standard deviations to [−1, 1]
     h: float = Number(.333, above=0, at_most=10)
-    # Of the running mean and deviation of norms, in (0, 1].
+    # of the running mean and deviation of norms, in (0, 1]
     momentum: float = Number(.01, above=0, at_most=1)
     label_smoothing: float = field(default=0., init=False)
 
