@@ -301,7 +301,6 @@ class _OfMatrix(_Terms):
 
 # %% ../nbs/losses/12_losses.ipynb #95195c77
 class _OnCosines(_OfMatrix):
-    "The call with a matrix of cosines."
     def forward(
         self,
         cosines: Tensor,  # cosines in [−1, 1], not yet scaled, [N, k]
@@ -416,18 +415,19 @@ def _smoothed(loss, cosines, own, valid, num):
 
 # %% ../nbs/losses/12_losses.ipynb #64fb0eee
 class _Smoothed(_Softmax):
-    "The same with smoothed labels."
+    def __post_init__(self):
+        if self.label_smoothing and self.prior is not None:
+            raise ValueError('label_smoothing must be 0 with a prior, '
+                             f'got {self.label_smoothing:g}')
 
     def of_cosines(self, cosines, own, valid, given):
-        if not self.label_smoothing:
-            return super().of_cosines(cosines, own, valid, given)
-        self.__post_init__()
+        if not self.label_smoothing: return super().of_cosines(cosines, own, valid, given)
+        _Smoothed.__post_init__(self)
         numbers = self._filled(given, own.targets, cosines.dtype)
         num, den, *_ = self.curves(own, **numbers)
         weighted = self.weight is not None and self.reduction == 'class-mean'
         if den is not num or weighted:
-            raise ValueError('label_smoothing must be 0 where num is not den, and for '
-                             'the class-mean with class weights')
+            raise ValueError('label_smoothing needs num = den and no weighted class-mean')
         return _smoothed(self, cosines, own, valid, num)
 
 # %% ../nbs/losses/12_losses.ipynb #64fb0eef
@@ -438,11 +438,6 @@ class MarginSoftmaxLoss(_Smoothed):
     _: KW_ONLY
     label_smoothing: float = Number(0., at_least=0, below=1)  # ε in [0, 1); dense only
 
-    def __post_init__(self):
-        if self.label_smoothing and self.prior is not None:
-            raise ValueError('label_smoothing must be 0 with a prior, '
-                             f'got {self.label_smoothing:g}')
-
     def activation(self, scores):
         "The model's probabilities softmax(s·cosines), [N, k], without the margin."
         return super().activation(self.scale * at_least_float32(scores))
@@ -450,8 +445,6 @@ class MarginSoftmaxLoss(_Smoothed):
 # %% ../nbs/losses/12_losses.ipynb #c501d9c0
 class NormFaceLoss(MarginSoftmaxLoss):
     "Softmax of scaled cosines, num = den = c (Wang et al. 2017, NormFace)."
-
-    def with_slopes(self, own): return *self.curves(own), 1., 1.
 
 # %% ../nbs/losses/12_losses.ipynb #f44bb2d4
 @dataclass(eq=False, repr=False)
@@ -576,7 +569,15 @@ def _refuse_recomputing(loss):
 
 # %% ../nbs/losses/12_losses.ipynb #4412ccae
 class _Drawing(MarginSoftmaxLoss):
-    "A loss with a `generator`, whose state is saved with it."
+    "A loss with a `generator` of its own, whose state is saved with it."
+
+    def __post_init__(self):
+        if not isinstance(self.generator, torch.Generator | None):
+            raise TypeError('generator must be a torch.Generator or None, '
+                            f'got {type(self.generator).__name__}')
+        if self.generator is None:
+            seed = torch.randint(2**62, ()).item()
+            self.generator = torch.Generator().manual_seed(seed)
 
     def get_extra_state(self): return self.generator.get_state()  # a tensor
 
@@ -598,10 +599,8 @@ class ElasticFaceLoss(_Drawing):
     detach_margin = False
 
     def __post_init__(self):
+        super().__post_init__()
         if self.margin is None: self.margin = .5 if self.angular else .35
-        if self.generator is None:
-            seed = torch.randint(2**62, ()).item()
-            self.generator = torch.Generator().manual_seed(seed)
 
     @property
     def angular(self): return self.kind == 'arc'
@@ -648,7 +647,7 @@ class _NormStatistics(MarginSoftmaxLoss):
 @dataclass(eq=False, repr=False)
 class AdaFaceLoss(_NormStatistics):
     "A margin that follows the feature's norm, its quality (Kim et al. 2022, AdaFace)."
-    angular: ClassVar = True
+    angular = True
     scale: float = Number(64., **_SCALE)  # s > 0; 64 as in the paper, for faces
     margin: float = Number(.4, at_least=0, below=2)  # m, in units of angle and cosine
     # how much a norm counts: standard deviations to [−1, 1]
