@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from base64 import b64decode
+from dataclasses import is_dataclass
 from importlib import import_module
 from importlib.metadata import files
 from pathlib import Path
@@ -284,6 +285,9 @@ def api_entry(name, syms):
     own = {p.name for p in params}
     result = type_name(sig.return_annotation) if kind != 'class' else ''
     docs = docments(obj, full=True, args_kwargs=True)
+    for base in filter(is_dataclass, getattr(obj, '__mro__', ())):  # each describes the fields that it brings
+        for field, doc in docments(base, full=True).items():
+            if field in docs: docs[field].docment = docs[field].docment or doc.docment
     rows = []
     for p in params:
         text = (docs[p.name].docment or '') if p.name in docs else ''
