@@ -131,6 +131,78 @@ def _tangents(points):
     scaled = mirror * (2 / np.square(mirror).sum(1, keepdims=True))
     return np.eye(points.shape[1])[1:] - mirror[:, 1:, None] * scaled[:, None]
 
+# %% ../nbs/theory/03_packing.ipynb #5d1e8a42
+def _solved(square, wanted):
+    "The solution of a symmetric system that may be singular, dense or sparse."
+    lift = 1e-13 * square.diagonal().max()
+    if square.nnz > .05 * square.shape[0]**2 or square.shape[0] < 200:
+        square = square.toarray()
+        square[np.diag_indices_from(square)] += lift
+        return np.linalg.solve(square, wanted)
+    square = square.tocsc()
+    square.setdiag(square.diagonal() + lift)
+    return splu(square, permc_spec='MMD_AT_PLUS_A').solve(wanted)
+
+
+def _newton(points, i, j, steps=10):
+    "Move the points so that these pairs all have the same cosine."
+    k, d = points.shape
+    for _ in range(steps):
+        c = 1 - np.square(points[i] - points[j]).sum(1, keepdims=True) / 2
+        wanted = (c.mean() - c)[:, 0]
+        if abs(wanted).max() < 2e-16: break
+        left, right = points[j] - c * points[i], points[i] - c * points[j]
+        rows = hstack([_rows_of(i, j, left, right, k * d), -np.ones((len(i), 1))]).tocsr()
+        if len(i) <= k * d: moves = rows.T @ _solved(rows @ rows.T, wanted)
+        else: moves = _solved(rows.T @ rows, rows.T @ wanted)
+        if not abs(moves).max() < .1: break
+        points = _normalised(points + moves[:-1].reshape(k, d))
+    return points
+
+# %% ../nbs/theory/03_packing.ipynb #7a9c3e15
+def _programme(points, pairs, top, radius):
+    "The best moves up to a radius: moves, what they gain, and which pairs have stress."
+    (k, d), (i, j, cosines), tangents = points.shape, pairs, _tangents(points)
+    rows = _rows_of(i, j, np.einsum('nbd,nd->nb', tangents[i], points[j]),
+                    np.einsum('nbd,nd->nb', tangents[j], points[i]), k * (d - 1))
+    rows = hstack([rows, -np.ones((len(i), 1))])
+    cost, limits = np.zeros(rows.shape[1]), [(-1, 1)] * (k * (d - 1)) + [(None, 0)]
+    cost[-1] = 1  # all lengths in units of the radius
+    found = linprog(cost, A_ub=rows, b_ub=(top - cosines) / radius, bounds=limits,
+                    method='highs-ds' if points.size <= _FEW else 'highs-ipm',
+                    options=_EXACT)
+    if found.x is None: return None
+    moves = found.x[:-1].reshape(k, d - 1, 1) * tangents
+    return radius * moves.sum(1), -radius * found.x[-1], found.ineqlin.marginals < -1e-7
+
+
+_EXACT = dict.fromkeys(('primal_feasibility_tolerance', 'dual_feasibility_tolerance'),
+                       1e-10)
+_FEW = 400  # coordinates, up to which the dual simplex method is faster
+
+
+def _lift(points, deadline, steps=60):
+    "Sequential linear programming: lower the largest cosine while that is possible."
+    top = _largest_cosine(points)
+    radius = min(.01, .05 * math.sqrt(2 - 2 * top))
+    for _ in range(steps):
+        pairs = i, j, _ = _close_pairs(points, 4 * radius)
+        found = _programme(points, pairs, top, radius)
+        if found is None: break
+        moves, promised, stressed = found
+        if promised < 1e-13: break
+        i, j = i[stressed], j[stressed]
+        still = np.zeros_like(points)
+        still[i], still[j] = moves[i], moves[j]
+        still, whole = _normalised(points + still), _normalised(points + moves)
+        moved = min((_newton(still, i, j), still, whole), key=_largest_cosine)
+        gain = top - _largest_cosine(moved)
+        if gain > 0: points, top = moved, top - gain
+        part = gain / promised
+        radius *= 2 if part > .9 else 1 if part > .5 else 1 / 2 if part > 0 else 1 / 4
+        if radius < 1e-10 or time.monotonic() > deadline: break
+    return points
+
 # %% ../nbs/theory/03_packing.ipynb #874d3e85
 _MANY = 4000  # coordinates, up to which there are linear programmes
 _TILT = .03  # standard deviation of each coordinate, rad
@@ -389,76 +461,3 @@ def _closed_form(k, d):
     if k <= 2 * d:
         axes = torch.eye(d, dtype=torch.float64)
         return torch.cat([axes, -axes])[:k], 'orthogonal axes'
-
-
-# %% ../nbs/theory/03_packing.ipynb #5d1e8a42
-def _solved(square, wanted):
-    "The solution of a symmetric system that may be singular, dense or sparse."
-    lift = 1e-13 * square.diagonal().max()
-    if square.nnz > .05 * square.shape[0]**2 or square.shape[0] < 200:
-        square = square.toarray()
-        square[np.diag_indices_from(square)] += lift
-        return np.linalg.solve(square, wanted)
-    square = square.tocsc()
-    square.setdiag(square.diagonal() + lift)
-    return splu(square, permc_spec='MMD_AT_PLUS_A').solve(wanted)
-
-
-def _newton(points, i, j, steps=10):
-    "Move the points so that these pairs all have the same cosine."
-    k, d = points.shape
-    for _ in range(steps):
-        c = 1 - np.square(points[i] - points[j]).sum(1, keepdims=True) / 2
-        wanted = (c.mean() - c)[:, 0]
-        if abs(wanted).max() < 2e-16: break
-        left, right = points[j] - c * points[i], points[i] - c * points[j]
-        rows = hstack([_rows_of(i, j, left, right, k * d), -np.ones((len(i), 1))]).tocsr()
-        if len(i) <= k * d: moves = rows.T @ _solved(rows @ rows.T, wanted)
-        else: moves = _solved(rows.T @ rows, rows.T @ wanted)
-        if not abs(moves).max() < .1: break
-        points = _normalised(points + moves[:-1].reshape(k, d))
-    return points
-
-# %% ../nbs/theory/03_packing.ipynb #7a9c3e15
-def _programme(points, pairs, top, radius):
-    "The best moves up to a radius: moves, what they gain, and which pairs have stress."
-    (k, d), (i, j, cosines), tangents = points.shape, pairs, _tangents(points)
-    rows = _rows_of(i, j, np.einsum('nbd,nd->nb', tangents[i], points[j]),
-                    np.einsum('nbd,nd->nb', tangents[j], points[i]), k * (d - 1))
-    rows = hstack([rows, -np.ones((len(i), 1))])
-    cost, limits = np.zeros(rows.shape[1]), [(-1, 1)] * (k * (d - 1)) + [(None, 0)]
-    cost[-1] = 1  # all lengths in units of the radius
-    found = linprog(cost, A_ub=rows, b_ub=(top - cosines) / radius, bounds=limits,
-                    method='highs-ds' if points.size <= _FEW else 'highs-ipm',
-                    options=_EXACT)
-    if found.x is None: return None
-    moves = found.x[:-1].reshape(k, d - 1, 1) * tangents
-    return radius * moves.sum(1), -radius * found.x[-1], found.ineqlin.marginals < -1e-7
-
-
-_EXACT = dict.fromkeys(('primal_feasibility_tolerance', 'dual_feasibility_tolerance'),
-                       1e-10)
-_FEW = 400  # coordinates, up to which the dual simplex method is faster
-
-
-def _lift(points, deadline, steps=60):
-    "Sequential linear programming: lower the largest cosine while that is possible."
-    top = _largest_cosine(points)
-    radius = min(.01, .05 * math.sqrt(2 - 2 * top))
-    for _ in range(steps):
-        pairs = i, j, _ = _close_pairs(points, 4 * radius)
-        found = _programme(points, pairs, top, radius)
-        if found is None: break
-        moves, promised, stressed = found
-        if promised < 1e-13: break
-        i, j = i[stressed], j[stressed]
-        still = np.zeros_like(points)
-        still[i], still[j] = moves[i], moves[j]
-        still, whole = _normalised(points + still), _normalised(points + moves)
-        moved = min((_newton(still, i, j), still, whole), key=_largest_cosine)
-        gain = top - _largest_cosine(moved)
-        if gain > 0: points, top = moved, top - gain
-        part = gain / promised
-        radius *= 2 if part > .9 else 1 if part > .5 else 1 / 2 if part > 0 else 1 / 4
-        if radius < 1e-10 or time.monotonic() > deadline: break
-    return points
