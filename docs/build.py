@@ -6,6 +6,7 @@ import argparse
 import ast
 import inspect
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -56,14 +57,13 @@ kinds = [
          ('theory/errata', 'glossary', 'bibliography')),
     Kind('Reference', 'The names that users need, grouped by what one does with them.', 'api/index', (
         Section('Losses', 'One formula for the whole family, its regularisers and its heads.', 'losses'),
-        Section('Engines', 'The same losses for any number of classes, on one machine and on many, and what they '
-                'cost.', 'engine', ('losses/fused', 'losses/shards', 'losses/benchmarks', 'training/cpu',
-                                    'training/million')),
+        Section('Engine', 'The same losses for any number of classes, on one machine and on many, and what they '
+                'cost.', 'engine'),
         Section('Training', 'Data, callbacks, plots and the Learner.', 'training'),
-        Section('Ledger', 'The machinery that checks every claim.', 'ledger'),
-        Section('Experiments', "Configurations, the command line, the paper's tables, and how they are scored.",
-                'experiments'),
-        Section('Study', "The runs behind the results: recipes, records, tables.", 'study'))),
+        Section('Evaluation', 'How people and faces that nobody trained on are told apart, and how that is scored.',
+                'evaluation'),
+        Section('Study', "Configurations, the command line, the paper's tables, and how runs are compared.",
+                'study'))),
     Kind('Explore', 'Play with it: place points, make rare classes collapse, ask how far apart classes can be.',
          'explore/index', (Section('Explore', '', 'explore'),)),
 ]
@@ -90,6 +90,14 @@ tasks = {
 }
 # Markdown at the top of the repository that is a page too
 documents = ['CONTRIBUTING.md', 'CHANGELOG.md']
+# where pages stood before -> where they stand, so that links from elsewhere lead there
+moved = {
+    'engines/index': 'engine/index', 'theory/explore': 'explore/index', 'experiments/index': 'study/index', 'training/glyphs': 'study/glyphs',
+    **{f'losses/{name}': f'engine/{name}' for name in ('cosines', 'fused', 'shards', 'benchmarks')},
+    **{f'training/{name}': f'engine/{name}' for name in ('cpu', 'million')},
+    **{f'experiments/{name}': f'evaluation/{name}' for name in ('reid', 'verification')},
+    **{f'experiments/{name}': f'study/{name}' for name in (
+        'experiments', 'report', 'cli', 'recipes', 'tables', 'tasks', 'identities', 'inspect', 'comparisons')}}
 # Markdown of the site itself, in docs/
 written = ['bibliography', 'cite', 'glossary']
 # names in backticks that look like ours and that no code of ours mentions
@@ -632,6 +640,10 @@ def main():
             if isinstance(section, Section):
                 write(source/section.folder/'index.md', section_page(section, pages, notebooks))
     write(source/'navigation.json', json.dumps(navigation(pages, notebooks)))
+    for old, new in moved.items():
+        target = os.path.relpath(f'{new}.html', Path(old).parent)
+        write(source/f'extra/{old}.html', '<!doctype html><meta charset="utf-8"><title>Moved</title>'
+              f'<meta http-equiv="refresh" content="0; url={target}"><a href="{target}">Moved here</a>\n')
     for name in documents:
         write(source/name.lower(), linked((root/name).read_text(encoding='utf-8'), syms))
     for name in written:
