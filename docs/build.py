@@ -145,6 +145,11 @@ def cited(text):
     return re.sub(r'\[(@[\w-]+(?:;\s*@[\w-]+)*)\]', reference, text)
 
 
+def unbroken(text):
+    "`98.89 ± 0.22` stays on one line."
+    return re.sub(r'(?<=\d) ± (?=\d)', '\u00a0±\u00a0', text)
+
+
 def glossary():
     "The terms of docs/glossary.md."
     text = (root/'docs/glossary.md').read_text(encoding='utf-8')
@@ -408,7 +413,7 @@ def convert(nb, cfg, syms):
         else:
             text = re.sub(rf'\[`([^`]+)`\]\({re.escape(address)}([^)]+)\)', reference, text)
             text = re.sub(r'\]\(([\w./-]+\.ipynb)(#[^)]*)?\)', page_link, text)
-            text = cited(linked(defined(text, terms, seen), syms))
+            text = cited(linked(defined(unbroken(text), terms, seen), syms))
         cells.append(dict(cell, source=text))
     return dict(nb, cells=cells)
 
