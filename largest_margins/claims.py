@@ -543,16 +543,16 @@ register(Claim(
 
 # %% ../nbs/theory/10_lm_softmax.ipynb #72cd8e7a
 def annealed(
-    loss: torch.nn.Module,  # of cosines [k, k] and targets [k], with a settable scale
+    loss: torch.nn.Module,  # maps cosines [k, k] and targets [k] to a number; has a scale
     k: int,  # number of classes, with one sample each
     d: int,  # dimension
-    scales: tuple[float, ...],  # in turn, each from where the last one ended
-    seed: int = 0,  # of the random start
+    scales: tuple[float, ...],  # scales, in turn; each descent starts where the last one ended
+    seed: int = 0,  # random seed of the start
     *,
-    log: bool = False,  # go down log(loss), whose gradient does not vanish
-    penalty: Callable[[Tensor], Tensor] = lambda W: 0.,  # of the prototypes
+    log: bool = False,  # minimize log(loss), whose gradient does not vanish
+    penalty: Callable[[Tensor], Tensor] = lambda W: 0.,  # term added to the loss, of the prototypes
 ) -> tuple:  # value of the objective, prototypes, features
-    "Where free prototypes and features end as a loss's scale is raised."
+    "Minimize a loss over free prototypes and features while its scale rises."
     torch.manual_seed(seed)
     targets, (W, Z) = torch.arange(k), torch.randn(2, k, d, dtype=torch.float64)
 

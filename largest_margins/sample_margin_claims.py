@@ -1,4 +1,4 @@
-"""Minimising the mean of R_sm gives both largest margins when classes are balanced and few, and not in general otherwise
+"""Minimizing the mean of R_sm maximizes both margins if classes are balanced and few, and can fail otherwise
 
 Docs: https://largest-margins.github.io/largest-margins/theory/sample_margin_loss.html.md"""
 
@@ -20,12 +20,12 @@ from .margins import class_margin
 
 # %% ../nbs/theory/09_sample_margin_loss.ipynb #a5bd044b
 def sharpen(
-    weight: torch.Tensor,  # share of each class in the mean, ≥ 0, [k]
-    W: torch.Tensor,  # prototypes to begin with, [k, d]
-    Z: torch.Tensor,  # one feature for each class to begin with, [k, d]
-    scales: tuple[float, ...] = (5., 20., 100., 1000.),  # from smooth to sharp
+    weight: torch.Tensor,  # weight of each class in the mean, ≥ 0, [k]
+    W: torch.Tensor,  # prototypes to start from, [k, d]
+    Z: torch.Tensor,  # features to start from, one for each class, [k, d]
+    scales: tuple[float, ...] = (5., 20., 100., 1000.),  # scales of LM-Softmax, from smooth to sharp
 ) -> tuple:  # mean R_sm, prototypes, features
-    "Free prototypes and features that minimise the mean of R_sm."
+    "Minimize the mean of R_sm over free prototypes and features."
     targets = torch.arange(len(W))
     loss = LMSoftmaxLoss(weight=weight.double())
     for loss.scale in scales:
@@ -44,7 +44,7 @@ def _me_exact(smallest=min):
         least.append(sum(margins) / 5 - smallest(margins))
     return min(least), 0
 
-
+# %% ../nbs/theory/09_sample_margin_loss.ipynb #9fda0b2b
 register(Claim(
     'ME', 'A minimum is at most a mean', 'holds',
     '−γ_min ≥ (1/N) Σ R_sm(x_i, y_i)', 'as printed', 'all prototypes and features',
@@ -64,14 +64,14 @@ def _t7_exact(square=lambda k, S: Fraction(k * k - S) / (k - 1)**2):
         least.append(square(k, dot(S, S)) - (sum(margins) / k)**2)
     return min(least), 0
 
-
+# %% ../nbs/theory/09_sample_margin_loss.ipynb #03bb2009
 def _t7_optimised(largest=lambda k: k / (k - 1), k=10, d=12):
-    "The largest mean sample margin that an optimiser finds, and k/(k−1)."
+    "The largest mean sample margin that an optimizer finds, and k/(k−1)."
     torch.manual_seed(0)
     mean, *_ = sharpen(torch.ones(k), *torch.randn(2, k, d, dtype=torch.float64))
     return -mean, largest(k)
 
-
+# %% ../nbs/theory/09_sample_margin_loss.ipynb #4863db5e
 def _t7_boundary_many(stacked=5):
     "The mean margin of a square of eight classes, stacked on a corner; the octagon's."
     angles = [0.] * stacked + [90 * n for n in range(1, 9 - stacked)]
@@ -80,7 +80,7 @@ def _t7_boundary_many(stacked=5):
     loss, targets = SampleMarginLoss(), torch.arange(8)
     return -loss(stack, targets), -loss(octagon, targets)
 
-
+# %% ../nbs/theory/09_sample_margin_loss.ipynb #01565e04
 def _t7_boundary_imbalanced(counts=(8, 1, 1)):
     "Three classes on the line, the rare ones stacked: the mean margin; the simplex's."
     W = [(1, 0), (-1, 0), (-1, 0)]
@@ -88,10 +88,10 @@ def _t7_boundary_imbalanced(counts=(8, 1, 1)):
                for y, w in enumerate(W)]
     return Fraction(dot(counts, margins), sum(counts)), Fraction(3, 2)
 
-
+# %% ../nbs/theory/09_sample_margin_loss.ipynb #b98b95bd
 register(Claim(
     'T7', "Balanced and few classes, the slides' Theorem 7", 'holds',
-    'balanced, k ≤ d+1: learning with R_sm maximises class and sample margin',
+    'balanced, k ≤ d+1: learning with R_sm maximizes class and sample margin',
     'as printed; beyond k = d+1, or with imbalanced classes, it can fail: the mean of '
     'R_sm prefers to stack k ≥ 7 classes on the circle', 'balanced, k ≤ d+1',
     (Check('exact arithmetic', _t7_exact, '≥'),
