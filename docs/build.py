@@ -6,6 +6,7 @@ import argparse
 import ast
 import inspect
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -38,11 +39,12 @@ class Section(NamedTuple):
 sections = [
     Section('Theory', 'The short book: what the paper claims, what is proved, and how.', 'theory'),
     Section('Losses', 'One formula for the whole family, its regularisers and its heads.', 'losses'),
+    Section('Engine', 'The same losses for any number of classes, on one machine and on many, and what they cost.',
+            'engine'),
     Section('Training', 'Data, callbacks, plots and the Learner.', 'training'),
-    Section('Engines', 'The same losses for any number of classes, on one machine and on many, and what they cost.',
-            'engines', ('losses/fused', 'losses/shards', 'losses/benchmarks', 'training/cpu', 'training/million')),
-    Section('Experiments', "Configurations, the command line, the paper's tables, and how they are scored.",
-            'experiments'),
+    Section('Evaluation', 'How people and faces that nobody trained on are told apart, and how that is scored.',
+            'evaluation'),
+    Section('Study', "Configurations, the command line, the paper's tables, and how runs are compared.", 'study'),
     Section('Results', 'What was measured, and how it compares with what the paper prints.', 'results'),
     Section('API reference', 'Every public name of the library, by module, with the page that defines it.', 'api'),
     Section('Errata', 'What is wrong in the paper, and what is right.', '', ('theory/errata',)),
@@ -50,6 +52,14 @@ sections = [
 ]
 # Markdown at the top of the repository that is a page too
 documents = ['CONTRIBUTING.md', 'CHANGELOG.md']
+# where pages stood before -> where they stand, so that links from elsewhere lead there
+moved = {
+    'engines/index': 'engine/index', 'experiments/index': 'study/index', 'training/glyphs': 'study/glyphs',
+    **{f'losses/{name}': f'engine/{name}' for name in ('cosines', 'fused', 'shards', 'benchmarks')},
+    **{f'training/{name}': f'engine/{name}' for name in ('cpu', 'million')},
+    **{f'experiments/{name}': f'evaluation/{name}' for name in ('reid', 'verification')},
+    **{f'experiments/{name}': f'study/{name}' for name in (
+        'experiments', 'report', 'cli', 'recipes', 'tables', 'tasks', 'identities', 'inspect', 'comparisons')}}
 # names in backticks that look like ours and that no code of ours mentions
 foreign = {'BaseLoss', 'MixedPrecision', 'distrib_ctx', 'fine_tune', 'lr_find'}    # fastai's
 # what Quarto's cell options say, as MyST-NB's tags
@@ -501,6 +511,10 @@ def main():
         if section.folder and section_pages(section, pages):
             write(source/section.folder/'index.md', section_page(section, pages, notebooks))
     write(source/'api/index.md', api_page(pages, notebooks, syms))
+    for old, new in moved.items():
+        target = os.path.relpath(f'{new}.html', Path(old).parent)
+        write(source/f'extra/{old}.html', '<!doctype html><meta charset="utf-8"><title>Moved</title>'
+              f'<meta http-equiv="refresh" content="0; url={target}"><a href="{target}">Moved here</a>\n')
     for name in documents:
         write(source/name.lower(), linked((root/name).read_text(encoding='utf-8'), syms))
     with open(source/'contributing.md', 'a', encoding='utf-8') as file:

@@ -12,4 +12,4 @@ folders = [s.folder for s in build.sections if s.folder and build.section_pages(
 pages = [build.page_path(p).with_suffix('.html').as_posix() for p in notebooks]
 pages += [Path(d.lower()).with_suffix('.html').as_posix() for d in build.documents]
 pages += [f'{folder}/index.html' for folder in folders]
-made = ['genindex.html', 'search.html']      # Sphinx's own
+made = ['genindex.html', 'search.html', *(f'{page}.html' for page in build.moved)]    # Sphinx's own; old addresses

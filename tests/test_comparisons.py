@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_1samp
 
-from largest_margins.comparisons import Comparison, compare_rows, plot_comparisons, ranking
+from largest_margins.study.comparisons import Comparison, compare_rows, plot_comparisons, ranking
 
 
 def finished(cells):

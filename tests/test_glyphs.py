@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from largest_margins import glyphs as module
-from largest_margins.glyphs import (
+from largest_margins.reid import parse_market_name
+from largest_margins.study import glyphs as module
+from largest_margins.study.glyphs import (
     FACES,
     draw_glyphs,
     glyph_characters,
@@ -17,7 +18,6 @@ from largest_margins.glyphs import (
     write_glyph_market,
     write_glyph_pairs,
 )
-from largest_margins.reid import parse_market_name
 
 SMALL = dict(identities=24, distractors=5, junk=9)
 

@@ -9,9 +9,9 @@ import torch
 from pages import root
 
 from largest_margins.bounds import class_margin_bound
-from largest_margins.finite_scales import admissible_margin, guaranteed_margin, scale_for_margin
-from largest_margins.lm_softmax_claims import on_circle
+from largest_margins.ledger.lm_softmax import on_circle
 from largest_margins.losses import ArcFaceLoss, CosFaceLoss, LMSoftmaxLoss, NormFaceLoss, suggest_scale
+from largest_margins.theory.finite_scales import admissible_margin, guaranteed_margin, scale_for_margin
 
 page = 'theory/explore.html'
 
