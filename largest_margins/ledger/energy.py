@@ -130,7 +130,8 @@ def _sy_search(shift=0):
     values = []
     for k, d, s in ((5, 2, 20.), (7, 3, 5.), (8, 3, 20.)):
         energy = log_gaussian_energy(least_energy(k, d, s, seeds=3), s) / s
-        values.append((free_features_minimum(k, d, s, seeds=3)[0], energy.item() + shift))
+        free, _ = free_features_minimum(k, d, s, seeds=3)
+        values.append((free, energy.item() + shift))
     return max(values, key=lambda v: abs(v[0] - v[1]))
 
 # %% ../../nbs/theory/10b_energy.ipynb #4d9a108d
