@@ -179,7 +179,7 @@ _EXACT = dict.fromkeys(('primal_feasibility_tolerance', 'dual_feasibility_tolera
                        1e-10)
 _FEW = 400  # coordinates, up to which the dual simplex method is faster
 
-
+# %% ../nbs/theory/03_packing.ipynb #7a9c3e1g
 def _lift(points, deadline, steps=60):
     "Sequential linear programming: lower the largest cosine while that is possible."
     top = _largest_cosine(points)
@@ -276,7 +276,7 @@ def _groups():
         found += [_generated(turn), _generated(turn, np.diag([1., -1, -1]))]
     return sorted(found, key=len, reverse=True)
 
-
+# %% ../nbs/theory/03_packing.ipynb #b6c0f2ag
 def _small_orbits(group):
     "The orbits of the points on the axes."
     axes = [np.linalg.svd(g - np.eye(3))[2][2] for g in group[1:] if np.linalg.det(g) > 0]
@@ -331,7 +331,7 @@ def _less_one(points):
 _TURNS = (('random', 0), ('symmetric', 2), ('random', 3), ('hop', 3), ('random', 3),
           ('crowded', 2), ('shaken', 3), ('symmetric', 2))  # and the first exponent
 
-
+# %% ../nbs/theory/03_packing.ipynb #05d791bg
 def _start(kind, k, d, n, best, rng):
     "Where a search begins: points of one kind, the n-th."
     if kind == 'hop': return _hop(best, rng)
@@ -352,7 +352,7 @@ def _kind(m, k, d):
     if m <= len(_TURNS) and kind in ('hop', 'shaken'): kind, first = 'random', 1
     return kind, first if k * d <= 10_000 else 2
 
-
+# %% ../nbs/theory/03_packing.ipynb #05d791bh
 def _search(k, d, rng, starts, deadline, bound, progress):
     "The best of many starts, each taken down the energies and polished."
     best, top, highest, ends = None, 2., 2., []
@@ -478,7 +478,7 @@ class Packing:
         margin = math.degrees(self.class_margin)
         return f'Packing(k={k}, d={d}, class margin {margin:.6f}° ≤ {bound})'
 
-
+# %% ../nbs/theory/03_packing.ipynb #f87e5b9g
 def _balances(points, slack=1e-9):
     "Whether the pushes of the contacts balance, to `slack` of the sum of all pushes."
     i, j, _ = _close_pairs(points, slack)
@@ -535,7 +535,7 @@ _SMALL = 10**7  # multiplications for all pairs, up to which one thread is best
 
 def _is(value, kind): return isinstance(value, kind) and not isinstance(value, bool)
 
-
+# %% ../nbs/theory/03_packing.ipynb #2fbb860g
 def _closed_form(k, d):
     "A best packing if one is known in closed form, and what it is; else None."
     if k <= d + 1: return simplex(k, d), 'regular simplex'
