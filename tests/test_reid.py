@@ -19,7 +19,6 @@ from torchvision.models import resnet18, resnet50
 from largest_margins.data import RandomAffine
 from largest_margins.heads import MarginHead
 from largest_margins.images import ImageFiles
-from largest_margins.learner import ConvBody
 from largest_margins.losses import CosFaceLoss, LMSoftmaxLoss, NormFaceLoss
 from largest_margins.plots import BLUE, ORANGE
 from largest_margins.reid import (
@@ -38,6 +37,7 @@ from largest_margins.reid import (
     resnet50_body,
 )
 from largest_margins.study.glyphs import write_glyph_market
+from largest_margins.training.bodies import ConvBody
 from largest_margins.verification import DeadNetwork
 
 
