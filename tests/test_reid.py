@@ -93,6 +93,17 @@ def rankings(draw):
     return distances, query, gallery
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+@pytest.mark.parametrize('around', [-1., -1e-30, 0., 1.])
+def test_distances_that_differ_in_their_last_bits_are_ranked(around, dtype):
+    "Negative ones too, whose bits are in the opposite order."
+    distances = [torch.tensor(around, dtype=dtype)]
+    for _ in range(5): distances.append(torch.nextafter(distances[-1], torch.tensor(torch.inf, dtype=dtype)))
+    for right in range(6):
+        found = evaluate(torch.stack(distances)[None], [1], [1], [1 if i == right else 2 for i in range(6)], [2] * 6)
+        assert found.mAP == pytest.approx(1 / (right + 1)) and found.cmc[right] == 1 and not found.cmc[:right].any()
+
+
 OPTIONS = dict(ap=st.sampled_from(['step', 'trapezoid']), unmatched=st.sampled_from(['skip', 'zero']),
                junk=st.sampled_from([(-1,), (), (-1, 2)]), max_rank=st.integers(1, 20),
                dtype=st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16]))

@@ -468,11 +468,10 @@ def test_two_at_the_same_run_do_no_harm(tmp_path):
 def test_workers_end_when_the_process_that_started_them_is_killed(tmp_path):
     "Their runs would take hours; they hold the pipes open as long as they live."
     process = command('table', '1', '--rows', 'ce', 'normface*', '--epochs', 100_000, '--jobs', 2, '--out', tmp_path)
-    deadline = time.monotonic() + 500  # on a busy machine
     try:
-        while len(list(tmp_path.rglob('seed-0.part.pt'))) < 2 and time.monotonic() < deadline: time.sleep(.05)
+        while len(list(tmp_path.rglob('seed-0.part.pt'))) < 2 and process.poll() is None: time.sleep(.05)
         os.kill(process.pid, signal.SIGKILL)  # this one only, not its group
-        process.communicate(timeout=120)
+        process.communicate()  # ends when the last of them has let go of the pipes
     finally:
         with suppress(ProcessLookupError): os.killpg(process.pid, signal.SIGKILL)
     parts = list(tmp_path.rglob('seed-0.part.pt'))

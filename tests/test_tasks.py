@@ -124,7 +124,7 @@ def test_a_table_is_made_and_resumed(table, given, market, faces, tmp_path):
 @pytest.mark.parametrize('table', TABLES)
 def test_runs_travel_to_other_processes(table):
     one = plan(TABLES[table])[0]
-    assert pickle.loads(pickle.dumps(one)) == one and type(one.configuration) is TABLES[table].kind
+    assert pickle.loads(pickle.dumps(one)) == one and type(one.configuration) is TABLES[table].configurations
 
 
 def test_the_command_says_what_glyphs_are(tmp_path, capsys):

@@ -9,13 +9,14 @@ __all__ = ['cosine_matrix']
 
 # %% ../../nbs/engine/11_cosines.ipynb #4476f42f
 from contextlib import nullcontext
+from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..checks import check_features, plain
-from ..margins import angle, unit_rows
+from ..margins import unit_rows
 
 # %% ../../nbs/engine/11_cosines.ipynb #1597cc0f
 def full_precision(
@@ -26,6 +27,15 @@ def full_precision(
     if not known or not torch.is_autocast_enabled(device_type): return nullcontext()
     return torch.autocast(device_type, enabled=False)
 
+# %% ../../nbs/engine/11_cosines.ipynb #e9e69c0c
+@cache
+def work_dtype(
+    first: torch.dtype,  # of features or cosines
+    second: torch.dtype,  # of prototypes
+) -> torch.dtype:  # at least float32
+    "Half precision is for storage; sums are formed in float32."
+    return torch.promote_types(torch.promote_types(first, second), torch.float32)
+
 # %% ../../nbs/engine/11_cosines.ipynb #7141e365
 def cosine_matrix(
     features: Tensor,  # rows of any norm, [N, d], floating point
@@ -33,24 +43,10 @@ def cosine_matrix(
 ) -> Tensor:  # cosines in [−1, 1] up to rounding, [N, k], in at least float32
     "All cosines of features with prototypes; a row of zeros has cosine 0 with all."
     check_features(features, prototypes)
-    dtype = torch.promote_types(features.dtype, prototypes.dtype)
-    dtype = torch.promote_types(dtype, torch.float32)
+    dtype = work_dtype(features.dtype, prototypes.dtype)
     with full_precision(features.device.type):
         return F.linear(unit_rows(plain(features).to(dtype)),
                         unit_rows(plain(prototypes).to(dtype)))
-
-# %% ../../nbs/engine/11_cosines.ipynb #86381f48
-def target_angle(
-    features: Tensor,  # rows of any norm, [N, d]
-    prototypes: Tensor,  # rows of any norm, [k, d]
-    targets: Tensor,  # class of each sample, int64, [N]
-) -> Tensor:  # angles in radians, in [0, π], in at least float32, [N]
-    "The angle between each feature and its own prototype, with its true gradient."
-    dtype = torch.promote_types(features.dtype, prototypes.dtype)
-    dtype = torch.promote_types(dtype, torch.float32)
-    with full_precision(features.device.type):
-        return angle(unit_rows(plain(features).to(dtype)),
-                     unit_rows(plain(prototypes)[targets].to(dtype)))
 
 # %% ../../nbs/engine/11_cosines.ipynb #715e4a1b
 def angle_from_cosine(

@@ -9,8 +9,7 @@ __all__ = ['Own']
 
 # %% ../../nbs/engine/14_fused.ipynb #edabf133
 import math
-from functools import cache
-from types import SimpleNamespace
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from largest_margins.checks import (
     check_features, check_finite, check_integers, check_range, integer, plain,
     values_are_cheap)
 from ..margins import moderate, row_blocks, row_norms, unit_rows
-from .cosines import full_precision
+from .cosines import full_precision, work_dtype
 from .shards import ClassShards, OwnRows, all_ranks, one_process
 
 # %% ../../nbs/engine/14_fused.ipynb #dfffc24d
@@ -45,413 +44,246 @@ class Own:
         if self._angle is not None: return self._angle
         raise TypeError('own.angle is there for losses that say `angular = True`')
 
-# %% ../../nbs/engine/14_fused.ipynb #1b8a2a28
-class _Angle:
-    "The part for angular losses: θ_y by its chords, and the directions that change it."
-
-    def __init__(self, unit, own):
-        apart, together = unit - own, unit + own
-        far, near = (torch.linalg.vector_norm(v, dim=1, keepdim=True)
-                     for v in (apart, together))
-        self.value = torch.atan2(far, near).mul_(2)[:, 0]
-        tiny = torch.finfo(far.dtype).tiny
-        across = apart.mul_(near / far.clamp_min(tiny))
-        along = together.mul_(far / near.clamp_min(tiny))
-        self.at_feature, self.at_own = across - along, across.add_(along)  # 2∂θ, −2∂θ
-
-    def turn(self, gradients, by_angle, columns, norms=None):
-        "Add what half a slope by θ does to features and to their own prototypes."
-        if 'features' in gradients:
-            gradients['features'].addcmul_(self.at_feature, by_angle)
-        if 'prototypes' in gradients:
-            if norms is not None: by_angle = by_angle / norms
-            turned = self.at_own.mul_(by_angle)
-            gradients['prototypes'].index_add_(0, columns, turned, alpha=-1)
-
-# %% ../../nbs/engine/14_fused.ipynb #ba55d641
-def _straight(loss, x, w, targets, share, wanted):
-    "Losses and gradients of a small head; None if it needs the parts below."
-    x_norm, w_norm = (torch.linalg.vector_norm(v, dim=1, keepdim=True) for v in (x, w))
-    if not moderate(torch.cat([x_norm, w_norm])): return None
-    x, w, s, at = x / x_norm, w / w_norm, loss.scale, targets[:, None]
-    g = torch.mm(x, w.T).mul_(s)                                      # products
-    own = g.gather(1, at)
-    total = g.scatter_(1, at, -math.inf).exp_().sum(1)                # exponentials
-    angle = _Angle(x, w[targets]) if loss.angular else None
-    if angle is None: own = Own(targets, own[:, 0] / s)
-    else: own = Own(targets, angle=angle.value)
-    losses, slopes = loss.terms(own, total.log(), {}, wanted)
-    if not wanted: return losses, None, {}
-    by_own, by_rest = slopes['own'] * share, slopes['rest'] * (share * s)
-    g.mul_((by_rest / total)[:, None])
-    if angle is None:                                                 # slopes
-        g.scatter_(1, at, by_own[:, None] if isinstance(by_own, Tensor) else by_own)
-    found = dict(features=torch.mm(g, w)) if 'features' in wanted else {}
-    if 'prototypes' in wanted: found['prototypes'] = torch.mm(g.T, x)
-    if angle is not None: angle.turn(found, by_own[:, None] / 2, targets)
-    for name, unit, norm in (('features', x, x_norm), ('prototypes', w, w_norm)):
-        if name not in found: continue                                # radial parts
-        radial = (found[name] * unit).sum(1, keepdim=True)
-        found[name].addcmul_(unit, radial, value=-1).div_(norm)
-    return losses, None, found
-
 # %% ../../nbs/engine/14_fused.ipynb #f42ed633
-def _part(x, rows):
-    "Some rows of what is a tensor; all of them if `rows` is None."
-    return x if rows is None or not isinstance(x, Tensor) else x[rows]
-
-
-def _parts(rows, size):
-    "Slices of `size` rows; [None], which means all, if one is enough."
-    if rows <= size: return [None]
-    return [slice(a, min(a + size, rows)) for a in range(0, rows, size)]
-
-
-def _joined(parts):
-    "What came part by part, in one tensor."
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-# %% ../../nbs/engine/14_fused.ipynb #e9e69c0c
-@cache
-def work_dtype(
-    first: torch.dtype,  # of features or cosines
-    second: torch.dtype = torch.float32,  # of prototypes
-) -> torch.dtype:  # at least float32
-    "Half precision is for storage; sums are formed in float32."
-    return torch.promote_types(torch.promote_types(first, second), torch.float32)
+def _by_parts(function, size, *values):
+    "What a function gives for `size` rows at a time, joined; at once if that is enough."
+    if values[0].shape[0] <= size: return function(*values)
+    parts = (v.split(size) if isinstance(v, Tensor) else repeat(v) for v in values)
+    found = zip(*(function(*part) or () for part in zip(*parts)))
+    return [torch.cat(v) if isinstance(v[0], Tensor) else None for v in found]
 
 # %% ../../nbs/engine/14_fused.ipynb #d5d84ffb
 class _Rows:
     "Rows of any norm: divided by it at once (`divided`), or each time they are used."
 
-    def __init__(self, x, norms, usual, divided=False):
-        if not usual: norms = _safe_norms(x)
-        self.norms, self.divided = norms, divided or (not usual and values_are_cheap(x))
-        self.x = x if not self.divided else x / norms if usual else unit_rows(x)
+    def __init__(self, x, norms, usual, divided):
+        self.norms = norms if usual else _safe_norms(x)
+        self.divided = divided or (not usual and values_are_cheap(x))
+        self.x = x
+        if self.divided: self.x = x / norms if usual else unit_rows(x)
 
-    def unit(self, rows=None):
-        "Some rows, or all, with norm 1."
-        x = _part(self.x, rows)
-        return x if self.divided else x / _part(self.norms, rows)
+    def unit(self, which):
+        "Some rows, with norm 1."
+        return self.x[which] if self.divided else self.x[which] / self.norms[which]
 
-    def to_tangents(self, gradient, unit, rows, scaled=False):
-        "From the gradient by unit rows to that by rows of any norm, in place."
-        gradient.addcmul_(unit, (gradient * unit).sum(1, keepdim=True), value=-1)
-        if self.divided or not scaled: gradient.div_(_part(self.norms, rows))
-
-
+# %% ../../nbs/engine/14_fused.ipynb #801ca3e3
 def _safe_norms(x):
     "Norms of rows as small or large as numbers can be; 1 for a row of zeros."
     norms = torch.cat([row_norms(x[rows]) for rows in row_blocks(x, 2**24)])
     return torch.where(norms > torch.finfo(x.dtype).tiny, norms, 1)
 
-# %% ../../nbs/engine/14_fused.ipynb #93cf9292
-def exponentials_(
-    logits: Tensor,  # [n, k], overwritten by what is proportional to exp(logits)
-    bound: float,  # no logit is larger
-    largest: Tensor | None = None,  # of each row, if it is known, [n]
-) -> tuple[Tensor, Tensor | None]:  # log Σ_j exp(logits_j), and the sum of the row, [n]
-    "The softmax in place, not yet divided by its sum (None is 1), and the log-sum-exp."
-    k, most = logits.shape[1], 80 if logits.dtype == torch.float32 else 600
-    if bound + math.log(k) < most:  # nothing can overflow: no maximum is needed
-        total = logits.exp_().sum(1)
-        return total.log(), total
-    if largest is None: largest = logits.amax(1)
-    torch.softmax(logits, 1, out=logits)
-    return largest - logits.amax(1).log_(), None
 
-# %% ../../nbs/engine/14_fused.ipynb #8d4f4115
-class _Slopes:
-    "From cosines to losses and, in their place, to the slopes of all losses."
+def _to_rows(gradient, x, norms, divided):
+    "From the gradient by unit rows to that by rows of any norm, in place."
+    unit = x if divided else x / norms
+    gradient.addcmul_(unit, (gradient * unit).sum(1, keepdim=True), value=-1)
+    if divided: gradient.div_(norms)
 
-    def __init__(self, loss, targets, numbers, shards, to_logits, wanted, shares,
-                 dtype):
-        self.loss, self.targets, self.numbers = loss, targets, numbers
-        self.shards, self.to_logits = shards, to_logits
-        self.wanted, self.shares = wanted, shares
-        self.scale, self.weight = loss.scale, loss.sample_margin
-        self.columns = to_logits if isinstance(to_logits, Tensor) else None
-        self.slope = (self.scale or 1.) if self.columns is None else 1.  # of a logit
-        self.prior, self.bound = loss.log_prior(dtype), self.scale
-        if self.prior is not None: self.bound = math.inf
-        self.losses, self.leads = [], []
+# %% ../../nbs/engine/14_fused.ipynb #1b8a2a28
+class _Angle:
+    "The part for angular losses: θ_y, and what changes it."
 
-    def step(self, g, rows, columns, here, theta=None):
-        "Losses of some rows; returns slopes by θ_y and by numbers for each sample."
-        seen = self._read(g, rows, columns[:, None], here, theta)
-        losses, slopes = self._terms(seen, rows)
-        self.losses.append(losses)
-        if not self.wanted: return {}
-        share, lead_share = (_part(v, rows) for v in self.shares)
-        pull, found = self._softmax_slopes(g, seen, slopes, share, theta)
-        if self.weight: pull = self._margin_slopes(g, seen, lead_share, pull)
-        if pull is not None: _add(g, seen.at, pull, here)
-        if self.columns is not None: g.mul_(self.columns)
-        return found
+    def __init__(self, unit, own, cosine):
+        self.sign = torch.copysign(cosine.new_ones(()), cosine)[:, None]
+        self.chord = own.addcmul_(unit, self.sign, value=-1)
+        length = torch.linalg.vector_norm(self.chord, dim=1)
+        sine = torch.rsub(length.square(), 4).sqrt_().mul_(length).div_(2)
+        self.value = torch.atan2(sine, cosine)
+        self.per_chord = torch.hypot(sine, cosine).div_(
+            sine.clamp_min_(torch.finfo(sine.dtype).tiny))  # 1/sin θ, also for zero rows
 
-    def _read(self, g, rows, at, here, theta):
-        "Take the target out, and reduce the others; their exponentials stay in `g`."
-        own = g.mul_(self.to_logits).gather(1, at)
-        low = torch.finfo(g.dtype).min  # exp(low) is 0, never nan
-        g.scatter_(1, at, low if here is None else torch.where(here[:, None], low, own))
-        largest = place = local = total = None
-        if self.weight:
-            largest, place = g.max(1) if self.wanted else (g.amax(1), None)
-        if self.scale:
-            if self.prior is not None: g.add_(self.shards.own_classes(self.prior))
-            local, total = exponentials_(g, self.bound,
-                                         largest if self.prior is None else None)
-        own = own[:, 0] / (self.scale or 1.) if theta is None else theta
-        own, rest, largest, wins = self.shards.combine(here, own, local, largest)
-        targets = _part(self.targets, rows)
-        own = Own(targets, own) if theta is None else Own(targets, angle=own)
-        return SimpleNamespace(at=at, own=own, local=local, total=total, rest=rest,
-                               largest=largest, place=place, wins=wins)
+    def turn(self, by_features, by_prototypes, by_angle, columns, norms=None):
+        "Add what a slope by θ does to features and to their own prototypes."
+        pull = (by_angle * self.per_chord)[:, None]
+        if by_features is not None: by_features.addcmul_(self.chord, pull, value=-1)
+        if by_prototypes is None: return
+        pull = pull * self.sign if norms is None else pull * self.sign / norms[columns]
+        by_prototypes.index_add_(0, columns, self.chord.mul_(pull))
 
-    def _terms(self, seen, rows):
-        "Losses of some rows, and their slopes by what the loss reads."
-        own, rest = seen.own, seen.rest
-        if self.weight:
-            self.leads.append(seen.largest / (self.scale or 1.) - own.cosine)
-        if not self.scale: return torch.zeros_like(own.cosine), {}
-        if self.prior is not None: rest = rest - self.prior[own.targets]
-        numbers = {name: _part(v, rows) for name, v in self.numbers.items()}
-        return self.loss.terms(own, rest, numbers, self.wanted)
+# %% ../../nbs/engine/14_fused.ipynb #7ef985d7
+class _Job:
+    "What all rows of a pass have in common."
 
-    def _softmax_slopes(self, g, seen, slopes, share, theta):
-        "From exponentials to slopes, in place; and the slope by the target's cosine."
-        if not self.scale:
-            g.zero_()
-            return None, {}
-        by_rest, by_own = slopes.pop('rest') * (share * self.slope), slopes.pop('own')
-        if not self.shards.alone:  # in a shard with only the target the sum is 0
-            total = seen.rest if seen.total is not None else seen.rest - seen.local
-            by_rest = by_rest * (-total).exp()
-        elif seen.total is not None: by_rest = by_rest / seen.total
-        g.mul_(by_rest[:, None] if isinstance(by_rest, Tensor) else by_rest)
-        found = {name: slope * share for name, slope in slopes.items()}
-        if theta is None: return by_own * (share * self.slope / self.scale), found
-        return None, found | dict(angle=by_own * share)
-
-    def _margin_slopes(self, g, seen, share, pull):
-        "λ·R_sm pulls at two cosines: the largest of the others, and the target's."
-        lead = self.weight * self.slope / (self.scale or 1.) * share
-        _add(g, seen.place[:, None], lead, seen.wins)
-        return -lead if pull is None else pull - lead
-
-    def done(self):
-        "The losses of all samples, and their negative margins if R_sm is added."
-        return _joined(self.losses), _joined(self.leads) if self.leads else None
-
-
-def _add(g, at, value, where):
-    "Add one value to each row, in its column; where it is somebody else's, none."
-    if not isinstance(value, Tensor): value = g.new_full(g.shape[:1], value)
-    if where is not None: value = torch.where(where, value, 0)
-    g.scatter_add_(1, at, value[:, None])
-
-# %% ../../nbs/engine/14_fused.ipynb #439ce554
-class _LogSumExp:
-    "The part for Σ_i a_i·exp(t·L_i), whose terms come chunk by chunk."
-
-    def __init__(self, logs, tilt):
-        self.logs, self.tilt = logs, tilt  # log a_i, [N], and t
-        self.top = logs.new_full((), torch.finfo(logs.dtype).min)
-        self.total = logs.new_zeros(())
-
-    def weigh(self, rows, losses, gradients):
-        "Weights of new terms, relative to the largest so far; older ones shrink."
-        logs = _part(self.logs, rows) + self.tilt * losses
-        top, self.top = self.top, torch.maximum(self.top, logs.amax())
-        weights, shrink = (logs - self.top).exp(), (top - self.top).exp()
-        self.total = self.total * shrink + weights.sum()
-        if gradients and not (values_are_cheap(shrink) and shrink.item() == 1):
-            for gradient in gradients: gradient.mul_(shrink)
-        return weights
-
-    def finish(self, gradients):
-        "Divide by the sum of all terms."
-        total = torch.where(self.total > 0, self.total, 1)
-        for gradient in gradients: gradient.div_(total)
-
-# %% ../../nbs/engine/14_fused.ipynb #135e3ab9
-class _Pass:
-    "One pass over the rows: the losses, and the gradients of what is wanted."
-
-    def __init__(self, loss, features, prototypes, targets, numbers, shards, size,
-                 wanted=(), shares=(1., 1.), pooled=None):
-        dtype = work_dtype(features.dtype, prototypes.dtype)
-        x, w = (v if v.dtype == dtype else v.to(dtype) for v in (features, prototypes))
-        norms = [torch.linalg.vector_norm(v, dim=1, keepdim=True) for v in (x, w)]
+    def __init__(self, loss, features, prototypes, shards, size, names=()):
+        norms = [torch.linalg.vector_norm(v, dim=1, keepdim=True)
+                 for v in (features, prototypes)]
         usual = moderate(torch.cat(norms))
         if not usual:
-            for name, v in (('features', x), ('prototypes', w)): check_finite(name, v)
-        self.x = _Rows(x, norms[0], usual)
-        self.w = _Rows(w, norms[1], usual, divided=w.numel() <= 2**18)
-        to_logits = loss.scale or 1.
-        if not self.w.divided: to_logits = to_logits / self.w.norms[:, 0]
-        self.slopes = _Slopes(loss, targets, numbers, shards, to_logits, wanted, shares,
-                              dtype)
-        self.loss, self.targets, self.shards = loss, targets, shards
-        self.size, self.wanted, self.pooled = size, wanted, pooled
-        self.buffer, self.gradients = None, {}
+            check_finite('features', features)
+            check_finite('prototypes', prototypes)
+        self.x = _Rows(features, norms[0], usual, divided=True)
+        self.w = _Rows(prototypes, norms[1], usual, divided=prototypes.numel() <= 2**18)
+        self.loss, self.shards, self.size, self.names = loss, shards, size, names
+        self.scale, self.prior = loss.scale or 1., loss.log_prior(features.dtype)
+        self.lead, k = loss.sample_margin, prototypes.shape[0]
+        self.to_logits, self.per_logit = self.scale, self.scale  # slopes by products are
+        if not self.w.divided:  # per_logit times slopes by logits, or columns of them
+            self.to_logits, self.per_logit = self.scale / self.w.norms[:, 0], 1.
+        most = 80 if features.dtype == torch.float32 else 600
+        self.bounded = self.prior is None and self.scale + math.log(k) < most
+        self.block = max(1, 2**18 // k)  # rows of k numbers in a CPU's cache
+        self.buffer = self.by_prototypes = None
+        if len(features) > size: self.buffer = features.new_empty(size, k)
 
-    def run(self):
-        "All chunks, one after the other: losses, negative margins, gradients."
-        for rows in _parts(self.targets.shape[0], self.size): self._chunk(rows)
-        if self.wanted: self._finish()
-        return *self.slopes.done(), self.gradients
+    def products(self, unit):
+        "Inner products of some rows with all prototypes; all chunks share one buffer."
+        out = None if self.buffer is None else self.buffer[:len(unit)]
+        return torch.mm(unit, self.w.x.T, out=out)
 
-    def _chunk(self, rows):
-        "Cosines of some rows, their losses and slopes, and the gradients of these."
-        unit = self.x.unit(rows)
-        columns, here = self.shards.place(_part(self.targets, rows))
-        g = self._product(unit, rows)
-        angle = _Angle(unit, self.w.unit(columns)) if self.loss.angular else None
-        found, losses = self._steps(g, rows, columns, here, angle)
-        if not self.wanted: return
-        weights = turn = None
-        if self.pooled is not None:
-            weights = self.pooled.weigh(rows, losses, self.gradients.values())[:, None]
-            found = {name: slope * weights[:, 0] for name, slope in found.items()}
-        if angle is not None:
-            turn = found.pop('angle')[:, None] / 2
-            if here is not None: turn = turn * here[:, None]
-        for name, slope in found.items(): self._store(name, slope, rows)
-        if 'features' in self.wanted:
-            self._to_features(rows, unit, g, weights, angle, turn)
-        if 'prototypes' in self.wanted:
-            if weights is not None: unit = unit * weights
-            self._to_prototypes(unit, g, columns, angle, turn)
+    def add(self, g, unit):
+        "Add what some rows say of the gradient by the prototypes."
+        if self.by_prototypes is None: self.by_prototypes = torch.mm(g.T, unit)
+        else: self.by_prototypes.addmm_(g.T, unit)
 
-    def _steps(self, g, rows, columns, here, angle):
-        "The slopes of a chunk, in blocks that fit into a CPU's cache."
-        size = max(1, 2**18 // g.shape[1]) if self.shards.alone else g.shape[0]
-        blocks = _parts(g.shape[0], size)
-        found = [self.slopes.step(
-                     _part(g, block), _within(rows, block), _part(columns, block),
-                     _part(here, block), angle and _part(angle.value, block))
-                 for block in blocks]
-        losses = _joined(self.slopes.losses[-len(blocks):])
-        found = {name: _joined([some[name] for some in found]) for name in found[0]}
-        return found, losses
-
-    def _to_features(self, rows, unit, g, weights, angle, turn):
-        "The gradient by some features: one product, and the target's angle."
-        out = torch.mm(g, self.w.x)
-        if weights is not None: out.mul_(weights)
-        if angle is not None: angle.turn(dict(features=out), turn, None)
-        self.x.to_tangents(out, unit, rows)
-        self._store('features', out, rows)
-
-    def _to_prototypes(self, unit, g, columns, angle, turn):
-        "What some rows add to the gradient by the prototypes."
-        if 'prototypes' in self.gradients:
-            out = self.gradients['prototypes'].addmm_(g.T, unit)
-        else: out = self.gradients['prototypes'] = torch.mm(g.T, unit)
-        if angle is not None:
-            norms = None if self.w.divided else self.w.norms[columns]
-            angle.turn(dict(prototypes=out), turn, columns, norms)
-
-    def _product(self, unit, rows):
-        "Inner products of some rows with all prototypes, in one buffer for all chunks."
-        if rows is None: return torch.mm(unit, self.w.x.T)
-        if self.buffer is None: self.buffer = unit.new_empty(self.size, len(self.w.x))
-        return torch.mm(unit, self.w.x.T, out=self.buffer[:len(unit)])
-
-    def _store(self, name, values, rows):
-        "What belongs to some rows, in its place."
-        if rows is None: self.gradients[name] = values
-        else:
-            if name not in self.gradients:
-                shape = len(self.targets), *values.shape[1:]
-                self.gradients[name] = values.new_zeros(shape)
-            self.gradients[name][rows] = values
-
-    def _finish(self):
-        "What could not be known before all rows were seen."
-        if self.pooled is not None: self.pooled.finish(self.gradients.values())
-        if 'prototypes' not in self.wanted: return
-        out = self.gradients['prototypes']
-        size = max(1, 2**16 // out.shape[1]) if values_are_cheap(out) else len(out)
-        for rows in _parts(len(out), size):
-            self.w.to_tangents(_part(out, rows), self.w.unit(rows), rows, scaled=True)
+# %% ../../nbs/engine/14_fused.ipynb #93cf9292
+def _exponentials(g, at, here, job):
+    "Take the target out of some rows, and leave the exponentials of the others there."
+    own = _take_out(g.mul_(job.to_logits), at, here)
+    largest, place = g.max(1) if job.lead else (None, None)
+    if job.prior is not None: g.add_(job.shards.own_classes(job.prior))
+    shift = None if job.bounded else g.amax(1)
+    if shift is not None: g.sub_(shift[:, None])
+    return own, g.exp_().sum(1), shift, largest, place
 
 
-def _within(rows, block):
-    "The rows of a block of a chunk, among all."
-    if rows is None or block is None: return rows or block
-    return slice(rows.start + block.start, rows.start + block.stop)
+def _take_out(g, at, here):
+    "The target of each row, where it is here; no number is less than what stays."
+    own = g.gather(1, at)
+    if here is None: g.scatter_(1, at, -math.inf)
+    else: g.scatter_(1, at, own.masked_fill(here[:, None], torch.finfo(g.dtype).min))
+    return own[:, 0]
+
+# %% ../../nbs/engine/14_fused.ipynb #217f328b
+def _slopes(g, by_others, at, by_own, here, place, by_largest, wins, job):
+    "The slopes of some rows by their products, in the place of the exponentials."
+    g.mul_(by_others[:, None])
+    if by_own is not None: _add(g, at, by_own, here)
+    if place is not None: _add(g, place[:, None], by_largest, wins)
+    if not job.w.divided: g.mul_(job.to_logits)
+
+
+def _add(g, at, values, where):
+    "Add one value to each row, in its column; where it is another rank's, none."
+    if not isinstance(values, Tensor): values = g.new_full(g.shape[:1], values)
+    if where is not None: values = torch.where(where, values, 0)
+    g.scatter_add_(1, at, values[:, None])
+
+# %% ../../nbs/engine/14_fused.ipynb #4cac429f
+def _pooled(terms):
+    "Weights of samples in log Σ exp(terms); zeros where none counts."
+    return terms.softmax(0).nan_to_num_(0)
+
+# %% ../../nbs/engine/14_fused.ipynb #b1001595
+def _terms(job, own, rest, numbers, wanted):
+    "The losses of some rows, and their slopes."
+    if job.loss.scale is None: return torch.zeros_like(rest), dict(own=0., rest=0.)
+    if job.prior is not None: rest = rest - job.prior[own.targets]
+    return job.loss.terms(own, rest, numbers, wanted)
+
+# %% ../../nbs/engine/14_fused.ipynb #ae32b3ff
+def _chunk(unit, targets, logs, share, lead_share, job, wanted, *numbers):
+    "Losses of a chunk, its negative margins, and the slopes of what is wanted."
+    loss, w, shards, s = job.loss, job.w, job.shards, job.scale
+    columns, here = shards.place(targets)
+    at, numbers = columns[:, None], dict(zip(job.names, numbers))
+    g = job.products(unit)                                                # products
+    own, total, shift, largest, place = _by_parts(
+        _exponentials, job.block, g, at, here, job)
+    rest, own = total.log() if shift is None else total.log() + shift, own / s
+    angle = _Angle(unit, w.unit(columns), own) if loss.angular else None  # angles
+    own, rest, largest, wins = shards.combine(                            # all ranks
+        here, own if angle is None else angle.value, rest, largest)
+    own = Own(targets, own) if angle is None else Own(targets, angle=own)
+    losses, slopes = _terms(job, own, rest, numbers, wanted)              # the loss
+    leads = None if largest is None else largest / s - own.cosine
+    if not wanted: return losses, leads
+    if logs is not None: share = _pooled(logs + loss.tilt * losses)       # slopes
+    if here is not None: total = (rest if shift is None else rest - shift).exp()
+    by_others = slopes['rest'] * (share * job.per_logit) / total
+    by_own = by_angle = by_largest = None
+    if angle is None: by_own = slopes['own'] * (share * (job.per_logit / s))
+    else: by_angle = slopes['own'] * share if here is None else (
+        slopes['own'] * share * here)
+    if place is not None:
+        by_largest = lead_share * (job.lead * job.per_logit / s)
+        by_own = -by_largest if by_own is None else by_own - by_largest
+    _by_parts(_slopes, job.block,
+              g, by_others, at, by_own, here, place, by_largest, wins, job)
+    by_features = torch.mm(g, w.x) if 'features' in wanted else None      # gradients
+    if 'prototypes' in wanted: job.add(g, unit)
+    if angle is not None: angle.turn(by_features, job.by_prototypes, by_angle, columns,
+                                     None if w.divided else w.norms)
+    return losses, leads, by_features, *(
+        slopes[name] * share for name in numbers if name in wanted)
+
+# %% ../../nbs/engine/14_fused.ipynb #888cd5c9
+def _gradients(job, wanted, by_features=None, *by_numbers):
+    "From the slopes by unit rows to gradients, by name."
+    found = dict(zip((name for name in job.names if name in wanted), by_numbers))
+    if 'features' in wanted:
+        found['features'], x = by_features, job.x
+        _to_rows(by_features, x.x, x.norms, x.divided)
+    if 'prototypes' in wanted:
+        found['prototypes'], w = job.by_prototypes, job.w
+        size = max(1, 2**17 // w.x.shape[1]) if w.x.is_cpu else len(w.x)
+        _by_parts(_to_rows, size, job.by_prototypes, w.x, w.norms, w.divided)
+    return found
+
+# %% ../../nbs/engine/14_fused.ipynb #cbd40aaf
+def _pass(ctx, tensors, wanted, share):
+    "Losses, negative margins and gradients of all chunks, outside of autocast."
+    targets, features, prototypes, *numbers = tensors
+    logs, pooled = ctx.logs, share
+    with full_precision(features.device.type):
+        job = _Job(ctx.loss, features, prototypes, ctx.shards, ctx.size, ctx.names[3:])
+        if logs is not None and wanted and job.buffer is not None:
+            losses, *_ = _by_parts(_chunk, job.size, job.x.x, targets, None,
+                                   share, share, job, (), *numbers)
+            logs, pooled = None, _pooled(logs + ctx.loss.tilt * losses)
+        losses, leads, *found = _by_parts(_chunk, job.size, job.x.x, targets, logs,
+                                          pooled, share, job, wanted, *numbers)
+        return losses, leads, _gradients(job, wanted, *found)
 
 # %% ../../nbs/engine/14_fused.ipynb #155e697c
 class _Fused(torch.autograd.Function):
     "The loss of features and prototypes; its gradients are made with its value."
 
     @staticmethod
-    def forward(ctx, loss, valid, shards, size, names, *tensors):
-        features, prototypes, targets, *_ = tensors
+    def forward(ctx, loss, valid, shards, size, names, grad, *tensors):
+        targets, features, *_ = tensors
         ctx.loss, ctx.valid, ctx.shards, ctx.size = loss, valid, shards, size
-        ctx.names = 'features', 'prototypes', 'targets', *names
+        ctx.names = 'targets', 'features', 'prototypes', *names
         ctx.save_for_backward(*tensors)
-        ctx.wanted = tuple(n for n, need in zip(ctx.names, ctx.needs_input_grad[5:])
-                           if need)
-        dtype = work_dtype(features.dtype, prototypes.dtype)
-        share, logs = (weigh(targets, valid, shards.num_classes, dtype)
-                       for weigh in (loss.shares, loss.log_shares))
-        ctx.shares, ctx.logs = (share if logs is None else 1., share), logs
-        now = ctx.wanted if loss.reduction != 'none' else ()
-        if logs is not None and loss.sample_margin and now:  # R_sm has its own weights
-            weights = (logs + loss.tilt * _run(ctx, tensors)[0]).softmax(0)
-            ctx.shares, ctx.logs = (weights.nan_to_num(0), share), None
-        losses, leads, gradients = _run(ctx, tensors, now)
-        ctx.gradients = gradients if now else None
-        return loss.total(losses, leads, share, logs)
+        needed = zip(ctx.names, ctx.needs_input_grad[6:])
+        ctx.wanted = tuple(name for name, need in needed if need and grad)
+        ctx.share, ctx.logs = (
+            weights(targets, valid, shards.num_classes, features.dtype)
+            for weights in (loss.shares, loss.log_shares))
+        now = () if loss.reduction == 'none' else ctx.wanted
+        losses, leads, found = _pass(ctx, tensors, now, ctx.share)
+        ctx.gradients = found if now else None
+        return loss.total(losses, leads, ctx.share, ctx.logs)
 
     @staticmethod
     def backward(ctx, slope):
         tensors, twice = ctx.saved_tensors, torch.is_grad_enabled()
         if twice or _many_at_once(slope): found = _by_matrix(ctx, tensors, slope, twice)
         else: found = _by_pass(ctx, tensors, slope)
-        found = [_like(found.get(n), t) for n, t in zip(ctx.names, tensors)]
-        return *[None] * 5, *found
+        return *[None] * 6, *(found.get(name) for name in ctx.names)
 
-
-def _run(ctx, tensors, wanted=(), shares=None):
-    "The pass that a context describes, outside of autocast."
-    features, prototypes, targets, *numbers = tensors
-    with full_precision(features.device.type):
-        if _is_small(ctx, features, prototypes, numbers):
-            share, _ = shares or ctx.shares
-            found = _straight(ctx.loss, features, prototypes, targets, share, wanted)
-            if found is not None: return found
-        pooled = None if ctx.logs is None else _LogSumExp(ctx.logs, ctx.loss.tilt)
-        return _Pass(ctx.loss, features, prototypes, targets,
-                     dict(zip(ctx.names[3:], numbers)), ctx.shards, ctx.size, wanted,
-                     shares or ctx.shares, pooled).run()
-
-
-def _is_small(ctx, features, prototypes, numbers):
-    "Whether one straight line is enough."
-    loss, k = ctx.loss, prototypes.shape[0]
-    return (ctx.shards.alone and ctx.logs is None and not numbers and loss.scale
-            and not loss.sample_margin and loss.prior is None
-            and features.dtype == prototypes.dtype and features.dtype.itemsize >= 4
-            and max(features.shape[0] * k, prototypes.numel()) <= 2**18
-            and ctx.size >= features.shape[0] and loss.scale + math.log(k) < 80)
-
-
+# %% ../../nbs/engine/14_fused.ipynb #cef9e23d
 def _by_pass(ctx, tensors, slope):
     "The gradients that were kept, or those of another pass, times a slope."
     found, ctx.gradients = ctx.gradients, None
     by_sample = ctx.loss.reduction == 'none'
     if found is None:
-        shares = tuple(v * slope for v in ctx.shares) if by_sample else None
-        *_, found = _run(ctx, tensors, ctx.wanted, shares)
+        share = ctx.share * slope if by_sample else ctx.share
+        *_, found = _pass(ctx, tensors, ctx.wanted, share)
     if not by_sample and not (values_are_cheap(slope) and slope.item() == 1):
         for gradient in found.values(): gradient.mul_(slope)
     return found
 
-
+# %% ../../nbs/engine/14_fused.ipynb #74299005
 def _by_matrix(ctx, tensors, slope, twice):
     "Gradients that have gradients, or many at once, by way of the matrix."
     if not ctx.shards.alone:
@@ -459,7 +291,7 @@ def _by_matrix(ctx, tensors, slope, twice):
                            'have no second derivatives; use one process')
     with torch.enable_grad():  # of views: one tensor may depend on another
         views = [t.view_as(t) for t in tensors]
-        features, prototypes, targets, *numbers = views
+        targets, features, prototypes, *numbers = views
         value = ctx.loss.of_matrix(features, prototypes, targets, ctx.valid,
                                    dict(zip(ctx.names[3:], numbers)))
         wanted = [v for n, v in zip(ctx.names, views) if n in ctx.wanted]
@@ -471,12 +303,6 @@ def _many_at_once(slope):
     "Whether many slopes are asked for together, as `is_grads_batched` does."
     functorch = torch._C._functorch
     return functorch.is_legacy_batchedtensor(slope) or functorch.is_batchedtensor(slope)
-
-
-def _like(gradient, tensor):
-    "A gradient in the dtype of its tensor."
-    if gradient is None or gradient.dtype == tensor.dtype: return gradient
-    return gradient.to(tensor.dtype)
 
 # %% ../../nbs/engine/14_fused.ipynb #00bf8a3d
 BUFFER_BYTES = 72 * 2**20  # what chunk_size='auto' allows the buffer
@@ -505,43 +331,42 @@ def fused_loss(
     "What `loss.linear` returns."
     if chunk_size != 'auto': chunk_size = integer('chunk_size', chunk_size, at_least=1)
     features, prototypes = plain(features), plain(prototypes)
-    if not torch.is_grad_enabled():  # no gradient is made in vain
-        features, prototypes = features.detach(), prototypes.detach()
-        numbers = {name: v.detach() for name, v in numbers.items()}
     shards = one_process(prototypes.shape[0])
     if group is not None:
         features, targets, numbers, shards = all_ranks(
             loss, features, prototypes, targets, numbers, group)
-    k = shards.num_classes
-    targets, valid = loss.split_ignored(targets, k)
-    loss.check_classes(k, features.device)
-    if chunk_size == 'auto': chunk_size = rows_at_once(features.shape[0],
-                                                         shards.largest_size)
+    targets, valid = loss.split_ignored(targets, shards.num_classes)
+    loss.check_classes(shards.num_classes, features.device)
+    if chunk_size == 'auto':
+        chunk_size = rows_at_once(features.shape[0], shards.largest_size)
+    dtype = work_dtype(features.dtype, prototypes.dtype)
+    tensors = (x if x.dtype == dtype else x.to(dtype)
+               for x in (features, prototypes, *numbers.values()))
     value = _Fused.apply(loss.frozen(), valid, shards, chunk_size, tuple(numbers),
-                              features, prototypes, targets, *numbers.values())
+                         torch.is_grad_enabled(), targets, *tensors)
     if shards.alone or value.ndim == 0: return value
     return OwnRows.apply(value, shards.group)
 
-# %% ../../nbs/engine/14_fused.ipynb #ab5c7fdf
-def _cosines_by_rows(features, prototypes, shards):
-    "The cosines of some features at a time with all prototypes, and which rows."
-    dtype = work_dtype(features.dtype, prototypes.dtype)
-    w = prototypes.to(dtype)
+# %% ../../nbs/engine/14_fused.ipynb #d957e554
+def _by_cosines(function, features, prototypes, shards, *others):
+    "What a function makes of the cosines of some features at a time."
+    w = prototypes.to(work_dtype(features.dtype, prototypes.dtype))
     norms = torch.linalg.vector_norm(w, dim=1, keepdim=True)
     usual = moderate(norms)
     if not usual and shards.alone: check_finite('prototypes', w)
     check_finite('features', features)
-    w = _Rows(w, norms, usual)
-    inverse = 1. if w.divided else w.norms.reciprocal()[:, 0]
+    w = _Rows(w, norms, usual, divided=False)
     size = rows_at_once(len(features), shards.largest_size)
     buffer = w.x.new_empty(size, len(w.x))
-    for rows in _parts(len(features), size):
-        unit = unit_rows(_part(features, rows).to(dtype))
-        with full_precision(features.device.type):
+
+    def some(features, *others):
+        unit = unit_rows(features.to(w.x.dtype))
+        with full_precision(unit.device.type):
             cosines = torch.mm(unit, w.x.T, out=buffer[:len(unit)])
-        yield cosines.mul_(inverse), rows
+        return function(cosines if w.divided else cosines.div_(w.norms[:, 0]), *others)
+    return _by_parts(some, size, features, *others)
 
-
+# %% ../../nbs/engine/14_fused.ipynb #ab5c7fdf
 @torch.no_grad()
 def nearest_classes(
     features: Tensor,  # features of any norm, [N, d]
@@ -554,12 +379,11 @@ def nearest_classes(
     features, prototypes = plain(features), plain(prototypes)
     shards = shards or one_process(len(prototypes))
     n = integer('n', n, at_least=1, at_most=shards.num_classes)
-    parts = [cosines.topk(min(n, len(prototypes))) for cosines, _ in
-             _cosines_by_rows(shards.all_rows(features), prototypes, shards)]
-    cosines, classes = (torch.cat(v) for v in zip(*parts))
+    cosines, classes = _by_cosines(lambda c: c.topk(min(n, len(prototypes))),
+                                   shards.all_rows(features), prototypes, shards)
     return shards.nearest(cosines, classes, n)
 
-
+# %% ../../nbs/engine/14_fused.ipynb #8ddfaf0a
 @torch.no_grad()
 def margins_by_rows(
     features: Tensor,  # features of any norm, [N, d]
@@ -575,14 +399,12 @@ def margins_by_rows(
         raise ValueError('prototypes must be [k, d] with k ≥ 2 for margins, got k = 1')
     targets = shards.all_rows(check_integers(targets, len(features), features.device))
     check_range(targets, shards.num_classes)
-    margins = []
-    features = shards.all_rows(features)
-    for cosines, rows in _cosines_by_rows(features, prototypes, shards):
-        columns, here = shards.place(_part(targets, rows))
-        own = cosines.gather(1, columns[:, None])
-        low = torch.finfo(own.dtype).min
-        cosines.scatter_(1, columns[:, None], low if here is None else
-                         torch.where(here[:, None], low, own))
-        own, _, largest, _ = shards.combine(here, own[:, 0], None, cosines.amax(1))
-        margins.append(own - largest)
-    return shards.own_rows(torch.cat(margins))
+
+    def margins(cosines, targets):
+        columns, here = shards.place(targets)
+        own = _take_out(cosines, columns[:, None], here)
+        own, _, largest, _ = shards.combine(here, own, None, cosines.amax(1))
+        return own - largest,
+    found, = _by_cosines(margins, shards.all_rows(features), prototypes, shards,
+                         targets)
+    return shards.own_rows(found)

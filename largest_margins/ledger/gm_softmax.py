@@ -1,4 +1,4 @@
-"""One lower bound covers NormFace, CosFace, ArcFace and SphereFace, and says when it is attained
+"""One lower bound covers NormFace, CosFace, ArcFace and SphereFace and shows when they share an optimum
 
 Docs: https://largest-margins.github.io/largest-margins/theory/gm_softmax.html.md"""
 
@@ -26,21 +26,21 @@ from ..margins import class_margin, unit_rows
 def largest_angular_margin(
     k: int,  # number of classes, ≥ 2
 ) -> float:  # radians, above π/3 and at most π/2
-    "Up to which m2 ArcFace's optimum is the simplex: arccos((k−2)/(2(k−1)))."
+    "Return the largest m2 at which ArcFace's optimum is the simplex."
     if k < 2: raise ValueError(f'k must be at least 2, got {k}')
     return math.acos((k - 2) / (2 * (k - 1)))
 
 # %% ../../nbs/theory/08_gm_softmax.ipynb #08d4e6b1
 class SimplexDistance(NamedTuple):
-    "How far prototypes and features can be from the simplex, at most."
-    centroid: float  # norm of the prototypes' mean; 0 at the simplex
-    feature: float  # root mean square of ‖w_y − z‖; 0 at the simplex
-    spread: float  # root mean variance of a sample's other cosines; 0 at the simplex
-    class_margin: float  # radians, at least this; 0 says nothing
+    "Upper bounds on the distance from the simplex, and a lower bound on the margin."
+    centroid: float  # norm of the mean prototype, at most this; 0 at the simplex
+    feature: float  # root mean square of ‖w_y − z‖, at most this
+    spread: float  # standard deviation of a sample's other cosines, at most this
+    class_margin: float  # radians, at least this; 0: no bound
 
-
+# %% ../../nbs/theory/08_gm_softmax.ipynb #cda5f42e
 def distance_from_simplex(
-    loss: float,  # mean over classes of the class's mean training loss
+    loss: float,  # training loss, averaged per class, then over classes
     k: int,  # number of classes, ≥ 2
     scale: float,  # s > 0
     *,
@@ -48,7 +48,7 @@ def distance_from_simplex(
     offset: float = 0.,  # β: −margin for CosFace, 0 for the others
     target_in_sum: bool = True,  # False for LM-Softmax
 ) -> SimplexDistance:
-    "What a value of the loss proves about the geometry, by (eq-stability)."
+    "Bound the distance from the simplex by the loss, equation (eq-stability)."
     if k < 2 or not scale > 0 or not slope > (k - 2) / (2 * (k - 1)):
         raise ValueError('needs k ≥ 2, scale > 0 and slope > (k − 2)/(2(k − 1)), '
                          f'got k = {k}, scale = {scale}, slope = {slope}')
@@ -80,12 +80,12 @@ _FAMILY = (NormFaceLoss(8.), CosFaceLoss(8., .35), ArcFaceLoss(8., .5),
 
 
 def lowest_risk(
-    loss: torch.nn.Module,  # of cosines [k, k] and targets [k]
+    loss: torch.nn.Module,  # maps cosines [k, k] and targets [k] to a number
     k: int,  # number of classes, with one sample each
     d: int,  # dimension
-    seed: int,  # of the random start
+    seed: int,  # random seed of the start
 ) -> tuple:  # risk, prototypes, features
-    "Where prototypes and features come to rest, first both free, then with z = w."
+    "Minimize a loss over free prototypes and features, then with z = w."
     torch.manual_seed(seed)
     targets, (W, Z) = torch.arange(k), torch.randn(2, k, d, dtype=torch.float64)
     free = descend(lambda W, Z: loss(Z @ W.T, targets), W, Z)
@@ -101,7 +101,7 @@ def _u_exact(sign=-1):
     left = sympy.simplify(sympy.expand_trig(sympy.cos(theta + m)) - line - sign * rest)
     return len(sympy.Add.make_args(left)) if left != 0 else 0, 0
 
-
+# %% ../../nbs/theory/08_gm_softmax.ipynb #2a820a59
 def _u_search(line=lambda m2, theta: m2.cos() * theta.cos()):
     "The largest ψ(m1θ+m2) − cos m2·cos θ, m1 in [1, 8], m2 and θ in [0, π]; and 0."
     torch.manual_seed(0)
@@ -109,13 +109,13 @@ def _u_search(line=lambda m2, theta: m2.cos() * theta.cos()):
     m1, m2, theta = 1 + 7 * m1**2, math.pi * m2, math.pi * theta
     return (falling_cosine(m1 * theta + m2) - line(m2, theta)).max().item(), 0
 
-
+# %% ../../nbs/theory/08_gm_softmax.ipynb #1b85ffdd
 def _u_boundary(m1=4):
     "cos(m1·θ) at m1 = 4, θ = π/2, against cos θ: the printed inequality fails."
     import sympy
     return sympy.cos(m1 * sympy.pi / 2), sympy.cos(sympy.pi / 2)
 
-
+# %% ../../nbs/theory/08_gm_softmax.ipynb #adb15e8d
 register(Claim(
     'U', 'The unified loss and the line below it', 'mended',
     'exp(s·cos(m1θ+m2) − m3), with cos(m1θ+m2) ≤ cos m2 · cos θ',
@@ -134,7 +134,7 @@ def _rational_gm(seed):
     S = [sum(column) for column in zip(*W, strict=True)]
     return W, rational_points(k, d, seed + 500), S, k, b + Fraction(seed + 1, 20), b
 
-
+# %% ../../nbs/theory/08_gm_softmax.ipynb #017455d3
 def _t5_exact(slope=lambda a, b, k: 2 * a / k - b):
     "How far the two sides of the GM identity are apart, at most, and 0."
     worst = Fraction(0)
@@ -147,7 +147,7 @@ def _t5_exact(slope=lambda a, b, k: 2 * a / k - b):
         worst = max(worst, abs(left - right))
     return worst, 0
 
-
+# %% ../../nbs/theory/08_gm_softmax.ipynb #7a9d25fb
 def _t5_certified(constant=1, k=6):
     "How far the risk at the simplex can be from L*, by interval arithmetic; 10⁻³⁰."
     from mpmath import iv
@@ -160,27 +160,27 @@ def _t5_certified(constant=1, k=6):
         -s * (iv.mpf(constant) / (k - 1) + alpha1 + beta1)))
     return max(map(abs, endpoints(risk - formula))), Fraction(1, 10**30)
 
-
+# %% ../../nbs/theory/08_gm_softmax.ipynb #af3ceeff
 def _t5_reached(constant=lambda k: 1 / (k - 1), k=6, s=4., alpha=(.9, .7),
                beta=(-.1, .2)):
-    "The lowest risk that an optimiser finds, and the corrected formula L*."
+    "The lowest risk that an optimizer finds, and the corrected formula L*."
     num, den = alpha[0] + beta[0], alpha[1] + beta[1]
     others = (k - 1) * math.exp(-s * (constant(k) + num))
     found = lowest_risk(GMSoftmaxLoss(s, *alpha, *beta), k, k, seed=0)[0]
     return found, math.log(math.exp(s * (den - num)) + others)
 
-
+# %% ../../nbs/theory/08_gm_softmax.ipynb #6af6cd17
 def _gm_risk(W, Z, alpha):
     loss = GMSoftmaxLoss(1., alpha1=alpha, alpha2=alpha)
     return loss(unit_rows(Z) @ unit_rows(W).T, torch.arange(len(W))).item()
 
-
+# %% ../../nbs/theory/08_gm_softmax.ipynb #bb5f85f8
 def _collapsed(k):
     "All prototypes in one point, all features opposite."
     point = torch.eye(k, dtype=torch.float64)[:1].expand(k, k)
     return point, -point
 
-
+# %% ../../nbs/theory/08_gm_softmax.ipynb #e47098ab
 def _t5_optimised(alpha=.42, k=6, tries=200):
     "The lowest risk of many arrangements, the collapse among them, and the simplex's."
     best, lowest = _gm_risk(simplex(k, k), simplex(k, k), alpha), math.inf
@@ -191,15 +191,15 @@ def _t5_optimised(alpha=.42, k=6, tries=200):
             lowest = min(lowest, _gm_risk(W, features, alpha))
     return min(lowest, _gm_risk(*_collapsed(k), alpha)), best
 
-
+# %% ../../nbs/theory/08_gm_softmax.ipynb #1b0fa4c4
 def _t5_boundary(alpha=.38, k=6):
     "The risk of the collapse below the sharp condition, and the simplex's, higher."
     best = simplex(k, k)
     return _gm_risk(*_collapsed(k), alpha), _gm_risk(best, best, alpha)
 
-
+# %% ../../nbs/theory/08_gm_softmax.ipynb #49d94410
 register(Claim(
-    'T5', "The optimum of generalised margin softmax, the slides' Theorem 5", 'mended',
+    'T5', "The optimum of generalized margin softmax, the slides' Theorem 5", 'mended',
     'balanced, k ≤ d+1, α1 ≥ 1/2, α2 ≤ α1: the optimum of GM-Softmax is the '
     'simplex with z = w; L* = log[e^{s(α1+β1−α2−β2)} + (k−1) e^{−s(−1/(k−1)+α1+β1)}]',
     'for α1 ≥ (k−2)/(2(k−1)), which is sharp for α2 = α1, the simplex with z = w is '
@@ -222,7 +222,7 @@ def _gm_exact(slope=lambda a, b, k: 2 * a / k - b):
         worst = max(worst, abs(sum(dot(r, r) for r in rows) / k - right))
     return worst, 0
 
-
+# %% ../../nbs/theory/08_gm_softmax.ipynb #2c7f4305
 def _gm_symbolic(reached=lambda alpha: 1 - alpha):
     "The terms left of a² − b·k²(2a/k − b) − (1 − α)², and 0."
     import sympy
@@ -231,7 +231,7 @@ def _gm_symbolic(reached=lambda alpha: 1 - alpha):
     left = sympy.simplify(a**2 - b * k**2 * (2 * a / k - b) - reached(alpha)**2)
     return len(sympy.Add.make_args(left)) if left != 0 else 0, 0
 
-
+# %% ../../nbs/theory/08_gm_softmax.ipynb #813ad4c3
 def _gm_lowest(below=.05):
     "The lowest risk found below the threshold, minus the collapse's, the least; and 0."
     least = []
@@ -246,7 +246,7 @@ def _gm_lowest(below=.05):
         least.append(min(descend(risk, *start)[0] for start in starts) - collapse)
     return min(least), 0
 
-
+# %% ../../nbs/theory/08_gm_softmax.ipynb #7f114ed7
 def _gm_stability(curvature=lambda s: (2 * s - 1 + math.exp(-2 * s)) / 4):
     "The least of Δ minus the three terms of the stability bound, and 0."
     least, generator = [], torch.Generator().manual_seed(0)
@@ -267,13 +267,13 @@ def _gm_stability(curvature=lambda s: (2 * s - 1 + math.exp(-2 * s)) / 4):
         least.append((s * a + rest + math.log(b) - terms).item())
     return min(least), 0
 
-
+# %% ../../nbs/theory/08_gm_softmax.ipynb #cf3ad9f7
 def _gm_boundary(alpha=.42, k=6):
     "The collapse's risk above the threshold, and the simplex's, lower."
     best = simplex(k, k)
     return _gm_risk(*_collapsed(k), alpha), _gm_risk(best, best, alpha)
 
-
+# %% ../../nbs/theory/08_gm_softmax.ipynb #575fcb6c
 register(Claim(
     'GM', 'The GM identity: total collapse, and stability', 'ours', '(ours)',
     'for α1 = α2 < (k−2)/(2(k−1)) the unique optimum is total collapse, all w equal '
@@ -293,7 +293,7 @@ def _p6_exact(slope=Fraction(1, 2)):
     room = sympy.Poly(2 * n * sympy.Rational(slope) - (n - 1), n)
     return min(room.all_coeffs()), 0
 
-
+# %% ../../nbs/theory/08_gm_softmax.ipynb #c39d9e1e
 def _p6_optimised(cosine=lambda k: -1 / (k - 1), k=6, d=8):
     "The class margin, degrees, of the member of the family that is furthest off."
     best = math.degrees(math.acos(cosine(k)))
@@ -301,16 +301,16 @@ def _p6_optimised(cosine=lambda k: -1 / (k - 1), k=6, d=8):
     margins = [class_margin(W).rad2deg().item() for W in ends]
     return max(margins, key=lambda margin: abs(margin - best)), best
 
-
+# %% ../../nbs/theory/08_gm_softmax.ipynb #4dea558d
 def _p6_boundary(m2=1.2, k=6):
     "The printed ArcFace with a large margin: the collapse's risk and the simplex's."
     collapse = math.log1p((k - 1) * math.exp(-1 - math.cos(math.pi + m2)))
     return collapse, math.log1p((k - 1) * math.exp(-1 / (k - 1) - math.cos(m2)))
 
-
+# %% ../../nbs/theory/08_gm_softmax.ipynb #eea746ae
 register(Claim(
     'P6', "NormFace, CosFace, ArcFace, SphereFace, the slides' Proposition 6", 'mended',
-    'NormFace, CosFace, ArcFace and A-Softmax (normalised) share the optimum',
+    'NormFace, CosFace, ArcFace and A-Softmax (normalized) share the optimum',
     'as printed, with ψ for A-Softmax and cos m2 ≥ (k−2)/(2(k−1)) for ArcFace',
     'balanced, k ≤ d+1',
     (Check('exact arithmetic', _p6_exact, '≥'),

@@ -1,4 +1,4 @@
-"""Zero loss needs no class margin; the way down finds one all the same, slower and slower
+"""The softmax loss can vanish at any class margin; its gradient flow still widens the margin, ever more slowly
 
 Docs: https://largest-margins.github.io/largest-margins/theory/softmax.html.md"""
 
@@ -24,9 +24,9 @@ from ..margins import class_margin, unit_rows
 def prototypes_with_class_margin(
     k: int,  # number of classes, ≥ 2
     d: int,  # dimension, ≥ 2
-    margin: float,  # radians, above 0 and at most what k points can have
-) -> Tensor:  # unit rows, float64, [k, d]
-    "A best packing, contracted until its class margin is as asked."
+    margin: float,  # the class margin, radians, in (0, δ*]
+) -> Tensor:  # prototypes, unit rows, float64, [k, d]
+    "Move the points of a best packing together until their class margin is `margin`."
     W = best_packing(k, d).points
     if not 0 < margin <= class_margin(W).item():
         most = math.degrees(class_margin(W))
@@ -43,7 +43,7 @@ def prototypes_with_class_margin(
 
 # %% ../../nbs/theory/07_softmax.ipynb #063defb7
 def _log_loss(W, Z):
-    "The logarithm of the mean softmax loss, finite where the loss is below 1e-308."
+    "Return log(mean softmax loss), finite even for losses below 1e-308."
     scores = Z @ W.T
     others = torch.eye(len(W), dtype=torch.bool)
     leads = (scores - scores.diagonal()[:, None]).masked_fill(others, -math.inf)
@@ -51,12 +51,12 @@ def _log_loss(W, Z):
     losses = torch.where(leads > -30, F.softplus(leads.clamp(min=-30)).log(), leads)
     return losses.logsumexp(0) - math.log(len(W))
 
-
+# %% ../../nbs/theory/07_softmax.ipynb #956c866a
 def softmax_flow(
-    prototypes: Tensor,  # where they begin, [k, d]; features begin near them
-    time: float = 60.,  # of the flow of the logarithm
-) -> list[tuple[float, float]]:  # log loss and class margin in degrees, on the way
-    "Follow the gradient flow of the logarithm of softmax's loss, nothing held fixed."
+    prototypes: Tensor,  # prototypes to start from, [k, d]; features start near them
+    time: float = 60.,  # how long to follow the flow
+) -> list[tuple[float, float]]:  # (log of the loss, class margin in degrees)
+    "Follow the gradient flow of log(softmax loss) in prototypes and features."
     generator = torch.Generator().manual_seed(0)
     near = .1 * torch.randn(prototypes.shape, generator=generator).double()
     shape = (2, *prototypes.shape)
@@ -80,7 +80,7 @@ def _t4_exact(sign=-1):
     if limit.is_infinite: raise ArithmeticError('no finite limit')
     return limit, 0
 
-
+# %% ../../nbs/theory/07_softmax.ipynb #389d1c28
 def _t4_optimised(degrees=40., k=8, d=3, r=100.):
     "The softmax loss with the class margin asked for and long features, and its bound."
     W = prototypes_with_class_margin(k, d, math.radians(40))
@@ -89,20 +89,20 @@ def _t4_optimised(degrees=40., k=8, d=3, r=100.):
     loss = F.cross_entropy(r * W @ W.T, torch.arange(k)).item()
     return loss, (k - 1) * math.exp(-r * (1 - math.cos(math.radians(degrees))))
 
-
+# %% ../../nbs/theory/07_softmax.ipynb #f68077aa
 def _t4_flow(time=60., degrees=40.):
     "The class margin, degrees, to which the flow takes eight classes from 40°; 74."
     start = prototypes_with_class_margin(8, 3, math.radians(degrees))
     return softmax_flow(start, time)[-1][1], 74
 
-
+# %% ../../nbs/theory/07_softmax.ipynb #f2cca176
 def _t4_boundary(degrees=80., k=5, d=2):
     "The proved largest class margin of five classes on the circle, and 80°."
     bound = class_margin_bound(k, d)
     if not bound.verify(): raise ArithmeticError('no proof')
     return math.degrees(bound.radians), degrees
 
-
+# %% ../../nbs/theory/07_softmax.ipynb #8a21b2af
 register(Claim(
     'T4', "Zero loss needs no margin, the slides' Theorem 4, at first 0",
     'mended', 'for every ε in (0, π/2) there are prototypes that reach '

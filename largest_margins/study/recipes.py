@@ -14,13 +14,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
 from functools import cache
+from importlib import import_module
 from importlib.resources import files
 from typing import Any
 
-from .configurations import LOSSES
-from .experiments import Configuration
-from .free_features import FreeFeatures
-from .identities import PairsConfiguration, ReIDConfiguration
+from .configurations import LOSSES, TrainingFields
+
 
 # %% ../../nbs/study/36_recipes.ipynb #e977c960
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Recipe:
     beside: dict  # whose printed numbers stand beside which data set; '' for others
     columns: tuple[str, ...]  # the numbers shown, names in `MEASURES`
     notes: str = ''  # what a reader of the table has to know
-    kind: type = Configuration  # of the configurations, which know what a run does
+    kind: str | type = 'experiments.Configuration'  # what knows what a run does
     dataset: str | None = 'digits'  # the usual data set; None: there are no data
     heading: str = ''  # of the table; '': what `printed_numbers` has
     figures: bool = False  # whether the page shows each training
@@ -60,6 +59,13 @@ class Recipe:
         "Heading of the table."
         return self.heading or printed_numbers()['titles'][self.name]
 
+    @property
+    def configurations(self) -> type:
+        "The class of the configurations, imported on first use."
+        if not isinstance(self.kind, str): return self.kind
+        module, name = self.kind.split('.')
+        return getattr(import_module(f'largest_margins.study.{module}'), name)
+
     def configuration(
         self,
         dataset: str | None,  # name of the data set, or None
@@ -69,10 +75,10 @@ class Recipe:
     ) -> Any:  # a configuration
         "What one row trains in one setting; later changes win."
         if dataset is not None: changes['dataset'] = dataset
-        for name in changes.keys() - {f.name for f in fields(self.kind)}:
+        for name in changes.keys() - {f.name for f in fields(self.configurations)}:
             raise ValueError(f'{name} has no meaning for the table {self.name}')
         training = self.training.get(dataset, self.training[''])
-        return self.kind(**{**training, **setting.changes, **row.changes, **changes})
+        return self.configurations(**{**training, **setting.changes, **row.changes, **changes})
 
 # %% ../../nbs/study/36_recipes.ipynb #b873be4a
 _SMALL = dict(body='conv3', embedding=32, epochs=20, batch_size=64, learning_rate=1e-2)
@@ -234,24 +240,27 @@ TABLES = {recipe.name: recipe for recipe in (
            {'glyphs': _GLYPHS, '': _PERSONS},
            {'dukemtmc': 'dukemtmc', '': 'market1501'},
            ('mAP', 'rank1', 'rank5', 'mINP', 'class_margin'),
-           kind=ReIDConfiguration, dataset='glyphs'),
+           kind='identities.ReIDConfiguration',
+           dataset='glyphs'),
     Recipe('verification', table3_rows, (Setting('pairs', 'Pairs'),),
            {'glyphs': _GLYPHS, '': _FACES}, {},
            ('fold_accuracy', 'standard_error', 'tar_at_0.1', 'tar_at_0.01',
             'tar_at_0.001', 'tar_at_0.0001', 'class_margin'),
-           kind=PairsConfiguration, dataset='glyphs'),
+           kind='identities.PairsConfiguration',
+           dataset='glyphs'),
     Recipe('sphere', sphere_rows, _SPHERES, {'': {}}, {},
            ('class_margin', 'gap', 'min_sample_margin', 'final_loss'),
-           _SPHERE + printed_numbers()['notes']['sphere'], FreeFeatures, None))}
+           _SPHERE + printed_numbers()['notes']['sphere'],
+           'free_features.FreeFeatures', None))}
 
 # %% ../../nbs/study/36_recipes.ipynb #69113d9f
 def single(
-    configuration: Configuration,  # what to train
+    configuration: TrainingFields,  # what to train, say a `Configuration`
 ) -> Recipe:
     "The recipe of one training."
     row = Row('trained', configuration.label, asdict(configuration))
     return Recipe('train', lambda num_classes: [row], _BALANCED, {'': {}}, {}, _BRIEF,
-                  heading=configuration.label, figures=True)
+                  kind=type(configuration), heading=configuration.label, figures=True)
 
 
 _BALANCED = (Setting('single', 'One training'),)
