@@ -41,6 +41,7 @@ def exported_modules():
         code = '\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'code')
         if name := re.search(r'^#\|\s*default_exp\s+(\S+)', code, re.M):
             assert name[1] not in found, f'{path} and {found[name[1]]} write one module'
+            assert not re.search(r'^#\|\s*export[si]?[ \t]+\w', code, re.M), f'{path} writes two modules'
             found[name[1]] = path
     return found
 
