@@ -317,10 +317,13 @@ class _OnCosines(_OfMatrix):
         return self.of_cosines(wide, Own(targets, own, theta), valid, given)
 
 # %% ../nbs/losses/12_losses.ipynb #95195c78
+_LAMBDA = dict(at_least=0, at_most=1e6)
+
+
 @dataclass(eq=False, repr=False, kw_only=True)
 class CosineLoss(_OnCosines):
     "A loss of each sample's own cosine and one reduction over the others."
-    sample_margin: float = Number(0., at_least=0, at_most=1e6)  # λ of the added λ·R_sm
+    sample_margin: float = Number(0., **_LAMBDA)  # λ ≥ 0 of the λ·R_sm that is added
 
     def linear(
         self,
@@ -739,7 +742,7 @@ class LMSoftmaxLoss(MarginSoftmaxLoss):
 @dataclass(eq=False, repr=False)
 class SampleMarginLoss(CosineLoss):
     "R_sm, the negative sample margin, max_{j≠y} c_j − c_y (Zhou et al. 2022, §3.3)."
-    sample_margin: float = field(default=1., init=False)
+    sample_margin: float = field(default=Number(1., **_LAMBDA), init=False)
     prior: None = field(default=None, init=False)
 
 # %% ../nbs/losses/12_losses.ipynb #bd76fbce
