@@ -102,7 +102,8 @@ moved = {
 # Markdown of the site itself, in docs/
 written = ['bibliography', 'cite', 'glossary']
 # names in backticks that look like ours and that no code of ours mentions
-foreign = {'BaseLoss', 'MixedPrecision', 'distrib_ctx', 'fine_tune', 'lr_find'}    # fastai's
+foreign = {'BaseLoss', 'MixedPrecision', 'distrib_ctx', 'fine_tune', 'lr_find',  # fastai's
+           'arcface_torch', 'sample_rate', 'NormedLinear'}                       # of other libraries
 # what Quarto's cell options say, as MyST-NB's tags
 tags = {('echo', 'false'): 'remove-input', ('output', 'false'): 'remove-output',
         ('include', 'false'): 'remove-cell', ('code-fold', 'true'): 'hide-input',
@@ -142,6 +143,11 @@ def cited(text):
     def reference(match):
         return '{cite:p}`' + ','.join(re.findall(r'[\w-]+', match[1])) + '`'
     return re.sub(r'\[(@[\w-]+(?:;\s*@[\w-]+)*)\]', reference, text)
+
+
+def unbroken(text):
+    "`98.89 ± 0.22` stays on one line."
+    return re.sub(r'(?<=\d) ± (?=\d)', '\u00a0±\u00a0', text)
 
 
 def glossary():
@@ -407,7 +413,7 @@ def convert(nb, cfg, syms):
         else:
             text = re.sub(rf'\[`([^`]+)`\]\({re.escape(address)}([^)]+)\)', reference, text)
             text = re.sub(r'\]\(([\w./-]+\.ipynb)(#[^)]*)?\)', page_link, text)
-            text = cited(linked(defined(text, terms, seen), syms))
+            text = cited(linked(defined(unbroken(text), terms, seen), syms))
         cells.append(dict(cell, source=text))
     return dict(nb, cells=cells)
 

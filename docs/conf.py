@@ -21,6 +21,7 @@ html_baseurl = cfg['doc_url']
 bibtex_bibfiles = ['references.bib']
 bibtex_reference_style = 'author_year'
 html_css_files = ['site.css']
+html_js_files = [('site.js', {'defer': 'defer'})]
 html_favicon = html_logo = '_static/icon.svg'
 html_copy_source = html_show_sourcelink = False     # the notebooks themselves are on GitHub
 html_domain_indices = False                 # the theorems are listed on the page of the theory
