@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from base64 import b64decode
+from dataclasses import is_dataclass
 from importlib import import_module
 from importlib.metadata import files
 from pathlib import Path
@@ -102,7 +103,8 @@ moved = {
 # Markdown of the site itself, in docs/
 written = ['bibliography', 'cite', 'glossary']
 # names in backticks that look like ours and that no code of ours mentions
-foreign = {'BaseLoss', 'MixedPrecision', 'distrib_ctx', 'fine_tune', 'lr_find'}    # fastai's
+foreign = {'BaseLoss', 'MixedPrecision', 'distrib_ctx', 'fine_tune', 'lr_find',  # fastai's
+           'arcface_torch', 'sample_rate', 'NormedLinear'}                       # of other libraries
 # what Quarto's cell options say, as MyST-NB's tags
 tags = {('echo', 'false'): 'remove-input', ('output', 'false'): 'remove-output',
         ('include', 'false'): 'remove-cell', ('code-fold', 'true'): 'hide-input',
@@ -289,6 +291,9 @@ def api_entry(name, syms):
     own = {p.name for p in params}
     result = type_name(sig.return_annotation) if kind != 'class' else ''
     docs = docments(obj, full=True, args_kwargs=True)
+    for base in filter(is_dataclass, getattr(obj, '__mro__', ())):  # each describes the fields that it brings
+        for field, doc in docments(base, full=True).items():
+            if field in docs: docs[field].docment = docs[field].docment or doc.docment
     rows = []
     for p in params:
         text = (docs[p.name].docment or '') if p.name in docs else ''

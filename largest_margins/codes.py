@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from scipy.optimize import linprog, minimize
 from scipy.sparse import csr_matrix, hstack, vstack
+from scipy.sparse.linalg import splu
 from torch import Tensor
 
 from .bounds import class_margin_bound
@@ -123,56 +124,88 @@ def _rows_of(i, j, left, right, columns):
     return csr_matrix((values, (np.concatenate([rows, rows]), at)), (len(i), columns))
 
 
-def _lift(points, deadline, steps=60, radius=.01):
-    "Sequential linear programming: lower the largest cosine while that is possible."
-    (k, d), top = points.shape, _largest_cosine(points)
-    cost, exact = np.append(np.zeros(k * (d - 1)), 1), dict.fromkeys(
-        ('primal_feasibility_tolerance', 'dual_feasibility_tolerance'), 1e-10)
+def _tangents(points):
+    "Orthonormal rows at right angles to each point, of a reflection; [k, d − 1, d]."
+    mirror = points.copy()
+    mirror[:, 0] += np.where(points[:, 0] < 0, -1, 1)
+    scaled = mirror * (2 / np.square(mirror).sum(1, keepdims=True))
+    return np.eye(points.shape[1])[1:] - mirror[:, 1:, None] * scaled[:, None]
+
+# %% ../nbs/theory/03_packing.ipynb #5d1e8a42
+def _solved(square, wanted):
+    "The solution of a symmetric system that may be singular, dense or sparse."
+    lift = 1e-13 * square.diagonal().max()
+    if square.nnz > .05 * square.shape[0]**2 or square.shape[0] < 200:
+        square = square.toarray()
+        square[np.diag_indices_from(square)] += lift
+        return np.linalg.solve(square, wanted)
+    square = square.tocsc()
+    square.setdiag(square.diagonal() + lift)
+    return splu(square, permc_spec='MMD_AT_PLUS_A').solve(wanted)
+
+
+def _newton(points, i, j, steps=10):
+    "Move the points so that these pairs all have the same cosine."
+    k, d = points.shape
     for _ in range(steps):
-        i, j, cosines = _close_pairs(points, 4 * radius)
-        tangents = np.linalg.svd(points[:, None])[2][:, 1:]
-        rows = _rows_of(i, j, np.einsum('nbd,nd->nb', tangents[i], points[j]),
-                        np.einsum('nbd,nd->nb', tangents[j], points[i]), k * (d - 1))
-        rows = hstack([rows, -np.ones((len(i), 1))])
-        limits = [(-radius, radius)] * (k * (d - 1)) + [(None, 0)]
-        found = linprog(cost, A_ub=rows, b_ub=top - cosines, bounds=limits,
-                        method='highs-ds', options=exact)
-        if found.x is None: break
-        moves = found.x[:-1].reshape(k, d - 1)
-        moved = _normalised(points + np.einsum('nb,nbd->nd', moves, tangents))
-        gain, promised = top - _largest_cosine(moved), -found.x[-1]
+        c = 1 - np.square(points[i] - points[j]).sum(1, keepdims=True) / 2
+        wanted = (c.mean() - c)[:, 0]
+        if abs(wanted).max() < 2e-16: break
+        left, right = points[j] - c * points[i], points[i] - c * points[j]
+        rows = hstack([_rows_of(i, j, left, right, k * d), -np.ones((len(i), 1))]).tocsr()
+        if len(i) <= k * d: moves = rows.T @ _solved(rows @ rows.T, wanted)
+        else: moves = _solved(rows.T @ rows, rows.T @ wanted)
+        if not abs(moves).max() < .1: break
+        points = _normalised(points + moves[:-1].reshape(k, d))
+    return points
+
+# %% ../nbs/theory/03_packing.ipynb #7a9c3e15
+def _programme(points, pairs, top, radius):
+    "The best moves up to a radius: moves, what they gain, and which pairs have stress."
+    (k, d), (i, j, cosines), tangents = points.shape, pairs, _tangents(points)
+    rows = _rows_of(i, j, np.einsum('nbd,nd->nb', tangents[i], points[j]),
+                    np.einsum('nbd,nd->nb', tangents[j], points[i]), k * (d - 1))
+    rows = hstack([rows, -np.ones((len(i), 1))])
+    cost, limits = np.zeros(rows.shape[1]), [(-1, 1)] * (k * (d - 1)) + [(None, 0)]
+    cost[-1] = 1  # all lengths in units of the radius
+    found = linprog(cost, A_ub=rows, b_ub=(top - cosines) / radius, bounds=limits,
+                    method='highs-ds' if points.size <= _FEW else 'highs-ipm',
+                    options=_EXACT)
+    if found.x is None: return None
+    moves = found.x[:-1].reshape(k, d - 1, 1) * tangents
+    return radius * moves.sum(1), -radius * found.x[-1], found.ineqlin.marginals < -1e-7
+
+
+_EXACT = dict.fromkeys(('primal_feasibility_tolerance', 'dual_feasibility_tolerance'),
+                       1e-10)
+_FEW = 400  # coordinates, up to which the dual simplex method is faster
+
+
+def _lift(points, deadline, steps=60):
+    "Sequential linear programming: lower the largest cosine while that is possible."
+    top = _largest_cosine(points)
+    radius = min(.01, .05 * math.sqrt(2 - 2 * top))
+    for _ in range(steps):
+        pairs = i, j, _ = _close_pairs(points, 4 * radius)
+        found = _programme(points, pairs, top, radius)
+        if found is None: break
+        moves, promised, stressed = found
+        if promised < 1e-13: break
+        i, j = i[stressed], j[stressed]
+        still = np.zeros_like(points)
+        still[i], still[j] = moves[i], moves[j]
+        still, whole = _normalised(points + still), _normalised(points + moves)
+        moved = min((_newton(still, i, j), still, whole), key=_largest_cosine)
+        gain = top - _largest_cosine(moved)
         if gain > 0: points, top = moved, top - gain
-        radius *= 2 if gain > promised / 2 else 1 / 2 if gain > 0 else 1 / 4
-        if promised < 1e-11 or radius < 1e-10 or time.monotonic() > deadline: break
+        part = gain / promised
+        radius *= 2 if part > .9 else 1 if part > .5 else 1 / 2 if part > 0 else 1 / 4
+        if radius < 1e-10 or time.monotonic() > deadline: break
     return points
 
 # %% ../nbs/theory/03_packing.ipynb #874d3e85
-_PROGRAMMES = 400  # coordinates, at most, for which linear programmes are quick
+_MANY = 4000  # coordinates, up to which there are linear programmes
 _TILT = .03  # standard deviation of each coordinate, rad
-
-
-def _equalise(points, slack, deadline, steps=12):
-    "Gauss–Newton on the equations that all contacts have the same cosine."
-    (k, d), best, top = points.shape, points, _largest_cosine(points)
-    i, j, _ = _close_pairs(points, slack)
-    if min(len(i), k * d) > 4000: return best
-    for _ in range(steps):
-        if time.monotonic() > deadline: break
-        c = 1 - np.square(points[i] - points[j]).sum(1, keepdims=True) / 2
-        left, right = points[j] - c * points[i], points[i] - c * points[j]
-        rows = _rows_of(i, j, left, right, k * d)
-        rows = hstack([rows, -np.ones((len(i), 1))]).tocsr()
-        wanted = (c.mean() - c)[:, 0]
-        few = len(i) <= k * d
-        square = ((rows @ rows.T) if few else (rows.T @ rows)).toarray()
-        square[np.diag_indices_from(square)] += 1e-13 * square.diagonal().max()
-        moves = (rows.T @ np.linalg.solve(square, wanted) if few
-                 else np.linalg.solve(square, rows.T @ wanted))[:-1].reshape(k, d)
-        if not abs(moves).max() < .1: break
-        points = _normalised(points + moves)
-        if (now := _largest_cosine(points)) < top: best, top = points, now
-        if abs(moves).max() < 1e-15: break
-    return best
 
 
 def _tilted(points):
@@ -183,26 +216,28 @@ def _tilted(points):
 
 def _polish(points, deadline):
     "To a stationary arrangement nearby, and there to rounding."
-    if points.size <= _PROGRAMMES: points = _lift(points, deadline)
+    if points.size <= _MANY: points = _lift(points, deadline)
     else:
         for p in _LAST: points = min(points, _descend(points, p, 1000, deadline)[0],
                                      key=_largest_cosine)
     for slack in (1e-3, 1e-4, 1e-6, 1e-9):
         if time.monotonic() > deadline: break
-        points = _equalise(points, slack, deadline)
+        i, j, _ = _close_pairs(points, slack)
+        if len(i) > _MANY: continue
+        points = min(points, _newton(points, i, j), key=_largest_cosine)
     return points
 
 
 def _certified(points):
-    "The certificate that the points are jammed, if they are few and we find one."
-    if points.size > _PROGRAMMES: return None
+    "The certificate that the points are jammed, if we find one."
+    if points.size > _MANY: return None
     return jammed_certificate(points, np.stack(_close_pairs(points, 1e-9)[:2], 1))
 
 
 def _settle(points, deadline):
     "Polish; and from what is not certified to be a local optimum, tilt and try again."
     points = _polish(points, deadline)
-    if points.size > _PROGRAMMES or _certified(points): return points
+    if points.size > _FEW or _certified(points): return points
     return min(points, _polish(_tilted(points), deadline), key=_largest_cosine)
 
 # %% ../nbs/theory/03_packing.ipynb #05d791bc
@@ -342,7 +377,7 @@ class Packing:
     def rigidity(self) -> str:
         "'jammed' (proved), 'flexible' if it moves and stays as good, 'unknown'."
         if self.certificate: return 'jammed'
-        flexes = self.points.numel() <= _PROGRAMMES and _flexes(self.points.numpy())
+        flexes = self.points.numel() <= _FEW and _flexes(self.points.numpy())
         return 'flexible' if flexes else 'unknown'
 
     @cached_property
@@ -360,11 +395,11 @@ class Packing:
         return f'Packing(k={k}, d={d}, class margin {margin:.6f}° ≤ {bound})'
 
 
-def _balances(points, slack=1e-6):
-    "Whether the pushes of the pairs within `slack` of the largest cosine balance."
+def _balances(points, slack=1e-9):
+    "Whether the pushes of the contacts balance, to `slack` of the sum of all pushes."
     i, j, _ = _close_pairs(points, slack)
     k, d = points.shape
-    if len(i) > 5000 or k * d > 5000: return False
+    if len(i) > 3 * _MANY or k * d > 3 * _MANY: return False
     c = (points[i] * points[j]).sum(1, keepdims=True)
     pushes = _rows_of(i, j, points[j] - c * points[i], points[i] - c * points[j], k * d)
     found = linprog(np.zeros(len(i)), A_eq=vstack([pushes.T, np.ones((1, len(i)))]),

@@ -17,6 +17,19 @@ from .checks import at_least_float32, check_prototypes, is_traced, plain
 from .margins import precise, row_blocks, row_norms, unit_rows
 
 # %% ../nbs/losses/13_regularizers.ipynb #2c7ea6f1
+def _to_prototypes(prototypes, slope):
+    "The gradient by the prototypes of Σ_j ŵ_j·slope, some rows at a time."
+    gradient = torch.empty_like(prototypes)
+    for rows in row_blocks(prototypes):
+        some = at_least_float32(prototypes[rows])
+        norms = row_norms(some)
+        norms = torch.where(norms > 0, norms, 1)
+        unit = some / norms
+        along = (unit * slope).sum(1, keepdim=True)
+        gradient[rows] = (slope - along * unit) / norms
+    return gradient
+
+# %% ../nbs/losses/13_regularizers.ipynb #2c7ea6f2
 class _Centroid(torch.autograd.Function):
     "The mean of the unit rows, a block of rows at a time, forward and backward."
 
@@ -32,15 +45,7 @@ class _Centroid(torch.autograd.Function):
     @staticmethod
     def backward(ctx, slope):
         prototypes, = ctx.saved_tensors
-        slope, gradient = slope / len(prototypes), torch.empty_like(prototypes)
-        for rows in row_blocks(prototypes):
-            some = at_least_float32(prototypes[rows])
-            norms = row_norms(some)
-            norms = torch.where(norms > 0, norms, 1)
-            unit = some / norms
-            along = (unit * slope).sum(1, keepdim=True)
-            gradient[rows] = (slope - along * unit) / norms
-        return gradient
+        return _to_prototypes(prototypes, slope / len(prototypes))
 
 # %% ../nbs/losses/13_regularizers.ipynb #8888a491
 class _CentroidOfRanks(torch.autograd.Function):

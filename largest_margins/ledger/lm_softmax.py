@@ -1,4 +1,4 @@
-"""What it maximises is the mean sample margin; a log-sum-exp over samples maximises the smallest
+"""LM-Softmax maximizes the mean sample margin; a log-sum-exp over samples maximizes the smallest one
 
 Docs: https://largest-margins.github.io/largest-margins/theory/lm_softmax.html.md"""
 
@@ -26,23 +26,23 @@ _STACKED = torch.tensor([0, 0, 0, 0, 0, 1, 2, 3], dtype=torch.float64) * (math.p
 
 
 def on_circle(
-    angles: Tensor,  # of the prototypes, radians, [k]
-) -> tuple:  # cosines [k, k] and targets [k], with features at their prototypes
-    "What a loss sees of prototypes on the circle."
+    angles: Tensor,  # angles of the prototypes, radians, [k]
+) -> tuple:  # cosines [k, k] and targets [k]
+    "Return the cosines of prototypes on the circle, with features at the prototypes."
     return (angles[:, None] - angles).cos(), torch.arange(len(angles))
 
 # %% ../../nbs/theory/10_lm_softmax.ipynb #72cd8e7a
 def annealed(
-    loss: torch.nn.Module,  # of cosines [k, k] and targets [k], with a settable scale
+    loss: torch.nn.Module,  # of cosines [k, k] and targets [k]; has a scale
     k: int,  # number of classes, with one sample each
     d: int,  # dimension
-    scales: tuple[float, ...],  # in turn, each from where the last one ended
-    seed: int = 0,  # of the random start
+    scales: tuple[float, ...],  # in turn; each descent starts where the last ended
+    seed: int = 0,  # random seed of the start
     *,
-    log: bool = False,  # go down log(loss), whose gradient does not vanish
-    penalty: Callable[[Tensor], Tensor] = lambda W: 0.,  # of the prototypes
+    log: bool = False,  # minimize log(loss), whose gradient does not vanish
+    penalty: Callable[[Tensor], Tensor] = lambda W: 0.,  # added to the loss
 ) -> tuple:  # value of the objective, prototypes, features
-    "Where free prototypes and features end as a loss's scale is raised."
+    "Minimize a loss over free prototypes and features while its scale rises."
     torch.manual_seed(seed)
     targets, (W, Z) = torch.arange(k), torch.randn(2, k, d, dtype=torch.float64)
 
@@ -69,7 +69,7 @@ def _lm_sandwich(gap=lambda k, s: math.log(k - 1) / s):
         worst.append(abs(LMSoftmaxLoss(s)(equal, torch.tensor([0])).item() - gap(k, s)))
     return max(worst), 0
 
-
+# %% ../../nbs/theory/10_lm_softmax.ipynb #121c9bbd
 def _lm_certified(scale=20):
     "The proved most that the stacked square's loss can be, and least of the octagon's."
     from mpmath import iv
@@ -84,19 +84,19 @@ def _lm_certified(scale=20):
     stack, octagon = mean([0, 0, 0, 0, 0, 2, 4, 6], scale), mean(range(8), scale)
     return endpoints(stack)[1], endpoints(octagon)[0]
 
-
+# %% ../../nbs/theory/10_lm_softmax.ipynb #a5c1c568
 def _lm_boundary(scale=20., aggregation='mean'):
     "The loss of the square with five classes on one corner, and the octagon's, higher."
     loss = LMSoftmaxLoss(scale, aggregation)
     return loss(*on_circle(_STACKED)), loss(*on_circle(_OCTAGON))
 
-
+# %% ../../nbs/theory/10_lm_softmax.ipynb #c39852ae
 def _lm_repair(scale=400., aggregation='logsumexp'):
     "The soft minimum prefers the octagon: its loss there, and on the stack, higher."
     loss = LMSoftmaxLoss(scale, aggregation)
     return loss(*on_circle(_OCTAGON)), loss(*on_circle(_STACKED))
 
-
+# %% ../../nbs/theory/10_lm_softmax.ipynb #87b1b6db
 def _lm_optimised(aggregation='logsumexp', k=8, d=3):
     "The class margin, degrees, that the log-sum-exp form reaches; the best packing's."
     loss = LMSoftmaxLoss(aggregation=aggregation)
@@ -104,12 +104,12 @@ def _lm_optimised(aggregation='logsumexp', k=8, d=3):
     best = best_packing(k, d).class_margin
     return class_margin(W).rad2deg(), math.degrees(best)
 
-
+# %% ../../nbs/theory/10_lm_softmax.ipynb #e36f01e1
 register(Claim(
     'LM', 'LM-Softmax is a smooth R_sm', 'mended',
-    'learning with LM-Softmax maximises γ_min for any d, k and balance',
-    'R_sm ≤ L ≤ R_sm + log(k−1)/s: learning with LM-Softmax maximises the mean sample '
-    'margin up to that difference; its log-sum-exp over samples maximises γ_min as '
+    'learning with LM-Softmax maximizes γ_min for any d, k and balance',
+    'R_sm ≤ L ≤ R_sm + log(k−1)/s: learning with LM-Softmax maximizes the mean sample '
+    'margin up to that difference; its log-sum-exp over samples maximizes γ_min as '
     's → ∞',
     'every d and k',
     (Check('interval', _lm_certified, '<'), Check('search', _lm_sandwich, '≤', 1e-12),
@@ -124,7 +124,7 @@ def _je(cosines, scale, count):
     mean = LMSoftmaxLoss(scale)(cosines, torch.arange(k)).item()
     return others.logsumexp((0, 1)).item() / scale, mean + count(k) / scale
 
-
+# %% ../../nbs/theory/10_lm_softmax.ipynb #531681ce
 def _je_optimised(count=math.log, scale=10.):
     "Left side minus corrected right side, the least of random W and Z, and 0."
     least = []
@@ -136,7 +136,7 @@ def _je_optimised(count=math.log, scale=10.):
             least.append(left - right)
     return min(least), 0
 
-
+# %% ../../nbs/theory/10_lm_softmax.ipynb #7ae200b6
 def _je_exact(inside=1):
     "The terms left of the sides' difference where all losses are equal, and 0."
     import sympy
@@ -145,7 +145,7 @@ def _je_exact(inside=1):
     difference = sympy.expand(sympy.expand_log(left - inside * loss - sympy.log(N) / s))
     return len(sympy.Add.make_args(difference)) if difference != 0 else 0, 0
 
-
+# %% ../../nbs/theory/10_lm_softmax.ipynb #da56018c
 def _je_boundary(k=4, scale=10.):
     "The left side at the simplex, and the printed right side, which is larger."
     cosines = simplex(k, k) @ simplex(k, k).T
@@ -153,12 +153,12 @@ def _je_boundary(k=4, scale=10.):
     mean = right - math.log(k) / scale
     return left, mean / scale + math.log(k) / scale
 
-
+# %% ../../nbs/theory/10_lm_softmax.ipynb #aa79f811
 register(Claim(
     'JE', "Jensen's inequality for LM-Softmax", 'mended',
     '(1/s) log ΣΣ e^{s(c_j−c_y)} ≥ (1/(sN)) Σ L_i + (1/s) log N',
     '(1/s) log ΣΣ e^{s(c_j−c_y)} ≥ (1/N) Σ L_i + (1/s) log N, L_i having its 1/s '
-    'already; minimising the right side bounds nothing', 'every W, Z and s',
+    'already; minimizing the right side bounds nothing', 'every W, Z and s',
     (Check('symbolic identity', _je_exact, '='),
      Check('search', _je_optimised, '≥', 1e-12),
      Check('counter-example', _je_boundary, '<'))))

@@ -1,4 +1,4 @@
-"""What the ledger has of landscapes, merging classes and finite scales
+"""The ledger's checks for descents, merging classes and finite scales
 
 Docs: https://largest-margins.github.io/largest-margins/theory/optima_checks.html.md"""
 
@@ -47,7 +47,16 @@ def _go_exact(factor=4):
         slack.append(cosines + sum(t) + sum(nu))
     return min(slack), 0
 
+# %% ../../nbs/theory/11d_optima_checks.ipynb #2b0de5e9
+def _prove_positive(rows):
+    "Raise an error unless each pivot of Cholesky's method is proved positive."
+    for i, row in enumerate(rows):
+        if not row[i] > 0: raise ArithmeticError('not proved semidefinite')
+        for j in range(i + 1, len(rows)):
+            times = rows[j][i] / row[i]
+            rows[j] = [a - times * b for a, b in zip(rows[j], row)]
 
+# %% ../../nbs/theory/11d_optima_checks.ipynb #740bdcfd
 def _go_certified(tilt=0., k=6, ratio=100, scale=2):
     "By how much the optimum can be lower than a descent's end, and a millionth."
     from mpmath import iv
@@ -71,16 +80,11 @@ def _go_certified(tilt=0., k=6, ratio=100, scale=2):
          for j in range(k)]
     nu = [dot([dot(row, column) for column in zip(*W)], w) + iv.mpf(2)**-24
           for row, w in zip(M, W)]
-    left = [[nu[i] * (i == j) - M[i][j] for j in range(k)] for i in range(k)]
-    for i in range(k):  # Cholesky; each pivot must be proved positive
-        if not left[i][i] > 0: raise ArithmeticError('not proved semidefinite')
-        for j in range(i + 1, k):
-            times = left[j][i] / left[i][i]
-            left[j] = [a - times * b for a, b in zip(left[j], left[i])]
+    _prove_positive([[nu[i] * (i == j) - M[i][j] for j in range(k)] for i in range(k)])
     spent = sum(dot(row, [dot(w, z) for w in W]) for row, z in zip(D, Z))
     return endpoints(spent + sum(t) + sum(nu))[1], Fraction(1, 10**6)
 
-
+# %% ../../nbs/theory/11d_optima_checks.ipynb #ec2cb55b
 def _go_optimised(d=7, k=6, starts=3):
     "The largest gap, relative to the loss, of descents from random starts; 2e-6."
     worst, targets = [], torch.arange(k)
@@ -94,7 +98,7 @@ def _go_optimised(d=7, k=6, starts=3):
             worst.append(found.gap / abs(found.value))
     return max(worst), 2e-6
 
-
+# %% ../../nbs/theory/11d_optima_checks.ipynb #1993f591
 def _go_boundary(d=2, k=4, starts=6):
     "The highest loss at which a descent on the circle rests; twice the lowest, below."
     loss, targets = NormFaceLoss(5., weight=shares(k, 100, 'step')), torch.arange(k)
@@ -105,7 +109,7 @@ def _go_boundary(d=2, k=4, starts=6):
         ends.append(descend(lambda W, Z: loss(Z @ W.T, targets), *start)[0])
     return max(ends), 2 * min(ends)
 
-
+# %% ../../nbs/theory/11d_optima_checks.ipynb #e80c1914
 register(Claim(
     'GO', 'No spurious minima', 'ours', '(ours)',
     'for a loss that is convex in the cosines, depends on their differences and rises '
@@ -133,7 +137,7 @@ def _mc_exact(sign=-1):
                                    * (toward + ratio * pull)))
     return sum(len(sympy.Add.make_args(x)) for x in left if x != 0), 0
 
-
+# %% ../../nbs/theory/11d_optima_checks.ipynb #96f6c2ef
 def _two_sizes(loss, factor, frequent, rare, scale, **options):
     "The class margin, degrees, of a certified optimum near the ratio of merging."
     ratio = factor * collapse_ratio(loss(scale), frequent, rare)
@@ -149,7 +153,7 @@ def _two_sizes(loss, factor, frequent, rare, scale, **options):
     if found.gap > 1e-5 * abs(found.value): raise ArithmeticError('no optimum')
     return class_margin(W).rad2deg().item()
 
-
+# %% ../../nbs/theory/11d_optima_checks.ipynb #6cc95530
 _CASES = (LMSoftmaxLoss, 1, 4, 1.), (LMSoftmaxLoss, 3, 2, 1.), (NormFaceLoss, 2, 3, 1.)
 
 
@@ -157,12 +161,12 @@ def _mc_above(factor=1.05):
     "The largest class margin, degrees, of optima 5 % above the ratio, and 0."
     return max(_two_sizes(loss, factor, *sizes) for loss, *sizes in _CASES), 0
 
-
+# %% ../../nbs/theory/11d_optima_checks.ipynb #cdbfcdcf
 def _mc_below(factor=.95):
     "The smallest class margin, degrees, of optima 5 % below the ratio, and 0.5."
     return min(_two_sizes(loss, factor, *sizes) for loss, *sizes in _CASES), .5
 
-
+# %% ../../nbs/theory/11d_optima_checks.ipynb #8df4feaa
 def _mc_boundary(reduction='class-mean'):
     "The class margin, degrees, with the average per class at twice the ratio; 90."
     ratio = 2 * collapse_ratio(LMSoftmaxLoss(1.), 3, 2)
@@ -174,7 +178,7 @@ def _mc_boundary(reduction='class-mean'):
     _, W, _ = descend(lambda W, Z: loss(Z[targets] @ W.T, targets), *start)
     return class_margin(W).rad2deg().item(), 90
 
-
+# %% ../../nbs/theory/11d_optima_checks.ipynb #eae4fb98
 register(Claim(
     'MC', 'Where rare classes merge', 'ours', '(ours)',
     'with A classes of R samples and B ≥ 2 of one the rare prototypes coincide at the '
@@ -200,7 +204,7 @@ def _fs_exact(others=lambda k: k - 1, twice=2):
                 if n * x <= 1: worst = max(worst, (1 + x)**n - 1 - twice * n * x)
     return worst, 0
 
-
+# %% ../../nbs/theory/11d_optima_checks.ipynb #3ea715d3
 def _fs_optimised(times=1., k=8, d=3):
     "The least γ_min minus its guarantee of descents at several scales, and 0."
     slack, weight = [], shares(k, 10, 'long-tailed')
@@ -215,7 +219,7 @@ def _fs_optimised(times=1., k=8, d=3):
             slack.append(reached - best + times * (best - proved))
     return min(slack), 0
 
-
+# %% ../../nbs/theory/11d_optima_checks.ipynb #55344f96
 def _fs_boundary(aggregation='mean', s=150.):
     "γ_min of LM-Softmax on the circle, and what NormFace guarantees there, more."
     steps = [x for x in (5., 20., 150.) if x <= s]
@@ -224,10 +228,10 @@ def _fs_boundary(aggregation='mean', s=150.):
     reached = min_sample_margin(Z @ W.T, torch.arange(8)).item()
     return reached, guaranteed_margin(8, 2, s)
 
-
+# %% ../../nbs/theory/11d_optima_checks.ipynb #5082a2bf
 register(Claim(
     'FS', 'Sample margins at a finite scale', 'ours', '(ours)',
-    'every minimiser of NormFace or CosFace has γ_min ≥ ρ* − (1/s) log(2(k−1)/p), with '
+    'every minimizer of NormFace or CosFace has γ_min ≥ ρ* − (1/s) log(2(k−1)/p), with '
     'ρ* = 1 − cos δ* and p the smallest share of a class',
     'every k, d and imbalance, m < ρ*, s ≥ log((k−1)/p)/(ρ*−m)',
     (Check('exact arithmetic', _fs_exact, '='),
@@ -239,7 +243,7 @@ def _am_exact(margin=Fraction(1, 2)):
     "(1 − m + the stacked hexagon's mean of max(0, m − γ))², and ½, the octagon's."
     return (1 - margin + Fraction(3, 8) * margin)**2, Fraction(1, 2)
 
-
+# %% ../../nbs/theory/11d_optima_checks.ipynb #65919fb9
 def _am_certified(stretch=1.):
     "The most by which a margin that is reached exceeds its proved bound, and 0."
     sizes, excess = ((8, 2), (7, 3), (600, 5), (10**5, 64)), []
@@ -248,13 +252,13 @@ def _am_certified(stretch=1.):
         excess.append(stretch * reached - min_sample_margin_bound(k, d))
     return max(excess), 1e-12
 
-
+# %% ../../nbs/theory/11d_optima_checks.ipynb #8debe053
 def _am_optimised(margin=.25):
     "The class margin, degrees, that CosFace reaches with eight classes on the circle."
     _, W, _ = annealed(CosFaceLoss(200., margin), 8, 2, (5., 20., 200.), log=True)
     return class_margin(W).rad2deg().item(), 45
 
-
+# %% ../../nbs/theory/11d_optima_checks.ipynb #4c9c1150
 def _am_boundary(margin=.5, s=200.):
     "CosFace's loss of a hexagon with three classes on a corner; the octagon's, higher."
     losses, targets = [], torch.arange(8)
@@ -265,11 +269,11 @@ def _am_boundary(margin=.5, s=200.):
         losses.append(CosFaceLoss(s, margin)(cosines, targets).item())
     return losses
 
-
+# %% ../../nbs/theory/11d_optima_checks.ipynb #9860ffd3
 register(Claim(
     'AM', "CosFace's admissible margin", 'ours', '(ours)',
     'for m < 1 − cos δ* the minimum of CosFace tends to 0 and the γ_min of its '
-    'minimisers to 1 − cos δ* as s → ∞; for a larger m the loss is at least '
+    'minimizers to 1 − cos δ* as s → ∞; for a larger m the loss is at least '
     'ps(m − 1 + cos δ*), and stacked classes can be better',
     'every k, d and imbalance',
     (Check('exact arithmetic', _am_exact, '<'),
@@ -289,15 +293,15 @@ def _rc_exact(square=lambda k, s: (k * s - 1) / (k - 1)):
         worst = max(worst, abs(length - square(k, sum(x * x for x in p))))
     return worst, 0
 
-
-def _penalised(loss, strength, k=10, d=16):
+# %% ../../nbs/theory/11d_optima_checks.ipynb #be114aba
+def _penalized(loss, strength, k=10, d=16):
     "λ‖centroid‖ and class margin, degrees, of the optimum near the simplex."
     targets, start = torch.arange(k), simplex(k, d)
     def objective(W, Z): return loss(Z @ W.T, targets) + strength * zero_centroid(W)
     _, W, _ = descend(objective, start.clone(), start.clone(), iterations=3000)
     return strength * W.mean(0).norm().item(), class_margin(W).rad2deg().item()
 
-
+# %% ../../nbs/theory/11d_optima_checks.ipynb #41357a39
 def _rc_optimised(times=1.):
     "The largest relative error of the predicted centroid for three losses, and 0."
     errors = []
@@ -305,19 +309,19 @@ def _rc_optimised(times=1.):
                        ('step', NormFaceLoss(5.))):
         weight = shares(10, 100, kind)
         loss = type(loss)(loss.scale, weight=weight)
-        found, _ = _penalised(loss, 10_000.)
+        found, _ = _penalized(loss, 10_000.)
         errors.append(abs(found / (times * residual_centroid(loss, weight)) - 1))
     return max(errors), 0
 
-
+# %% ../../nbs/theory/11d_optima_checks.ipynb #5382359c
 def _rc_boundary(ratio=100, strength=100.):
     "The class margin, degrees, at λ = 100, and a hundredth less than the simplex's."
     loss = LMSoftmaxLoss(20., weight=shares(10, ratio, 'step'))
-    return _penalised(loss, strength)[1], math.degrees(math.acos(-1 / 9)) - .01
+    return _penalized(loss, strength)[1], math.degrees(math.acos(-1 / 9)) - .01
 
-
+# %% ../../nbs/theory/11d_optima_checks.ipynb #4d18d8a5
 register(Claim(
-    'RC', 'What the regulariser leaves', 'ours', '(ours)',
+    'RC', 'What the regularizer leaves', 'ours', '(ours)',
     'for unequal shares p_j no finite λ in R_W makes the simplex the optimum; '
     'λ‖centroid‖ tends to gk/(2(k−1)) times the root of (kΣp_j^2 − 1)/(k−1), '
     'with g = 1 for LM-Softmax at every scale',

@@ -1,4 +1,4 @@
-"""Which scale guarantees which sample margin, which margins CosFace can ask for, and what a zero-centroid weight leaves
+"""The sample margin that a scale guarantees, the margins that CosFace can reach, and what a zero-centroid weight leaves
 
 Docs: https://largest-margins.github.io/largest-margins/theory/finite_scales.html.md"""
 
@@ -21,7 +21,7 @@ from ..codes import best_packing, simplex
 
 # %% ../../nbs/theory/11c_finite_scales.ipynb #24864090
 def _smallest_share(num_classes, class_counts):
-    "p, the share of the rarest class; equal shares if nothing is known."
+    "Return p, the share of the rarest class; without counts, 1/k."
     if class_counts is None: return 1 / num_classes
     counts = per_class('class_counts', class_counts, above=0).double()
     if len(counts) != num_classes:
@@ -29,13 +29,13 @@ def _smallest_share(num_classes, class_counts):
                          f'got {len(counts)}')
     return (counts.min() / counts.sum()).item()
 
-
+# %% ../../nbs/theory/11c_finite_scales.ipynb #6b7b6941
 @cache
 def admissible_margin(
     num_classes: int,  # k ≥ 2
     dimension: int,  # d ≥ 2
-) -> tuple[float, float]:  # a margin that is reached, and one that nothing exceeds
-    "The largest m that CosFace can ask for, 1 − cos δ*, between two bounds."
+) -> tuple[float, float]:  # lower and upper bound of the largest margin
+    "Bound the largest margin m that CosFace can reach, 1 − cos δ*."
     k = integer('num_classes', num_classes, at_least=2)
     d = integer('dimension', dimension, at_least=2)
     if k <= 2 * d or d == 2 or k * d <= 2000:  # closed, or a search of seconds
@@ -51,10 +51,10 @@ def guaranteed_margin(
     dimension: int,  # d ≥ 2
     scale: float,  # s > 0
     *,
-    margin: float = 0.,  # m of CosFace; 0: NormFace
+    margin: float = 0.,  # m of CosFace, a difference of cosines; 0: NormFace
     class_counts=None,  # samples of each class, [k]; None: equally many
-) -> float:  # at most 1 − cos δ*; below 0 it says nothing
-    "The least γ_min of all minimisers of NormFace or CosFace, (eq-guarantee)."
+) -> float:  # difference of cosines; below 0: no guarantee
+    "Bound γ_min from below for all minimizers of NormFace or CosFace, (eq-guarantee)."
     best, _ = admissible_margin(num_classes, dimension)
     s, m = number('scale', scale, above=0), number('margin', margin)
     k, p = int(num_classes), _smallest_share(num_classes, class_counts)
@@ -64,16 +64,16 @@ def guaranteed_margin(
     else: log_grown = log_x - math.log(p)
     return best - (math.log(k - 1) + log_grown - log_x) / s
 
-
+# %% ../../nbs/theory/11c_finite_scales.ipynb #e2977e72
 def scale_for_margin(
     num_classes: int,  # k ≥ 2
     dimension: int,  # d ≥ 2
     fraction: float = .9,  # of the largest possible γ_min, in (0, 1)
     *,
-    margin: float = 0.,  # m of CosFace; 0: NormFace
+    margin: float = 0.,  # m of CosFace, a difference of cosines; 0: NormFace
     class_counts=None,  # samples of each class, [k]; None: equally many
-) -> float:  # s
-    "The smallest scale at which `guaranteed_margin` is this fraction of 1 − cos δ*."
+) -> float:  # the scale s
+    "Return the smallest scale that guarantees a fraction of the largest γ_min."
     number('fraction', fraction, above=0, below=1)
     best, _ = admissible_margin(num_classes, dimension)
     if not number('margin', margin) < best:
@@ -93,8 +93,8 @@ def scale_for_margin(
 def residual_centroid(
     loss: torch.nn.Module,  # NormFace, CosFace or LM-Softmax, without weights
     class_counts,  # samples of each class, [k]
-) -> float:  # λ·‖centroid‖; divide by λ
-    "The centroid that λ·R_W leaves at the optimum, times λ, for large λ (eq-residual)."
+) -> float:  # λ·‖centroid‖; divide by λ for the norm
+    "Return λ times the norm of the centroid that a large λ leaves, (eq-residual)."
     counts = per_class('class_counts', class_counts, above=0).double()
     k, p = len(counts), counts / counts.sum()
     if k == 2: return 0.

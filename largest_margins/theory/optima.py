@@ -1,4 +1,4 @@
-"""With more dimensions than classes no descent gets stuck, and a certificate says how far from the optimum one is
+"""With more dimensions than classes no descent gets stuck, and a certificate bounds the distance to the optimum
 
 Docs: https://largest-margins.github.io/largest-margins/theory/optima.html.md"""
 
@@ -22,26 +22,26 @@ from ..margins import unit_rows
 # %% ../../nbs/theory/11b_optima.ipynb #2ded7393
 @dataclass(frozen=True)
 class Optimality:
-    "How far prototypes and features are from the best that any dimension allows."
-    value: float  # their loss
-    bound: float  # no unit prototypes and free features have less, up to rounding
-    eigenvalue: float  # smallest of diag(ν) − M, relative; 0 at an optimum
+    "The loss of prototypes and features, and a lower bound on any loss."
+    value: float  # the loss
+    bound: float  # no prototypes and features have a lower loss, up to rounding
+    eigenvalue: float  # smallest one of diag(ν) − M, relative; 0 at an optimum
 
     @property
     def gap(self) -> float:
-        "Value minus bound: what could still be gained, at most."
+        "Return value minus bound, the most that the loss can still fall."
         return self.value - self.bound
 
-
+# %% ../../nbs/theory/11b_optima.ipynb #0e1cd336
 def certify_optimum(
     loss: torch.nn.Module,  # of cosines [N, k] and targets [N], convex in the cosines
-    prototypes: Tensor,  # of any norm, [k, d]
-    features: Tensor,  # of any norm, [N, d]; N = k for one of each class
+    prototypes: Tensor,  # rows of any norm, [k, d]
+    features: Tensor,  # rows of any norm, [N, d]
     targets: Tensor | None = None,  # class of each feature, [N]; None: 0, 1, …, k − 1
     *,
-    centroid: float = 0.,  # λ ≥ 0 of the zero-centroid regulariser
-) -> Optimality:  # value, a lower bound of all values, and the smallest eigenvalue
-    "Bound what free prototypes and features could gain, equation (eq-certificate)."
+    centroid: float = 0.,  # weight λ ≥ 0 of the zero-centroid regularizer
+) -> Optimality:  # loss, lower bound, and smallest eigenvalue
+    "Bound how much the loss can still fall, equation (eq-certificate)."
     check_prototypes(prototypes)
     check_prototypes(features, 'features', least=1)
     check_features(features, prototypes)
@@ -67,9 +67,9 @@ def certify_optimum(
     size = max(nu.abs().max().item(), M.abs().max().item())
     return Optimality(value, bound.item(), least / size if size else 0.)
 
-
+# %% ../../nbs/theory/11b_optima.ipynb #fe7ea581
 def _refuse_unless_convex(loss, k, trials=24):
-    "Look for a chord below the loss; no convex function of the cosines has one."
+    "Raise an error if a chord lies below the loss: then the loss is not convex."
     generator = torch.Generator().manual_seed(0)
     targets = torch.arange(min(k, 8))
     own = torch.nn.functional.one_hot(targets, k).bool()
@@ -83,85 +83,97 @@ def _refuse_unless_convex(loss, k, trials=24):
 
 # %% ../../nbs/theory/11b_optima.ipynb #757f30b7
 def _collapsed(angles, frequent, rare):
-    "Cosines of a frequent and a rare feature when all rare classes are in one point."
+    "Cosines of a frequent and a rare feature if all rare classes are at one point."
     (c, p), (sine, side) = angles.cos(), angles.sin()
     others = (c * p - sine * side / max(1, frequent - 1)).expand(frequent - 1)
     own = (c * p + sine * side)[None]
     return (torch.cat([own, others, p.expand(rare)]),
             torch.cat([c.expand(frequent), torch.ones_like(c).expand(rare)]))
 
+# %% ../../nbs/theory/11b_optima.ipynb #b704cc38
+class _MergedProblem:
+    "The best arrangement of frequent classes if all rare classes are at one point."
 
-def collapse_ratio(
-    loss: torch.nn.Module,  # of cosines [N, k] and targets [N], convex in the cosines
-    num_frequent: int,  # A ≥ 1, classes of one size; 0 … A − 1 for the loss
-    num_rare: int,  # B ≥ 2, classes of another; A … A + B − 1 for the loss
-) -> float:  # samples of a frequent class over those of a rare one; inf: at none
-    "The imbalance from which on rare prototypes coincide at the optimum, d > k."
-    A = integer('num_frequent', num_frequent, at_least=1)
-    B = integer('num_rare', num_rare, at_least=2)
-    _refuse_unless_convex(loss, A + B)
-    if getattr(loss, 'aggregation', 'mean') != 'mean':
-        raise ValueError(f'loss must be a mean over samples, got {loss}')
-    if getattr(loss, 'reduction', 'mean') == 'class-mean': return math.inf
-    first, last = torch.tensor([0]), torch.tensor([A])
+    def __init__(self, loss, frequent, rare):
+        self.loss, self.frequent, self.rare = loss, frequent, rare
+        self.first, self.last = torch.tensor([0]), torch.tensor([frequent])
+        best = 2 * torch.eye(frequent + rare, dtype=torch.float64)[:1] - 1
+        self.positive = loss(best, self.first) > 0  # then log(loss) is minimized
+        self.starts = [(2., 2.), (2.6, 2.6), (1.8, 2.8)]
 
-    def risks(angles):
+    def objective(self, x, ratio):
+        "The mean loss, or its logarithm, and the gradient in the two angles."
+        angles, A, B = torch.tensor(x, requires_grad=True), self.frequent, self.rare
         frequent, rare = _collapsed(angles, A, B)
-        return loss(frequent[None], first), loss(rare[None], last)
+        value = (ratio * A * self.loss(frequent[None], self.first)
+                 + B * self.loss(rare[None], self.last)) / (ratio * A + B)
+        if self.positive: value = value.log()
+        value.backward()
+        return value.item(), angles.grad.numpy()
+
+    def arrangement(self, ratio):
+        "The best angles of frequent prototypes and features to the rare point."
+        if self.frequent == 1: return torch.full((2,), math.pi, dtype=torch.float64)
+        edge = 1e-6  # radians; keeps the angles inside (0, π)
+        found = [minimize(self.objective, start, args=(ratio,), jac=True,
+                          method='L-BFGS-B', bounds=[(edge, math.pi - edge)] * 2,
+                          options=dict(ftol=0, gtol=1e-14, maxiter=1000))
+                 for start in self.starts]
+        best = min(found, key=lambda f: f.fun)
+        if not math.isfinite(best.fun): raise ArithmeticError('no arrangement found')
+        self.starts = [best.x]  # the next ratio begins there
+        return torch.from_numpy(best.x)
+
+# %% ../../nbs/theory/11b_optima.ipynb #49c99b86
+def _needed_ratio(problem, ratio):
+    "The right side of (eq-collapse) at the arrangement that is best at `ratio`."
+    angles, A = problem.arrangement(ratio), problem.frequent
+    c, p = angles.cos().tolist()
 
     def slopes(cosines, target):
         cosines = cosines.detach().requires_grad_()
-        return torch.autograd.grad(loss(cosines[None], target), cosines)[0]
+        return torch.autograd.grad(problem.loss(cosines[None], target), cosines)[0]
+    frequent, rare = _collapsed(angles, A, problem.rare)
+    pull, slope = slopes(frequent, problem.first)[-1].item(), slopes(rare, problem.last)
+    other, own, toward = (slope[i].item() for i in (-1, A, 0))
+    held = A * A * toward * (1 - c)
+    if held <= 0 or pull * -p <= 0: return math.inf
+    return ((other - own)**2 / held - toward) / (pull * -p)
 
-    apart = torch.full((2,), math.pi, dtype=torch.float64)
-    row = torch.linspace(-.5, .4, A + B, dtype=torch.float64)[None]
+# %% ../../nbs/theory/11b_optima.ipynb #a05abfb2
+def _refuse_unless_merging_is_defined(loss, k):
+    "Raise an error unless the loss is a convex mean over samples of differences."
+    _refuse_unless_convex(loss, k)
+    if getattr(loss, 'aggregation', 'mean') != 'mean':
+        raise ValueError(f'loss must be a mean over samples, got {loss}')
+    row = torch.linspace(-.5, .4, k, dtype=torch.float64)[None]
+    first = torch.tensor([0])
     if not torch.isclose(loss(row, first), loss(row + .1, first)):
         raise ValueError('loss must depend on differences of cosines only, '
                          f'{loss} does not')
-    best = 2 * torch.eye(A + B, dtype=torch.float64)[:1] - 1
-    positive = loss(best, first) > 0  # then the logarithm has the better slopes
-    starts = [(2., 2.), (2.6, 2.6), (1.8, 2.8)]
 
-    def arrangement(ratio):
-        "The best angles of frequent prototypes and features to the rare ones' point."
-        if A == 1: return apart
+# %% ../../nbs/theory/11b_optima.ipynb #46cdefa8
+def collapse_ratio(
+    loss: torch.nn.Module,  # of cosines [N, k] and targets [N], convex in the cosines
+    num_frequent: int,  # A ≥ 1 frequent classes; labels 0 … A − 1
+    num_rare: int,  # B ≥ 2 rare classes; labels A … A + B − 1
+) -> float:  # ratio of class sizes, frequent over rare; inf: they never merge
+    "Return the ratio beyond which rare prototypes coincide at the optimum (d > k)."
+    A = integer('num_frequent', num_frequent, at_least=1)
+    B = integer('num_rare', num_rare, at_least=2)
+    _refuse_unless_merging_is_defined(loss, A + B)
+    if getattr(loss, 'reduction', 'mean') == 'class-mean': return math.inf
+    problem = _MergedProblem(loss, A, B)
+    if A == 1: return max(0., _needed_ratio(problem, 1.))
 
-        def objective(x):
-            angles = torch.tensor(x, requires_grad=True)
-            frequent, rare = risks(angles)
-            value = (ratio * A * frequent + B * rare) / (ratio * A + B)
-            if positive: value = value.log()
-            value.backward()
-            return value.item(), angles.grad.numpy()
-        edge = 1e-6
-        found = [minimize(objective, start, jac=True, method='L-BFGS-B',
-                          bounds=[(edge, math.pi - edge)] * 2,
-                          options=dict(ftol=0, gtol=1e-14, maxiter=1000))
-                 for start in starts]
-        best = min(found, key=lambda f: f.fun)
-        if not math.isfinite(best.fun): raise ArithmeticError('no arrangement found')
-        starts[:] = [best.x]  # the next ratio begins there
-        return torch.from_numpy(best.x)
-
-    def needed(ratio):
-        "Equation (eq-collapse), at the arrangement that is best at this ratio."
-        angles = arrangement(ratio)
-        c, p = angles.cos().tolist()
-        frequent, rare = _collapsed(angles, A, B)
-        pull, slope = slopes(frequent, first)[-1].item(), slopes(rare, last)
-        other, own, toward = (slope[i].item() for i in (-1, A, 0))
-        held = A * A * toward * (1 - c)
-        if held <= 0 or pull * -p <= 0: return math.inf
-        return ((other - own)**2 / held - toward) / (pull * -p)
-
-    if A == 1: return max(0., needed(1.))
     def excess(log_ratio):
-        return math.log(max(needed(math.exp(log_ratio)), 1e-300)) - log_ratio
+        needed = _needed_ratio(problem, math.exp(log_ratio))
+        return math.log(max(needed, 1e-300)) - log_ratio
     if excess(0.) <= 0:
         raise ValueError('loss must keep rare classes apart at ratio 1, '
                          f'{loss} does not')
     high = 1.
     while excess(high) > 0:
         high *= 2
-        if high > 500: return math.inf
+        if high > 500: return math.inf  # the logarithm of the ratio
     return math.exp(brentq(excess, 0., high, xtol=1e-12))
