@@ -83,10 +83,11 @@ class _Angle:
     "The part for angular losses: θ_y, and what changes it."
 
     def __init__(self, unit, own, cosine):
-        self.sign = torch.copysign(cosine.new_ones(()), cosine)[:, None]
+        one = cosine.new_ones(())
+        self.sign = torch.copysign(one, cosine)[:, None]
         self.chord = own.addcmul_(unit, self.sign, value=-1)
         length = torch.linalg.vector_norm(self.chord, dim=1)
-        sine = torch.rsub(length.square(), 4).sqrt_().mul_(length).div_(2)
+        sine = torch.addcmul(one, length, length, value=-1 / 4).sqrt_().mul_(length)
         self.value = torch.atan2(sine, cosine)
         self.per_chord = torch.hypot(sine, cosine).div_(
             sine.clamp_min_(torch.finfo(sine.dtype).tiny))  # 1/sin θ, also for zero rows
