@@ -16,7 +16,7 @@ import torch
 import largest_margins
 from largest_margins.bounds import class_margin_bound, code_certificate
 from largest_margins.codes import best_packing
-from largest_margins.three_point import three_point_certificate
+from largest_margins.theory.three_point import three_point_certificate
 
 FILE = Path(largest_margins.__file__).parent/'certificates.json'
 DEGREES = {3: 8, 4: 7, 5: 6, 6: 6, 7: 5, 8: 5}

@@ -15,8 +15,8 @@ from measure import RESULTS, store
 
 from largest_margins.bounds import class_margin_bound
 from largest_margins.codes import best_packing
-from largest_margins.constructions import constructions, known_packing
 from largest_margins.margins import class_margin
+from largest_margins.theory.constructions import constructions, known_packing
 
 FILE = RESULTS/'packings.json'
 DIMENSIONS = (*range(3, 9), 10, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)

@@ -18,10 +18,10 @@ from .codes import riesz_energy as riesz_energy
 from .codes import simplex as simplex
 from .data import imbalanced_counts as imbalanced_counts
 from .data import imbalanced_indices as imbalanced_indices
-from .finite_scales import admissible_margin as admissible_margin
-from .finite_scales import guaranteed_margin as guaranteed_margin
-from .finite_scales import residual_centroid as residual_centroid
-from .finite_scales import scale_for_margin as scale_for_margin
+from .theory.finite_scales import admissible_margin as admissible_margin
+from .theory.finite_scales import guaranteed_margin as guaranteed_margin
+from .theory.finite_scales import residual_centroid as residual_centroid
+from .theory.finite_scales import scale_for_margin as scale_for_margin
 from .heads import CosineLinear as CosineLinear
 from .heads import MarginHead as MarginHead
 from .heads import ShardedMarginHead as ShardedMarginHead
@@ -47,8 +47,8 @@ from .margins import min_sample_margin as min_sample_margin
 from .margins import neural_collapse as neural_collapse
 from .margins import norm_ratio as norm_ratio
 from .margins import sample_margins as sample_margins
-from .optima import certify_optimum as certify_optimum
-from .optima import collapse_ratio as collapse_ratio
+from .theory.optima import certify_optimum as certify_optimum
+from .theory.optima import collapse_ratio as collapse_ratio
 from .regularizers import zero_centroid as zero_centroid
 from .reid import evaluate as evaluate
 from .reid import parse_market_name as parse_market_name

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from .certificates import checksum, cosine_bounds, verify
 from .margins import check_prototypes, class_margin, unit_rows
-from .three_point import _angle_with, _gegenbauer
-from .three_point import three_point_certificate
+from .theory.three_point import _angle_with, _gegenbauer
+from .theory.three_point import three_point_certificate
 
 # %% ../nbs/theory/05_bounds.ipynb #f0801398
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Regularise and record margins in any fastai Learner, and leave no trace
+"""Add a regularizer, record margins, reweight classes, or resume a run, in any fastai Learner
 
 Docs: https://largest-margins.github.io/largest-margins/training/callbacks.html.md"""
 
@@ -51,17 +51,17 @@ from .regularizers import zero_centroid
 @torch.no_grad()
 def evaluate_once(
     model: nn.Module,  # any model
-    *inputs: Tensor,  # a small batch
-):
-    "What the model returns in evaluation; its layers keep their modes and statistics."
+    *inputs: Tensor,  # inputs of the model, a small batch
+):  # what the model returns
+    "Run a model in evaluation mode; layers keep their modes and statistics."
     modes = {m: m.training for m in model.modules()}
     try: return model.eval()(*inputs)
     finally:
         for m, training in modes.items(): m.training = training
 
-
+# %% ../nbs/training/23_callbacks.ipynb #cc9b54c0
 def _watch(model, *inputs):
-    "What the model returns, and the outputs of the layers with a weight [k, …]."
+    "Return the model's output, and the outputs of layers with a weight [k, …]."
     seen, hooks = {}, []
     def remember(name, layer, args, output):
         size = find_bs(inputs) * getattr(layer, 'out_features', len(layer.weight))
@@ -74,31 +74,31 @@ def _watch(model, *inputs):
     finally:
         for hook in hooks: hook.remove()
 
-
+# %% ../nbs/training/23_callbacks.ipynb #310441a8
 def _returned(result, seen):
-    "The names of the layers whose very output the model returns."
+    "Return the names of the layers whose own output the model returns."
     def memory(x): return x.untyped_storage()._cdata, x.numel()
     return [name for name, (x, version) in seen.items() if isinstance(result, Tensor)
             and memory(x) == memory(result) and x._version == version]
 
-
+# %% ../nbs/training/23_callbacks.ipynb #e34f9881
 def last_layers(
     model: nn.Module,  # any model
-    *inputs: Tensor,  # a small batch
-) -> list[str]:  # their names
-    "The layers with a weight whose output is what the model returns."
+    *inputs: Tensor,  # inputs of the model, a small batch
+) -> list[str]:  # names of layers
+    "Find the layers with a weight whose output is what the model returns."
     return _returned(*_watch(model, *inputs))
 
 # %% ../nbs/training/23_callbacks.ipynb #b0d1e604
 class MarginModel(nn.Sequential):
-    "Layers and a head in a row; with targets it returns the head's loss."
-    mixed_precision = False  # whether all but the head trains in bfloat16, on a CPU
+    "Layers and a head in a row; with targets, the model returns the head's loss."
+    mixed_precision = False  # whether all but the head trains in bfloat16 on a CPU
 
     def features(
         self,
-        x: Tensor,  # what the first layer takes
-    ) -> Tensor:  # [N, d]
-        "What the head sees."
+        x: Tensor,  # input of the first layer
+    ) -> Tensor:  # features, [N, d]
+        "Return the features that enter the head."
         *layers, head = self
         mixed = self.mixed_precision and self.training
         with torch.autocast('cpu', torch.bfloat16) if mixed else nullcontext():
@@ -107,22 +107,22 @@ class MarginModel(nn.Sequential):
 
     def forward(
         self,
-        x: Tensor,  # what the first layer takes
-        targets: Tensor | None = None,  # classes, [N]; None: what the head gives
+        x: Tensor,  # input of the first layer
+        targets: Tensor | None = None,  # class of each sample, [N]; None: no loss
     ) -> Tensor:  # the loss, []; without targets cosines or logits, [N, k]
-        "The head on the features."
+        "Return the loss; without targets, the head's cosines or logits."
         given = () if targets is None else (targets,)
         return self[-1](self.features(x), *given)
 
 # %% ../nbs/training/23_callbacks.ipynb #b0d1e601
 def find_head(
     model: nn.Module,  # a classifier
-    *inputs: Tensor,  # two samples; a `Sequential` or a single head does without
+    *inputs: Tensor,  # two samples; a `Sequential` needs none
 ) -> nn.Module:  # the layer whose `weight` [k, d] holds the prototypes
-    "The classifier, found by what the model returns."
+    "Find the classifier by what the model returns."
     return _locate(bare(model), inputs)
 
-
+# %% ../nbs/training/23_callbacks.ipynb #391e514f
 def _locate(model, inputs):
     last = _last_of_sequential(model)
     if last is not None: return last
@@ -140,26 +140,26 @@ def _locate(model, inputs):
                      'prototypes, it is not the output of one layer that comes out; '
                      f'candidates: {", ".join(candidates[-8:]) or "none"}')
 
-
+# %% ../nbs/training/23_callbacks.ipynb #18cd1563
 def _last_of_sequential(model):
-    "The last layer of nested Sequentials, if it is a classifier; else None."
+    "Return the last layer of nested Sequentials if it is a classifier, else None."
     while isinstance(model, nn.Sequential) and len(model) and type(model).forward in (
             nn.Sequential.forward, MarginModel.forward): model = model[-1]
     return model if isinstance(model, (CosineLinear, nn.Linear)) else None
 
-
+# %% ../nbs/training/23_callbacks.ipynb #6a5226ef
 def _is_multiple(result, cosines):
-    "Whether the model returns its cosines times a number."
+    "Return whether the model returns its cosines times a number."
     if not isinstance(result, Tensor) or result.shape != cosines.shape: return False
     result, cosines = plain(result).to(cosines.dtype), plain(cosines)
     scale = (result * cosines).sum() / cosines.square().sum()
     return torch.allclose(result, scale * cosines, rtol=1e-3, atol=1e-3 * scale.abs())
 
-
+# %% ../nbs/training/23_callbacks.ipynb #45f84a5c
 def bare(
-    model: nn.Module,  # as a Learner holds it
-) -> nn.Module:
-    "The model inside DistributedDataParallel or torch.compile."
+    model: nn.Module,  # a model, wrapped or not
+) -> nn.Module:  # the model without wrappers
+    "Unwrap a model from DistributedDataParallel, DataParallel and torch.compile."
     parallel = nn.parallel.DistributedDataParallel, nn.DataParallel
     while isinstance(model, parallel) or hasattr(model, '_orig_mod'):
         model = model.module if isinstance(model, parallel) else model._orig_mod
@@ -167,23 +167,23 @@ def bare(
 
 # %% ../nbs/training/23_callbacks.ipynb #bdb72cb4
 class HeadCallback(Callback):
-    "A callback that sees the classifier of the model and the cosines of the batch."
-    _xtra = ('training',)  # all that fastai has to look up in the Learner for us
+    "A base class for callbacks that need the classifier and the batch's cosines."
+    _xtra = ('training',)  # what fastai looks up in the Learner for us
     _found, _seen, _hooks = None, (), ()
 
     def __init__(
         self,
-        head: nn.Module | None = None,  # the classifier; None finds it in the model
+        head: nn.Module | None = None,  # the classifier; None: find it in the model
     ):
         self._given_head = head
 
     @property
     def head(self):
-        "The classifier, a module with `weight` [k, d]."
+        "Return the classifier, a module with `weight` [k, d]."
         return self._look()[1]
 
     def _look(self):
-        "Model and classifier, and whether the prediction is its cosines."
+        "Return model, classifier, and whether the prediction is its cosines."
         if self._found is None or self._found[0] is not self.learn.model:
             self._found = self.learn.model, *self._search(bare(self.learn.model))
         return self._found
@@ -207,7 +207,7 @@ class HeadCallback(Callback):
     def before_fit(self): self._found = None
 
     def before_batch(self):
-        "Where the prediction may be more than cosines, look at what enters the head."
+        "Hook the head if the prediction may not be its cosines."
         self.forget()
         _, head, cosines = self._look()
         if cosines: return
@@ -224,7 +224,7 @@ class HeadCallback(Callback):
                        self.learn.model.register_forward_hook(passed, always_call=True))
 
     def batch_cosines(self) -> Tensor:  # [N, k]
-        "The cosines of the current batch, also for a linear classifier."
+        "Return the cosines of the current batch, also for a linear classifier."
         _, head, cosines = self._look()
         if cosines: return self.learn.pred
         features = self._seen[-1]
@@ -236,7 +236,7 @@ class HeadCallback(Callback):
         self._hooks = ()
 
     def forget(self):
-        "Let go of all that belongs to a batch."
+        "Forget everything that belongs to a batch."
         self._unhook()
         self._seen = ()
 
@@ -249,7 +249,7 @@ class HeadCallback(Callback):
 
 
 def _check_range(model, inputs, loss):
-    "Refuse what cannot be cosines, wherever the model is."
+    "Raise an error if the model's output cannot be cosines."
     largest = evaluate_once(model, *inputs).abs().max().item()
     if largest > 1.001:
         raise ValueError(f'the model must return cosines for {type(loss).__name__}, it '
@@ -258,25 +258,25 @@ def _check_range(model, inputs, loss):
 
 # %% ../nbs/training/23_callbacks.ipynb #b0d1e607
 def find_loss(
-    loss,  # a loss function of any make
-    kind: type | tuple = ClassificationLoss,  # what is looked for
-    depth: int = 6,  # how far to look
-):  # the first such object, or None
-    "The loss inside whatever wraps it."
+    loss,  # a loss function, wrapped in any way
+    kind: type | tuple = ClassificationLoss,  # class or classes of the loss to find
+    depth: int = 6,  # how many wrappers to look into
+):  # the first loss of that kind, or None
+    "Find the loss inside its wrappers."
     if isinstance(loss, kind): return loss
     inside = _wrapped(loss) if depth else ()
     found = (find_loss(part, kind, depth - 1) for part in inside)
     return next((part for part in found if part is not None), None)
 
-
+# %% ../nbs/training/23_callbacks.ipynb #5d9021e9
 def _ignore_index(loss):
-    "The target of samples that do not count, as the loss inside says it."
+    "Return the target of samples that the loss ignores."
     known = find_loss(loss, (ClassificationLoss, nn.CrossEntropyLoss))
     return getattr(known, 'ignore_index', -100)
 
-
+# %% ../nbs/training/23_callbacks.ipynb #f1e6542d
 def _wrapped(loss):
-    "What a loss function holds: attributes, arguments, variables around it."
+    "Return what a loss function holds: attributes, arguments, closure variables."
     owner = getattr(loss, '__self__', None)
     if isinstance(owner, MixHandler): return (owner.old_lf,)
     if isinstance(loss, (list, tuple)): return loss[:99]
@@ -296,9 +296,9 @@ class SampleMarginRegularizer(HeadCallback):
 
     def __init__(
         self,
-        weight: float = 0.5,  # λ ≥ 0
-        reduction: str = 'mean',  # over the batch: 'mean' or 'class-mean'
-        head: nn.Module | None = None,  # the classifier; None finds it in the model
+        weight: float = 0.5,  # λ ≥ 0, factor of R_sm; the paper uses 0.5
+        reduction: str = 'mean',  # of R_sm over the batch: 'mean' or 'class-mean'
+        head: nn.Module | None = None,  # the classifier; None: find it in the model
     ):
         super().__init__(head)
         self.weight = weight
@@ -321,9 +321,9 @@ class SampleMarginRegularizer(HeadCallback):
 
     def reads_pred(
         self,
-        loss: CosineLoss,  # of the head
+        loss: CosineLoss,  # the head's loss
     ) -> bool:
-        "Whether the loss weighs samples in another way, so that the term stands alone."
+        "Return whether R_sm must be computed from cosines, apart from the loss."
         reweighted = any(isinstance(cb, DeferredReweighting) for cb in self.learn.cbs)
         return (loss.reduction != self.loss.reduction or loss.weight is not None
                 or reweighted or getattr(self._given_head, 'loss', loss) is not loss)
@@ -331,23 +331,23 @@ class SampleMarginRegularizer(HeadCallback):
     @contextmanager
     def in_loss(
         self,
-        loss: CosineLoss,  # of the head
+        loss: CosineLoss,  # the head's loss
     ):
-        "A context in which the head's loss contains the term."
+        "Within this context, the head's loss contains R_sm."
         usual = loss.sample_margin
         loss.sample_margin = usual + self.weight
         try: yield
         finally: loss.sample_margin = usual
 
     def after_loss(self):
-        "Add the term to `learn.loss_grad`, unless the loss contains it."
+        "Add R_sm to `learn.loss_grad` unless the loss contains it."
         if not self.learn.yb or self.learn.pred.ndim < 2: return
         self.loss.ignore_index = _ignore_index(self.learn.loss_func)
         self.value = self._mixed(self.batch_cosines(), self.learn.yb[0])
         self.learn.loss_grad = self.learn.loss_grad + self.weight * self.value
 
     def _mixed(self, cosines, targets):
-        "R_sm, interpolated between the targets that MixUp or CutMix have mixed."
+        "Return R_sm, interpolated between the two targets of MixUp or CutMix."
         mix = next((cb for cb in self.learn.cbs if isinstance(cb, MixHandler)), None)
         if mix is None: return self.loss(cosines, targets)
         each = SampleMarginLoss(reduction='none', ignore_index=self.loss.ignore_index)
@@ -365,20 +365,20 @@ class ZeroCentroidRegularizer(HeadCallback):
 
     def __init__(
         self,
-        weight: float = 100.,  # λ ≥ 0
-        head: nn.Module | None = None,  # the classifier; None finds it in the model
+        weight: float = 100.,  # λ ≥ 0, factor of the squared norm of the centroid
+        head: nn.Module | None = None,  # the classifier; None: find it in the model
     ):
         super().__init__(head)
         self.weight = weight
 
     def before_batch(self):
-        "No features are needed, only the prototypes of all classes."
+        "Refuse a head that does not hold the prototypes of all classes."
         if isinstance(self.head, ShardedMarginHead):
             raise ValueError('ZeroCentroidRegularizer must see all classes, a '
                              'ShardedMarginHead has only some')
 
     def after_loss(self):
-        "Add the term to `learn.loss_grad`."
+        "Add λ·R_W to `learn.loss_grad`."
         if not self.learn.yb: return
         self.value = zero_centroid(self.head.weight)
         self.learn.loss_grad = self.learn.loss_grad + self.weight * self.value
@@ -386,7 +386,7 @@ class ZeroCentroidRegularizer(HeadCallback):
 # %% ../nbs/training/23_callbacks.ipynb #a56c85ba
 @cache
 def _best_class_margin(k, d):
-    "The bound in degrees; it takes a moment for large k, and never changes."
+    "Return the bound on the class margin, degrees; slow for large k."
     return degrees(class_margin_bound(k, d).radians)
 
 
@@ -402,8 +402,8 @@ class MarginRecorder(HeadCallback):
 
     def __init__(
         self,
-        head: nn.Module | None = None,  # the classifier; None finds it in the model
-        most_classes: int = 50_000,  # with more, the class margin is left out: nan
+        head: nn.Module | None = None,  # the classifier; None: find it in the model
+        most_classes: int = 50_000,  # with more classes, no class margin is measured
     ):
         super().__init__(head)
         self.history, self.latest, self._trained = [], {}, False
@@ -430,7 +430,7 @@ class MarginRecorder(HeadCallback):
     def before_epoch(self): self._trained = False
 
     def before_train(self):
-        "A new fit starts a new history; validation alone does not come here."
+        "Start a new history with a new fit."
         self._trained = not self._predicting
         if self._trained and self.learn.epoch == 0: self.history = []
 
@@ -440,7 +440,7 @@ class MarginRecorder(HeadCallback):
         if not self._predicting: super().before_batch()
 
     def after_pred(self):
-        "Keep the sample margins of the batch."
+        "Remember the sample margins of the batch."
         if self._predicting or not self.learn.yb: return
         targets, features = plain(self.learn.yb[0]), vars(self.learn).get('features')
         ignored = targets == _ignore_index(self.learn.loss_func)
@@ -455,12 +455,12 @@ class MarginRecorder(HeadCallback):
     def after_validate(self): self._measure()
 
     def _value(self, key):
-        "fastai's Recorder asks as soon as the validation has ended."
+        "Return a measure to fastai's Recorder, which asks right after validation."
         self._measure()
         return self.latest.get(key)
 
     def _measure(self):
-        "Measure, and add to the history if this epoch was trained."
+        "Measure, and add to the history if this epoch trained."
         if self._predicting or not self._margins: return
         margins, targets = torch.cat(self._margins), torch.cat(self._targets)
         self._margins, self._targets = [], []
@@ -482,27 +482,27 @@ class MarginRecorder(HeadCallback):
 
     def plot(
         self,
-        axes=None,  # three matplotlib axes; None makes a figure
+        axes=None,  # three matplotlib axes; None: a new figure
     ):  # the axes
-        "The recorded margins over the epochs."
+        "Plot the recorded margins by epoch."
         return plot_margin_history(self.history, axes)
 
 
 def _prototypes(head):
-    "Those of all classes, wherever they are, [k, d]."
+    "Return the prototypes of all classes, also of sharded heads, [k, d]."
     if isinstance(head, ShardedMarginHead): return head.full_weight().float()
     weight = head.weight.detach()
     return getattr(weight, 'full_tensor', lambda: weight)().float()
 
 # %% ../nbs/training/23_callbacks.ipynb #79fded55
 class DeferredReweighting(Callback):
-    "From `start_epoch` on, class-balanced weights (Cao et al. 2019, DRW)."
+    "Weights classes by inverse frequency from `start_epoch` on (Cao et al. 2019)."
     start_epoch = Integer(at_least=0)
     order, run_valid = -5, False  # before anything is added to the loss
 
     def __init__(
         self,
-        class_counts,  # training samples of each class, > 0, [k], list or tensor
+        class_counts,  # training samples of each class, > 0, list or tensor [k]
         start_epoch: int,  # the first epoch with weights, counted from 0
         beta: float = 0.9999,  # β of `class_balanced_weights`, in [0, 1)
     ):
@@ -515,7 +515,7 @@ class DeferredReweighting(Callback):
                             f'{self.learn.loss_func} has none')
 
     def _weighted(self):
-        "The loss object that has a `weight`, inside whatever wraps it."
+        "Return the loss that has a `weight`, inside its wrappers."
         loss = self.learn.loss_func
         if hasattr(loss, 'weight'): return loss
         return find_loss(loss, (ClassificationLoss, nn.CrossEntropyLoss, nn.NLLLoss))
@@ -523,9 +523,9 @@ class DeferredReweighting(Callback):
     @contextmanager
     def in_loss(
         self,
-        loss,  # with a `weight`
+        loss,  # a loss with a `weight`
     ):
-        "A context in which the loss has the weights, from `start_epoch` on."
+        "Within this context, from `start_epoch` on, the loss has the weights."
         usual = loss.weight
         buffers = getattr(loss, '_buffers', {})
         held = buffers if 'weight' in buffers else vars(loss)
@@ -536,7 +536,7 @@ class DeferredReweighting(Callback):
         finally: held['weight'] = usual
 
     def after_loss(self):
-        "Take the loss with class-balanced weights instead, unless it has them."
+        "Compute the loss again with class-balanced weights."
         if self.learn.epoch < self.start_epoch or not self.learn.yb: return
         if self.learn.pred.ndim < 2: return
         with self.in_loss(self._weighted()):
@@ -545,7 +545,7 @@ class DeferredReweighting(Callback):
 
 # %% ../nbs/training/23_callbacks.ipynb #c1d0f00c
 def has_bfloat16() -> bool:
-    "Whether this CPU multiplies in bfloat16 by itself, and PyTorch knows how."
+    "Return whether this CPU multiplies in bfloat16 and PyTorch uses it."
     found = getattr(torch.cpu, 'get_capabilities', dict)()
     native = any(found.get(name) for name in ('avx512_bf16', 'amx_bf16'))
     return native and torch.backends.mkldnn.is_available()
@@ -553,25 +553,25 @@ def has_bfloat16() -> bool:
 # %% ../nbs/training/23_callbacks.ipynb #4e01aa07
 def save_file(
     content: dict,  # tensors, numbers, text, None, and lists and dicts of these
-    path: str | Path,  # file to write; replaced only when the new one is complete
+    path: str | Path,  # file to write, replaced only by a complete new one
 ):
-    "Tensors and plain values in one file, written aside and renamed."
+    "Save tensors and plain values in one file."
     file = io.BytesIO()
     torch.save(content, file)
     write_file(path, file.getbuffer())
 
 # %% ../nbs/training/23_callbacks.ipynb #824639d9
 def load_file(
-    path: str | Path,  # a file that `save_file` wrote
-    kind: str = 'a file of tensors and plain values',  # what it should be, for people
-) -> dict:
-    "What `save_file` wrote, tensors on the CPU; ValueError for anything else."
+    path: str | Path,  # a file from `save_file`
+    kind: str = 'a file of tensors and plain values',# what the error says it should be
+) -> dict:  # the content, tensors on the CPU
+    "Load a file from `save_file`; run no code from it."
     try: return read_torch(path, plain=True)
     except ValueError as e: raise ValueError(f'{path} is not {kind}: {e}') from e
 
 # %% ../nbs/training/23_callbacks.ipynb #6e52511b
 def _as_plain(value):
-    "The same in tensors and Python's own values."
+    "Convert a value to tensors and Python's own types."
     if isinstance(value, Tensor): return plain(value.detach())
     if isinstance(value, np.generic): return value.item()
     if isinstance(value, np.ndarray): return value.tolist()
@@ -582,24 +582,24 @@ def _as_plain(value):
     raise TypeError('a checkpoint must hold tensors, numbers, text, lists and dicts, '
                     f'got {type(value).__name__} {value!r}')
 
-
+# %% ../nbs/training/23_callbacks.ipynb #51d73b2d
 def _random_state():
-    "Where the generators of this process stand."
+    "Return the state of Python's, NumPy's and PyTorch's random generators."
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     numpy = np.random.get_state(legacy=False)  # noqa: NPY002  the one all share
     return dict(python=random.getstate(), numpy=numpy, torch=torch.get_rng_state(),
                 cuda=cuda)
 
-
+# %% ../nbs/training/23_callbacks.ipynb #9d99c1a6
 def _set_random_state(state):
     random.setstate(state['python'])
     np.random.set_state(state['numpy'])  # noqa: NPY002
     torch.set_rng_state(state['torch'])
     if state['cuda']: torch.cuda.set_rng_state_all(state['cuda'])
 
-
+# %% ../nbs/training/23_callbacks.ipynb #fb14cd02
 def _generators(dls):
-    "Those of the loaders, as functions that get and set: fastai's, ours or PyTorch's."
+    "Yield functions that get and set the state of each loader's generators."
     for loader in dls.loaders:
         for owner in (loader, vars(loader).get('sampler')):
             own = getattr(owner, '__dict__', {})
@@ -609,50 +609,50 @@ def _generators(dls):
 
 # %% ../nbs/training/23_callbacks.ipynb #d4089d8e
 def _parts(learn):
-    "Whatever has a `state_dict`: model, optimiser, loss, the scale of float16."
+    "Return everything that has a `state_dict`: model, optimizer, loss, scaler."
     parts = dict(model=learn.model, optimiser=learn.opt, loss=learn.loss_func,
                  scaler=vars(learn).get('scaler'))
     return {name: part for name, part in parts.items() if hasattr(part, 'state_dict')}
 
-
+# %% ../nbs/training/23_callbacks.ipynb #e8d4c023
 def _gradients(model):
-    "What is added up for the next step; None for zeros."
+    "Return the accumulated gradients; None for zeros."
     return {name: p.grad if p.grad.any() else None
             for name, p in model.named_parameters() if p.grad is not None}
 
-
+# %% ../nbs/training/23_callbacks.ipynb #3e5c91bc
 def _set_gradients(model, gradients):
     for name, p in model.named_parameters():
         if name not in gradients: continue
         p.grad = torch.zeros_like(p)
         if gradients[name] is not None: p.grad.copy_(gradients[name])
 
-
+# %% ../nbs/training/23_callbacks.ipynb #820fabc7
 _REMEMBERED = {Recorder: ('lrs', 'iters', 'losses', 'values'), ParamScheduler: ('hps',),
                TrackerCallback: ('best', 'new_best', 'wait'),
                GradientAccumulation: ('count',)}
 
 
 def _names(cb):
-    "What a callback calls the things it knows of the epochs that are over."
+    "Return the attributes in which a callback remembers past epochs."
     found = [names for kind, names in _REMEMBERED.items() if isinstance(cb, kind)]
     return [*sum(found, ()), *getattr(type(cb), 'checkpointed', ())]
 
-
+# %% ../nbs/training/23_callbacks.ipynb #f08a7f5b
 def _memories(cbs):
-    "What each callback remembers, in the order of the callbacks."
+    "Return what each callback remembers, in the order of the callbacks."
     return [(cb.name, {n: _packed(vars(cb)[n]) for n in _names(cb) if n in vars(cb)})
             for cb in cbs if _names(cb)]
 
-
+# %% ../nbs/training/23_callbacks.ipynb #587ab936
 def _set_memories(cbs, memories):
     for cb, (name, known) in zip(filter(_names, cbs), memories, strict=True):
         if cb.name != name: raise ValueError(f'{name} was where {cb.name} is now')
         vars(cb).update({n: _unpacked(value) for n, value in known.items()})
 
-
+# %% ../nbs/training/23_callbacks.ipynb #fef175b5
 def _packed(value):
-    "The same with lists of numbers as tensors, which are written in one piece."
+    "Turn lists of numbers into tensors, which save faster."
     if isinstance(value, dict): return {k: _packed(v) for k, v in value.items()}
     if not isinstance(value, (list, L)) or not value: return value
     if all(isinstance(v, float) for v in value):
@@ -661,7 +661,7 @@ def _packed(value):
         return dict(scalars=torch.stack(list(value)))
     return value
 
-
+# %% ../nbs/training/23_callbacks.ipynb #66b66e8d
 def _unpacked(value):
     if not isinstance(value, dict): return value
     if set(value) == {'floats'}: return value['floats'].tolist()
@@ -670,7 +670,7 @@ def _unpacked(value):
 
 # %% ../nbs/training/23_callbacks.ipynb #bd78749a
 def _training_state(learn):
-    "All that the epochs to come depend on."
+    "Return everything that the next epochs depend on."
     smooth = learn.recorder.smooth_loss
     return dict(
         parts={name: part.state_dict() for name, part in _parts(learn).items()},
@@ -678,9 +678,9 @@ def _training_state(learn):
         callbacks=_memories(learn.cbs), smooth_loss=(smooth.count, smooth.val),
         loaders=[get() for get, _ in _generators(learn.dls)], random=_random_state())
 
-
+# %% ../nbs/training/23_callbacks.ipynb #4b4a8781
 def _set_training_state(learn, state):
-    "The reverse."
+    "Restore what `_training_state` returned."
     for name, part in _parts(learn).items():
         kept = state['parts'][name]
         if isinstance(part, Optimizer):  # fastai's, which takes everything as it is
@@ -700,27 +700,27 @@ def _set_training_state(learn, state):
 
 # %% ../nbs/training/23_callbacks.ipynb #2d3b082f
 class Checkpoint(Callback):
-    "After each epoch, all that a fit needs to go on from there; bit for bit on a CPU."
+    "Saves after each epoch all that a fit needs to continue, bit for bit on a CPU."
     every = Integer(at_least=1)
     order = 69  # after all that records an epoch, before those who tell of it
 
     def __init__(
         self,
-        path: str | Path,  # the file; a fit that finds it goes on from there
-        configuration: dict | None = None,  # plain values that must be the same then
-        every: int = 1,  # epochs from one writing to the next, ≥ 1
+        path: str | Path,  # the file; a fit that finds it continues from it
+        configuration: dict | None = None,  # plain settings that must stay equal
+        every: int = 1,  # save every so many epochs, ≥ 1
     ):
         self.path, self.every = Path(path), every
         self.configuration = _as_plain(dict(configuration or {}))
-        self.seconds = 0.  # of the epochs that the last fit found in the file
+        self.seconds = 0.  # training time of the epochs found in the file
         self._fitting = self._trained = self._ended = False
         self._content, self._asleep = None, []
 
     def read(
         self,
-        **fit,  # what else must be the same: `epochs` and `batches`
+        **fit,  # what else must be equal: `epochs` and `batches`
     ) -> dict | None:  # the content; None if there is no file
-        "Read the file; ValueError if it is damaged or of another training."
+        "Read the file; raise ValueError if it is damaged or from another training."
         kind = 'a checkpoint (remove it to start anew)'
         try: content = load_file(self.path, kind)
         except FileNotFoundError: return None
@@ -735,7 +735,7 @@ class Checkpoint(Callback):
                          f'anew): {", ".join(differ)}')
 
     def remove(self):
-        "Remove the file, and what was left aside by a process killed while writing it."
+        "Remove the file, and parts that a killed process left behind."
         self._ended = False
         remove_file(self.path)
 
@@ -745,13 +745,13 @@ class Checkpoint(Callback):
         self._fitting = self._trained = False
 
     def before_train(self):
-        "Training alone comes here; validation and prediction do not."
+        "Begin or continue the fit."
         if hasattr(self.learn, 'lr_finder'): return
         if not self._fitting: self._begin()
         self._trained = True
 
     def _begin(self):
-        "Where there is a file, skip its epochs; the other callbacks sleep meanwhile."
+        "If there is a file, skip its epochs and disable other callbacks meanwhile."
         if num_distrib() > 1: raise ValueError('Checkpoint is for a single process')
         if self.learn.epoch:
             raise ValueError('start_epoch must be 0: the file says where to go on')
@@ -771,7 +771,7 @@ class Checkpoint(Callback):
         self._wake()
 
     def _wake(self):
-        "All is as it was at the end of the last epoch in the file."
+        "Restore the state at the end of the last epoch in the file."
         content, self._content, self.order = self._content, None, type(self).order
         for cb in self._asleep: cb.run = True
         try: _set_training_state(self.learn, content['training'])
@@ -781,7 +781,7 @@ class Checkpoint(Callback):
         self.seconds, self._began = content['seconds'], time.perf_counter()
 
     def after_epoch(self):
-        "Write the file, if this epoch was trained."
+        "Save the file if this epoch trained."
         if not self._trained: return
         self._trained, done = False, self.learn.epoch + 1
         if done % self.every and done < self.learn.n_epoch: return
@@ -797,7 +797,7 @@ class Checkpoint(Callback):
         self._fitting = self._trained = False
 
     def _fit(self):
-        "What the schedule depends on."
+        "Return what the schedule depends on."
         return dict(epochs=self.learn.n_epoch, batches=len(self.learn.dls.train))
 
 

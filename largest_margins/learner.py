@@ -1,4 +1,4 @@
-"""Like `vision_learner`, with a head that fits the loss, and margins in the table
+"""A fastai Learner like `vision_learner`, with a head that fits your loss and margins in its table
 
 Docs: https://largest-margins.github.io/largest-margins/training/learner.html.md"""
 
@@ -56,13 +56,12 @@ class ConvBody(nn.Sequential):
                        nn.ReLU(inplace=True)]
         super().__init__(*layers)
 
-
 # %% ../nbs/training/24_learner.ipynb #fa01a69f
 def margin_neck(
-    shape: torch.Size,  # of the body's output, [N, d] or [N, d, h, w]
-    embedding: int | None = None,  # dimension of the features; None keeps d
+    shape: torch.Size,  # shape of the body's output, [N, d] or [N, d, h, w]
+    embedding: int | None = None,  # dimension of the features; None: d
 ) -> tuple[nn.Sequential, int]:  # the neck, and the dimension of its features
-    "Pooling if needed, a linear embedding if wanted, and a batch norm that centres."
+    "Build the neck: pooling if needed, an optional embedding, and a batch norm."
     if len(shape) not in (2, 4):
         raise ValueError('arch must give features [N, d] or [N, d, h, w], '
                          f'got {tuple(shape)}')
@@ -72,7 +71,6 @@ def margin_neck(
     linear = [nn.Linear(shape[1], d, bias=False)] if embedding else []
     return nn.Sequential(*pool, *linear, nn.BatchNorm1d(d)), d
 
-
 # %% ../nbs/training/24_learner.ipynb #c1d0f032
 class MarginLearner(Learner):
     "A Learner whose model may take targets and return the loss."
@@ -80,7 +78,7 @@ class MarginLearner(Learner):
 
     @property
     def _head(self):
-        "The model's `MarginHead`, if it has one and takes targets."
+        "Return the model's `MarginHead`, if it has one and takes targets."
         model = bare(self.model)
         own = isinstance(model, MarginModel) and isinstance(model[-1], MarginHead)
         return model[-1] if own else None
@@ -100,7 +98,7 @@ class MarginLearner(Learner):
         self._do_grad_opt()
 
     def _asks_head(self, head):
-        "Whether the loss comes from the head, and nobody asks for cosines."
+        "Return whether the head computes the loss and nobody needs cosines."
         if head is None or self.loss_func is not head.loss: return False
         loss = head.loss
         if not self.training: return _is_large(head) or isinstance(loss, AdaFaceLoss)
@@ -109,7 +107,7 @@ class MarginLearner(Learner):
             _reads_pred(cb, loss) for cb in self.cbs if cb.run and cb.run_train)
 
     def _validate_batch(self, head):
-        "Loss and margins from the features; no cosines, if they are too many."
+        "Validate from features, without a matrix of cosines if it is too large."
         features = bare(self.model).features(*self.xb)
         if _is_large(head): self.features, self.pred = features, head.top(features)
         else: self.pred = head(features)
@@ -118,12 +116,12 @@ class MarginLearner(Learner):
         self('after_loss')
 
     def get_preds(self, *args, act=None, **kwargs):
-        "As in fastai; with very many classes the nearest cosines and their classes."
+        "As in fastai; with very many classes, return nearest cosines and classes."
         if act is None and self._head and _is_large(self._head): act = noop
         return super().get_preds(*args, act=act, **kwargs)
 
     def one_batch(self, i, b):
-        "As in fastai; whatever happens, nothing of the batch stays behind."
+        "As in fastai; forget the batch even after an error."
         try: super().one_batch(i, b)
         finally:
             self.features = None
@@ -132,36 +130,36 @@ class MarginLearner(Learner):
 
     def __call__(
         self,
-        event_name: str | list[str],  # one or several of fastai's events
+        event_name: str | list[str],  # one or several fastai events
     ):
         for name in listify(event_name):
             for cb in sorted(self.cbs, key=attrgetter('order')):
                 if name in vars(cb) or hasattr(type(cb), name) or name == 'after_fit':
                     cb(name)  # after_fit also switches a callback on again
 
-
-_MANY = 50_000  # classes whose cosines are too many to be kept
+# %% ../nbs/training/24_learner.ipynb #4d3a8ca2
+_MANY = 50_000  # more classes: do not keep all cosines
 
 
 def _is_large(head): return head.out_features > _MANY
 
-
+# %% ../nbs/training/24_learner.ipynb #8a60bd34
 def _reads_pred(cb, loss):
-    "Whether a callback may look at the prediction."
+    "Return whether a callback may read the prediction."
     if hasattr(cb, 'reads_pred'): return cb.reads_pred(loss)
     known = type(cb).__module__.partition('.')[0] in ('fastai', 'largest_margins')
     defined = {*vars(cb)} if known else {*vars(cb), *dir(type(cb))}
     return isinstance(cb, CollectDataCallback) or not defined.isdisjoint(_SEES_PRED)
 
-
+# %% ../nbs/training/24_learner.ipynb #bebf728a
 _SEES_PRED = {'after_pred', 'after_loss', 'before_backward', 'after_backward',
               'before_step', 'after_step', 'after_batch'}
 
 # %% ../nbs/training/24_learner.ipynb #a158a660
 def class_counts(
-    dls: DataLoaders,  # of this package, or of fastai's data block
-) -> list[int]:  # [k]
-    "How many training items each class has, without opening an image."
+    dls: DataLoaders,  # loaders of this package or of fastai's data block
+) -> list[int]:  # training items of each class, [k]
+    "Count the training items of each class without opening an image."
     data = dls.train.dataset
     if hasattr(data, 'targets'): targets = data.targets
     elif hasattr(data, 'tls'): targets = [int(target) for target in data.tls[-1]]
@@ -171,9 +169,9 @@ def class_counts(
 
 # %% ../nbs/training/24_learner.ipynb #40bee3f8
 def recommended_loss(
-    dls: DataLoaders,  # the training items give the frequencies of the classes
-) -> NormFaceLoss:  # s = 20
-    "NormFace with logit adjustment by the training counts."
+    dls: DataLoaders,  # loaders whose training items give the class counts
+) -> NormFaceLoss:  # scale 20
+    "Build NormFace with logit adjustment by the training counts."
     counts = class_counts(dls)
     if not all(counts): raise ValueError('dls must have a training item of each class, '
                                          f'class {counts.index(0)} has none')
@@ -181,7 +179,7 @@ def recommended_loss(
 
 # %% ../nbs/training/24_learner.ipynb #b0d1e505
 def _body(model, images, known=None):
-    "A classifier without its last layer, and fastai's way to split it into groups."
+    "Return a classifier without its last layer, and its splitter into groups."
     parameters = dict(model.named_parameters())
     def left_out(body):
         kept = set(map(id, body.parameters()))
@@ -209,7 +207,7 @@ def _body(model, images, known=None):
 
 # %% ../nbs/training/24_learner.ipynb #b0d1e508
 def _classifier(arch, n_in, pretrained, weights):
-    "The classifier that arch names, and the mean and std of its training images."
+    "Build the classifier `arch`; return it with mean and std of its images."
     if isinstance(arch, str):
         if find_spec('timm') is None:
             raise ImportError(f'{arch!r} is the name of a timm model: pip install timm')
@@ -255,7 +253,7 @@ def _take_channels(model, n_in, pretrained):
 
 # %% ../nbs/training/24_learner.ipynb #b0d1e513
 def _normalize(dls, mean, std, n_in):
-    "Give images the mean and std of the body's training, unless they have their own."
+    "Normalize images as for the body's weights, unless they are normalized."
     if n_in != len(mean): return
     for data in (loader.dataset for loader in dls.loaders):
         if not isinstance(data, ImageDataset): break
@@ -268,21 +266,21 @@ def _normalize(dls, mean, std, n_in):
 def margin_learner(
     dls: DataLoaders,  # image batches [N, c, h, w] with integer targets [N]
     arch,  # a torchvision function, the name of a timm model, or a module: the body
-    loss_func: nn.Module | None = None,  # ours, or any on logits; None: recommended
+    loss_func: nn.Module | None = None,  # ours or one on logits; None: recommended
     *,
-    embedding: int | None = None,  # dimension of the features; None keeps the body's
-    pretrained: bool | None = None,  # published weights, frozen first; None: if named
-    weights=None,  # which of torchvision's weights; None takes the default ones
-    n_in: int | None = None,  # channels of the images; None: those of a batch
-    cut: int | Callable | None = None,  # where fastai cuts; None: the classifier alone
-    splitter: Callable | None = None,  # model to groups of parameters; None: fastai's
-    normalize: bool = True,  # with pretrained: normalise images as the body was trained
-    mixed_precision: bool | None = None,  # on a CPU; None: where it is safe and faster
-    metrics=accuracy,  # fastai metrics; margins come in addition
+    embedding: int | None = None,  # dimension of the features; None: the body's
+    pretrained: bool | None = None,  # published weights; None: if arch is no module
+    weights=None,  # which torchvision weights; None: the default ones
+    n_in: int | None = None,  # channels of the images; None: read from a batch
+    cut: int | Callable | None = None,  # where to cut; None: before the classifier
+    splitter: Callable | None = None,  # model -> parameter groups; None: fastai's
+    normalize: bool = True,  # normalize images as for the published weights
+    mixed_precision: bool | None = None,  # bfloat16 on a CPU; None: if faster
+    metrics=accuracy,  # fastai metrics, beside the margins
     cbs: Callback | list[Callback] | None = None,  # further callbacks
-    **kwargs,  # passed to `Learner`: lr, wd, opt_func, path, …
+    **kwargs,  # options of `Learner`: lr, wd, opt_func, path, …
 ) -> MarginLearner:  # its model is a MarginModel(body, neck, head)
-    "A Learner with a head that fits the loss, and margins beside its metrics."
+    "Build a Learner with a head that fits the loss, and margins in its table."
     classes, images = get_c(dls), dls.valid.one_batch()[0].as_subclass(torch.Tensor)
     if not classes: raise ValueError('dls must know its number of classes, set dls.c')
     channels = images.shape[1]
@@ -327,22 +325,22 @@ def margin_learner(
     if pretrained: learn.freeze()
     return learn
 
-
+# %% ../nbs/training/24_learner.ipynb #3cbf1d18
 def _nearest_accuracy(nearest, targets):
-    "Accuracy of what `MarginHead.top` gave."
+    "Return the accuracy of what `MarginHead.top` returned."
     return (nearest[1][:, 0] == targets).float().mean()
 
-
+# %% ../nbs/training/24_learner.ipynb #98079721
 _nearest_accuracy.__name__ = 'accuracy'  # in fastai's table
 
 
 def _convolves(body):
-    "Whether the body has convolutions over images; their weights are [n, m, h, w]."
+    "Return whether the body has convolutions over images."
     return max((p.ndim for p in body.parameters()), default=0) == 4
 
-
+# %% ../nbs/training/24_learner.ipynb #8b850109
 def _check_groups(groups, model):
-    "Refuse groups that leave parameters out, or hold them twice."
+    "Raise an error if a parameter is in no group or in two."
     grouped = [id(p) for group in groups for p in group]
     wanted = {id(p) for p in model.parameters() if p.requires_grad}
     if not wanted <= set(grouped) or len(set(grouped)) < len(grouped):

@@ -1,4 +1,4 @@
-"""Prototypes, similarities and margins, drawn
+"""Ten functions that draw prototypes, similarities, margins, accuracies and loss curves
 
 Docs: https://largest-margins.github.io/largest-margins/training/plots.html.md"""
 
@@ -32,11 +32,11 @@ LOOKS = (plt.cycler(linestyle=['-', '--', ':', '-.'])
 
 
 def axes_for(
-    ax: Axes | None = None,  # where to draw; None makes a figure
-    size: tuple[float, float] = (4.5, 3.),  # of the new figure, inches
-    **kwargs,  # passed to `Figure.add_subplot`
-) -> Axes:  # those given, or new ones
-    "The given axes, or new ones, with labels that read on white and on black."
+    ax: Axes | None = None,  # axes to draw into; None: a new figure
+    size: tuple[float, float] = (4.5, 3.),  # width and height of a new figure, inches
+    **kwargs,  # options of `Figure.add_subplot` for new axes
+) -> Axes:  # the given axes, or new ones
+    "Return the given or new axes, styled to read on white and on black."
     if ax is None:
         figure = plt.figure(figsize=size, facecolor='none', layout='tight')
         ax = figure.add_subplot(**kwargs)
@@ -48,38 +48,38 @@ def axes_for(
         text.set(color=GREY, fontsize=9)
     return ax
 
-
+# %% ../nbs/training/22_plots.ipynb #fb6b4eb7
 def _legend(ax, **where):
     if ax.get_legend_handles_labels()[0]:
         ax.legend(frameon=False, labelcolor=GREY, fontsize=8, **where)
 
 # %% ../nbs/training/22_plots.ipynb #0d5d9297
 def _diverged(values):
-    "Whether a tensor of numbers holds nan or infinities."
+    "Return whether a tensor holds nan or infinities."
     return (isinstance(values, Tensor) and values.is_floating_point()
             and not values.isfinite().all().item())
 
-
+# %% ../nbs/training/22_plots.ipynb #e2a72470
 def _say_so(ax):
-    "Words in the place of a picture that cannot be drawn."
+    "Write a message in place of a picture that cannot be drawn."
     ax = axes_for(ax)
     ax.annotate('not finite: the training diverged', (.5, .5), xycoords='axes fraction',
                 color=GREY, fontsize=9, ha='center', va='center')
     ax.set_axis_off()
     return ax
 
-
+# %% ../nbs/training/22_plots.ipynb #d2d8e5e9
 def _label(name, values):
-    "The name of a line or of bars, and whether there is anything to see."
+    "Return the label of a line or of bars; it says if the run diverged."
     return name if np.isfinite(values).any() else f'{name} (diverged)'
 
 # %% ../nbs/training/22_plots.ipynb #8d7c8232
 def plot_prototypes(
-    prototypes: Tensor,  # of any norm, [k, d]
-    ax: Axes | None = None,  # three-dimensional for d = 3
-    names: list[str] | None = None,  # of the k classes
+    prototypes: Tensor,  # rows of any norm, [k, d]
+    ax: Axes | None = None,  # axes to draw into, 3-D axes for d = 3; None: new ones
+    names: list[str] | None = None,  # names of the k classes; None: their numbers
 ) -> Axes:
-    "Prototypes on the circle or the sphere, or the angles between them, in degrees."
+    "Draw prototypes on the circle or sphere; for d ≥ 4 their pairwise angles."
     if _diverged(prototypes): return _say_so(ax)
     check_prototypes(prototypes)
     W = F.normalize(prototypes.detach().double().cpu())
@@ -95,16 +95,16 @@ def plot_prototypes(
     ax.set(xlabel='class', ylabel='class')
     return ax
 
-
+# %% ../nbs/training/22_plots.ipynb #51052334
 def _names(names, k):
-    "The names of the classes, or their numbers."
+    "Return the names of the classes, or their numbers."
     if names is None: return [str(i) for i in range(k)]
     if len(names) != k: raise ValueError(f'names must be {k} strings, got {len(names)}')
     return [escape(str(name), 'plot') for name in names]
 
-
+# %% ../nbs/training/22_plots.ipynb #9bc73ebc
 def _heat_map(values, names, ax, most, label):
-    "A square matrix with the names of the classes on both sides, and its scale."
+    "Draw a square matrix with class names on both sides and a color bar."
     image = ax.imshow(values.numpy(), cmap='cividis', vmin=0, vmax=most)
     if len(names) <= 20:
         ax.set_xticks(range(len(names)), names, rotation=90)
@@ -115,7 +115,7 @@ def _heat_map(values, names, ax, most, label):
     bar.outline.set_visible(False)
     return ax
 
-
+# %% ../nbs/training/22_plots.ipynb #2e13783a
 def _on_circle(W, names, ax):
     ax.add_patch(plt.Circle((0, 0), 1, fill=False, color=GREY, lw=1))
     for (x, y), name in zip(W.tolist(), names, strict=True):
@@ -126,7 +126,7 @@ def _on_circle(W, names, ax):
     ax.set_axis_off()
     return ax
 
-
+# %% ../nbs/training/22_plots.ipynb #d3cb55b5
 def _on_sphere(W, names, ax):
     across, down = np.meshgrid(np.linspace(0, 2 * np.pi, 25), np.linspace(0, np.pi, 13))
     ax.plot_wireframe(np.cos(across) * np.sin(down), np.sin(across) * np.sin(down),
@@ -140,11 +140,11 @@ def _on_sphere(W, names, ax):
 
 # %% ../nbs/training/22_plots.ipynb #eb869656
 def plot_similarities(
-    cosines: Tensor,  # cosines of samples and prototypes, [N, k]
-    targets: Tensor,  # classes, [N]
-    ax: Axes | None = None,  # where to draw; None makes a figure
+    cosines: Tensor,  # cosines of N samples with k prototypes, [N, k]
+    targets: Tensor,  # class of each sample, [N]
+    ax: Axes | None = None,  # axes to draw into; None: a new figure
 ) -> Axes:
-    "Histograms of the cosines with the own prototype and with the others."
+    "Draw histograms of the cosines with the own and with the other prototypes."
     if _diverged(cosines): return _say_so(ax)
     cosines, targets = (t.detach().cpu() for t in check_cosines(cosines, targets))
     ax = axes_for(ax)
@@ -160,11 +160,11 @@ def plot_similarities(
 
 # %% ../nbs/training/22_plots.ipynb #376cf036
 def plot_sample_margins(
-    cosines: Tensor,  # cosines of samples and prototypes, [N, k]
-    targets: Tensor,  # classes, [N]
-    ax: Axes | None = None,  # where to draw; None makes a figure
+    cosines: Tensor,  # cosines of N samples with k prototypes, [N, k]
+    targets: Tensor,  # class of each sample, [N]
+    ax: Axes | None = None,  # axes to draw into; None: a new figure
 ) -> Axes:
-    "Histogram of the sample margins; what is below 0 is misclassified."
+    "Draw a histogram of sample margins; below 0 a sample is misclassified."
     if _diverged(cosines): return _say_so(ax)
     margins = sample_margins(cosines, targets).detach().cpu()
     ax, mean = axes_for(ax), margins.mean().item()
@@ -178,10 +178,10 @@ def plot_sample_margins(
 
 # %% ../nbs/training/22_plots.ipynb #b3c8fc53
 def plot_margin_history(
-    history: list[dict],  # one entry for each epoch, as `MarginRecorder` keeps them
-    axes=None,  # three axes; None makes a figure
+    history: list[dict],  # one entry for each epoch, from `MarginRecorder`
+    axes=None,  # three axes to draw into; None: a new figure
 ) -> np.ndarray:  # the three axes
-    "Class margin beside its bound, sample margins, and the ratio of norms, by epoch."
+    "Draw class margin and its bound, sample margins, and norm ratio by epoch."
     if not history: raise ValueError('history must hold at least one epoch, got none')
     kept = {key: _column(history, key) for key in _MARGINS}
     if axes is None:
@@ -196,30 +196,30 @@ def plot_margin_history(
     for ax, label in zip(axes, labels, strict=True): _by_epoch(ax, label)
     return axes
 
-
+# %% ../nbs/training/22_plots.ipynb #c12f0a20
 _MARGINS = dict(class_margin=(0, 'class margin', BLUE, '-'),  # axes and look of each
                 bound=(0, 'best possible', GREY, ':'),
                 mean_sample_margin=(1, 'mean', GREEN, '-'),
                 min_sample_margin=(1, 'smallest', ORANGE, '-'),
                 norm_ratio=(2, 'largest / smallest norm', BLUE, '-'))
 
-
+# %% ../nbs/training/22_plots.ipynb #d9bd55fa
 def _epochs(history):
-    "The numbers of the epochs, counted from 1."
+    "Return the numbers of the epochs, counted from 1."
     return [entry['epoch'] + 1 for entry in history]
 
-
+# %% ../nbs/training/22_plots.ipynb #d5388939
 def _column(history, key):
-    "One number of each epoch; nan where it is none, as in a saved record."
+    "Return one measure of every epoch; nan where it is None."
     for entry in history:
         if key not in entry:
             raise ValueError(f'history must hold {key!r} of each epoch, '
                              f'got {", ".join(entry)}')
     return np.array([entry[key] for entry in history], dtype=float)
 
-
+# %% ../nbs/training/22_plots.ipynb #7b058486
 def _by_epoch(ax, label):
-    "Names and whole numbers on axes over the epochs."
+    "Label axes over the epochs."
     ax.set(xlabel='epoch', ylabel=label)
     ax.xaxis.get_major_locator().set_params(integer=True)
     _legend(axes_for(ax))
@@ -227,10 +227,10 @@ def _by_epoch(ax, label):
 
 # %% ../nbs/training/22_plots.ipynb #081452eb
 def plot_norm_ratios(
-    histories: dict[str, list[dict]],  # of runs, by the name to print
-    ax: Axes | None = None,  # where to draw; None makes a figure
+    histories: dict[str, list[dict]],  # label of a run -> its history
+    ax: Axes | None = None,  # axes to draw into; None: a new figure
 ) -> Axes:
-    "Largest over smallest norm of the prototypes by epoch (the paper's Figure 1)."
+    "Draw largest over smallest prototype norm by epoch (the slides' Figure 1)."
     if not histories: raise ValueError('histories must hold at least one run, got none')
     ratios = {name: _column(history, 'norm_ratio')
               for name, history in histories.items()}
@@ -242,10 +242,10 @@ def plot_norm_ratios(
 
 # %% ../nbs/training/22_plots.ipynb #bdc90590
 def plot_loss_history(
-    history: list[dict],  # one entry for each epoch, as `Result.history` keeps them
-    ax: Axes | None = None,  # where to draw; None makes a figure
+    history: list[dict],  # one entry for each epoch, from `Result.history`
+    ax: Axes | None = None,  # axes to draw into; None: a new figure
 ) -> Axes:
-    "The mean loss of both splits by epoch."
+    "Draw training and validation loss by epoch."
     if not history: raise ValueError('history must hold at least one epoch, got none')
     losses = dict(training=_column(history, 'train_loss'),
                   validation=_column(history, 'valid_loss'))
@@ -256,12 +256,12 @@ def plot_loss_history(
 
 # %% ../nbs/training/22_plots.ipynb #c1858f36
 def plot_class_accuracies(
-    accuracies: dict[str, Tensor],  # percent, [k] or [runs, k], by the name to print
+    accuracies: dict[str, Tensor],  # label -> percent, [k] or [runs, k]
     counts: list[int],  # training images of each class, ≥ 1, [k]
-    ax: Axes | None = None,  # where to draw; None makes a figure
-    names: list[str] | None = None,  # of the k classes
-) -> Axes:  # that of the accuracies
-    "Accuracy by class from frequent to rare, with the counts; mean ± std over runs."
+    ax: Axes | None = None,  # axes to draw into; None: a new figure
+    names: list[str] | None = None,  # names of the k classes; None: their numbers
+) -> Axes:  # the axes of the accuracies
+    "Draw accuracy by class, from frequent to rare, as mean ± std over runs."
     if not accuracies: raise ValueError('accuracies must hold a row, got none')
     counts, k = np.asarray(counts), len(counts)
     if counts.ndim != 1 or not k or counts.min() < 1:
@@ -279,9 +279,9 @@ def plot_class_accuracies(
     _legend(ax, loc='lower center', bbox_to_anchor=(.5, 1), ncols=3)
     return ax
 
-
+# %% ../nbs/training/22_plots.ipynb #57b5f003
 def _over_runs(name, accuracies, k):
-    "Mean and standard deviation (n − 1; nan for one run) of each class."
+    "Return mean and standard deviation (n − 1; nan for one run) of each class."
     rows = torch.as_tensor(accuracies).detach().cpu().double()
     if rows.ndim not in (1, 2) or rows.shape[-1] != k:
         raise ValueError(f'accuracies of {name!r} must be [{k}] or [runs, {k}], '
@@ -292,20 +292,20 @@ def _over_runs(name, accuracies, k):
     std = rows.std(0) if len(rows) > 1 else torch.full((k,), math.nan)
     return rows.mean(0).numpy(), std.numpy()
 
-
+# %% ../nbs/training/22_plots.ipynb #091a7892
 def _counts_beside(ax, places, counts):
-    "Training images of each class, on a logarithmic axis at the right."
+    "Draw the training images of each class on a logarithmic axis at the right."
     beside = axes_for(ax.twinx())
     beside.plot(places, counts, color=GREY, ls=':', marker='D', ms=4)
     beside.set(yscale='log', ylabel='training images (◆)')
 
 # %% ../nbs/training/22_plots.ipynb #c570e818
 def plot_confusion(
-    confusion: Tensor,  # test images by true class (row) and predicted class, [k, k]
-    ax: Axes | None = None,  # where to draw; None makes a figure
-    names: list[str] | None = None,  # of the k classes
+    confusion: Tensor,  # test images by true (row) and predicted class, [k, k]
+    ax: Axes | None = None,  # axes to draw into; None: a new figure
+    names: list[str] | None = None,  # names of the k classes; None: their numbers
 ) -> Axes:
-    "The share of each true class that was predicted as each class, in percent."
+    "Draw a confusion matrix; colors are percent of the true class."
     confusion = torch.as_tensor(confusion).detach().cpu()
     if confusion.ndim != 2 or confusion.shape[0] != confusion.shape[1]:
         raise ValueError(f'confusion must be [k, k], got {tuple(confusion.shape)}')
@@ -321,10 +321,10 @@ def plot_confusion(
 
 # %% ../nbs/training/22_plots.ipynb #641a330e
 def plot_target_logits(
-    losses: dict[str, MarginSoftmaxLoss],  # by the name to print
-    ax: Axes | None = None,  # where to draw; None makes a figure
+    losses: dict[str, MarginSoftmaxLoss],  # label -> loss
+    ax: Axes | None = None,  # axes to draw into; None: a new figure
 ) -> Axes:
-    "The target's logit over s, num(θ), of each loss, for θ from 0° to 180°."
+    "Draw the target logit over scale, num(θ), of each loss from 0° to 180°."
     ax = axes_for(ax)
     theta = torch.linspace(0, math.pi, 721, dtype=torch.float64)
     for name, loss in losses.items():
@@ -337,12 +337,12 @@ def plot_target_logits(
 
 # %% ../nbs/training/22_plots.ipynb #00889a22
 def plot_loss_curves(
-    losses: dict[str, CosineLoss],  # by the name to print
-    ax: Axes | None = None,  # where to draw; None makes a figure
-    num_classes: int = 10,  # k ≥ 2
-    others: float = 0.,  # cosine with each of the other prototypes, in [−1, 1]
+    losses: dict[str, CosineLoss],  # label -> loss
+    ax: Axes | None = None,  # axes to draw into; None: a new figure
+    num_classes: int = 10,  # number of classes, k ≥ 2
+    others: float = 0.,  # cosine with every other prototype, in [−1, 1]
 ) -> Axes:
-    "The loss of one sample whose angle to its own prototype goes from 0° to 180°."
+    "Draw the loss of one sample against the angle to its own prototype."
     if not isinstance(num_classes, int) or num_classes < 2:
         raise ValueError(f'num_classes must be an int ≥ 2, got {num_classes!r}')
     if not -1 <= others <= 1:

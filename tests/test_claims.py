@@ -8,15 +8,12 @@ from time import process_time
 import pytest
 
 from largest_margins import claims as ledger
-from largest_margins import energy_claims as energy
-from largest_margins import generalization_claims as general
-from largest_margins import gm_softmax_claims as gm
-from largest_margins import imbalance_claims as imbalance
-from largest_margins import lm_softmax_claims as lm
-from largest_margins import optima_claims as optima
-from largest_margins import sample_margin_claims as r_sm
-from largest_margins import softmax_claims as softmax
 from largest_margins.claims import Check, Claim, claims, descend, dot, prove, rational_points, register
+from largest_margins.ledger import energy, imbalance, optima, softmax
+from largest_margins.ledger import generalization as general
+from largest_margins.ledger import gm_softmax as gm
+from largest_margins.ledger import lm_softmax as lm
+from largest_margins.ledger import sample_margin_loss as r_sm
 
 ROWS = {'T4', 'L1', 'BP', 'T2', 'T2b', 'P3', 'GB', 'U', 'T5', 'P6', 'T7', 'JE', 'LM', 'T8', 'T5b', 'ME', 'GM', 'SY',
         'GO', 'MC', 'FS', 'AM', 'RC'}

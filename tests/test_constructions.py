@@ -10,8 +10,8 @@ import torch
 
 from largest_margins.bounds import class_margin_bound
 from largest_margins.codes import best_packing
-from largest_margins.constructions import constructions, known_packing
 from largest_margins.margins import class_margin
+from largest_margins.theory.constructions import constructions, known_packing
 
 FILE = Path(__file__).parent.parent/'benchmarks/results/packings.json'
 ROWS = json.loads(FILE.read_text())['rows']

@@ -20,9 +20,9 @@ import torch
 import largest_margins
 from largest_margins import cli
 from largest_margins.cli import _compare, main
-from largest_margins.experiments import LOSSES, Configuration, Result, train
 from largest_margins.margins import class_margin, sample_margins
-from largest_margins.report import report, table
+from largest_margins.study.experiments import LOSSES, Configuration, Result, train
+from largest_margins.study.pages import report, table
 
 QUICK = Configuration(loss='cosface', epochs=2, sample_margin=.5, embedding=12)
 

@@ -19,11 +19,11 @@ import torch
 
 from largest_margins import files
 from largest_margins.callbacks import Checkpoint, load_file, save_file
-from largest_margins.experiments import Configuration, Result, train
 from largest_margins.files import check_output, escape, read_torch, remove_file, replace_folder, write_file
-from largest_margins.glyphs import write_glyph_pairs
 from largest_margins.inspection import write_prototypes
-from largest_margins.report import report
+from largest_margins.study.experiments import Configuration, Result, train
+from largest_margins.study.glyphs import write_glyph_pairs
+from largest_margins.study.pages import report
 from largest_margins.verification import Pair, read_bin, read_pairs, write_bin, write_pairs
 
 
@@ -221,7 +221,7 @@ def test_every_writer_writes_so(tmp_path, result):
 
 def test_only_files_writes_aside():
     "Whoever wants a file to appear whole asks `write_file`."
-    for path in Path(files.__file__).parent.glob('*.py'):
+    for path in Path(files.__file__).parent.rglob('*.py'):
         text = path.read_text(encoding='utf-8')
         if path.name == 'files.py': continue
         assert not re.search(r'os\.replace|\.write_text\(|\.write_bytes\(|torch\.load\(', text), path

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from largest_margins import glyphs as module
-from largest_margins.glyphs import (
+from largest_margins.reid import parse_market_name
+from largest_margins.study import glyphs as module
+from largest_margins.study.glyphs import (
     FACES,
     draw_glyphs,
     glyph_characters,
@@ -17,7 +18,6 @@ from largest_margins.glyphs import (
     write_glyph_market,
     write_glyph_pairs,
 )
-from largest_margins.reid import parse_market_name
 
 SMALL = dict(identities=24, distractors=5, junk=9)
 
@@ -186,7 +186,8 @@ def test_what_this_module_wrote_is_replaced_and_nothing_else(tmp_path):
 
 
 @pytest.mark.parametrize('content', [
-    '{"made_by": "largest_margins.glyphs", "entries": []}', '{"made_by": "largest_margins.glyphs"}', 'no json', '[]'])
+    '{"made_by": "largest_margins.study.glyphs", "entries": []}', '{"made_by": "largest_margins.study.glyphs"}',
+    'no json', '[]'])
 def test_a_note_alone_does_not_make_a_folder_ours(tmp_path, content):
     (tmp_path/'glyphs.json').write_text(content)
     (tmp_path/'photo.png').write_bytes(b'mine')

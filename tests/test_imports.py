@@ -8,10 +8,10 @@ import pytest
 HEAVY = {'fastai', 'fastcore', 'matplotlib', 'torchvision', 'timm', 'PIL', 'sklearn', 'joblib', 'pandas', 'IPython',
          'nbdev'}
 PACKAGE = Path(__file__).parent.parent/'largest_margins'
-TRAINING = {'data', 'plots', 'callbacks', 'learner', 'experiments', 'report', 'cli', 'glyphs', 'reid', 'verification',
-            'images', 'bodies', 'recipes', 'tables', 'tasks', 'identities', 'comparisons', 'all'}
-LIGHT = sorted({p.stem for p in PACKAGE.glob('*.py') if not p.stem.startswith('_')} - TRAINING) + [
-    f'engine.{p.stem}' for p in (PACKAGE/'engine').glob('*.py') if not p.stem.startswith('_')]
+HEAVY_ROOMS = {'data', 'plots', 'callbacks', 'learner', 'cli', 'reid', 'verification', 'images'}
+ROOMS = {'.'.join(p.relative_to(PACKAGE).with_suffix('').parts) for p in PACKAGE.rglob('*.py')
+         if not p.stem.startswith('_')}
+LIGHT = sorted(room for room in ROOMS - HEAVY_ROOMS if room.split('.')[0] not in ('training', 'study'))
 
 
 def loaded(modules):

@@ -41,7 +41,6 @@ from largest_margins.certificates import verify
 from largest_margins.cli import main
 from largest_margins.codes import best_packing
 from largest_margins.data import load
-from largest_margins.experiments import Configuration, Result, train
 from largest_margins.heads import CosineLinear
 from largest_margins.inspection import (
     as_prototypes,
@@ -56,6 +55,7 @@ from largest_margins.inspection import (
 from largest_margins.learner import ConvBody, margin_learner
 from largest_margins.losses import CosFaceLoss
 from largest_margins.margins import class_margin
+from largest_margins.study.experiments import Configuration, Result, train
 
 K, D = 5, 7
 W = torch.randn(K, D, generator=torch.Generator().manual_seed(0))

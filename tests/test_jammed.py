@@ -10,8 +10,8 @@ import torch
 
 from largest_margins.certificates import checksum
 from largest_margins.codes import Packing, best_packing, simplex
-from largest_margins.constructions import known_packing
-from largest_margins.jammed import jammed_certificate, verify_jammed
+from largest_margins.theory.constructions import known_packing
+from largest_margins.theory.jammed import jammed_certificate, verify_jammed
 
 
 def certificate_of(points):

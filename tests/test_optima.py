@@ -6,14 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from largest_margins.claims import descend, shares
+from largest_margins.claims import descend
 from largest_margins.codes import best_packing, simplex
-from largest_margins.finite_scales import (
-    admissible_margin,
-    guaranteed_margin,
-    residual_centroid,
-    scale_for_margin,
-)
+from largest_margins.ledger.imbalance import shares
 from largest_margins.losses import (
     ArcFaceLoss,
     CosFaceLoss,
@@ -25,8 +20,14 @@ from largest_margins.losses import (
     SphereFaceLoss,
 )
 from largest_margins.margins import class_margin, min_sample_margin
-from largest_margins.optima import certify_optimum, collapse_ratio
 from largest_margins.regularizers import zero_centroid
+from largest_margins.theory.finite_scales import (
+    admissible_margin,
+    guaranteed_margin,
+    residual_centroid,
+    scale_for_margin,
+)
+from largest_margins.theory.optima import certify_optimum, collapse_ratio
 
 COUNTS = torch.tensor([50., 20, 5, 2, 1], dtype=torch.float64)
 CONVEX = [NormFaceLoss(6., weight=COUNTS), CosFaceLoss(6., .3, weight=COUNTS), LDAMLoss(COUNTS, 6.),

@@ -11,7 +11,7 @@ from largest_margins import codes
 from largest_margins.bounds import class_margin_bound
 from largest_margins.codes import Packing, best_packing, log_riesz_energy
 from largest_margins.margins import class_margin, unit_rows
-from largest_margins.threads import _openblas
+from largest_margins.theory.threads import _openblas
 
 SLOANE = {  # degrees, three dimensions (Sloane, Hardin, Smith: Tables of spherical codes)
     4: 109.4712206, 5: 90, 6: 90, 7: 77.8695422, 8: 74.8584922, 9: 70.5287794, 10: 66.1468220, 11: 63.4349488,

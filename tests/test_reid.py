@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from torchvision.models import resnet18, resnet50
 
 from largest_margins.data import RandomAffine
-from largest_margins.glyphs import write_glyph_market
 from largest_margins.heads import MarginHead
 from largest_margins.images import ImageFiles
 from largest_margins.learner import ConvBody
@@ -38,6 +37,7 @@ from largest_margins.reid import (
     reid_learner,
     resnet50_body,
 )
+from largest_margins.study.glyphs import write_glyph_market
 from largest_margins.verification import DeadNetwork
 
 

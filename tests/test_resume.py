@@ -30,9 +30,9 @@ from torch.utils.data import TensorDataset
 from largest_margins.callbacks import Checkpoint, load_file
 from largest_margins.cli import main
 from largest_margins.data import RandomAffine
-from largest_margins.experiments import Configuration, Result, train
-from largest_margins.recipes import TABLES
-from largest_margins.tables import make_table, plan, run_one
+from largest_margins.study.experiments import Configuration, Result, train
+from largest_margins.study.recipes import TABLES
+from largest_margins.study.tables import make_table, plan, run_one
 
 ONE_CYCLE = Configuration(epochs=4, sample_margin=.5, shift=1, flip=True, embedding=12)
 RECIPES = {
@@ -142,7 +142,7 @@ def test_ctrl_c_inside_an_epoch_costs_that_epoch(batch, kept, unbroken, tmp_path
 def in_a_process(function, *args):
     "The exit code of a process of its own; torch is imported once, by the server that starts it."
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['largest_margins.experiments', 'largest_margins.tables', 'pytest'])
+    context.set_forkserver_preload(['largest_margins.study.experiments', 'largest_margins.study.tables', 'pytest'])
     process = context.Process(target=function, args=args)
     process.start()
     return process

@@ -19,12 +19,11 @@ import numpy as np
 import pytest
 import torch
 
-from largest_margins.bodies import BODIES, make_body
 from largest_margins.cli import main
 from largest_margins.data import imbalanced_indices, load
-from largest_margins.experiments import LOSSES, Configuration, train
-from largest_margins.recipes import TABLES, choose, printed, printed_numbers
-from largest_margins.tables import (
+from largest_margins.study.experiments import LOSSES, Configuration, train
+from largest_margins.study.recipes import TABLES, choose, printed, printed_numbers
+from largest_margins.study.tables import (
     COLUMNS,
     _shown,
     aggregate,
@@ -39,6 +38,7 @@ from largest_margins.tables import (
     run_one,
     summarise,
 )
+from largest_margins.training.bodies import BODIES, make_body
 
 ONE, TWO = TABLES['1'], TABLES['2']
 CHOICE = dict(rows=['ce*'], seeds=2, epochs=1)

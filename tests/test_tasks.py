@@ -13,12 +13,18 @@ import torch
 
 from largest_margins.cli import main
 from largest_margins.codes import best_packing
-from largest_margins.glyphs import write_glyph_market, write_glyph_pairs
-from largest_margins.identities import IdentityConfiguration, pairs_task, reid_folder, reidentify, train_identities
 from largest_margins.margins import class_margin, min_sample_margin
-from largest_margins.recipes import TABLES, choose, printed, printed_numbers
-from largest_margins.tables import COLUMNS, _grid, aggregate, make_table, plan, read_record, read_records
-from largest_margins.tasks import FreeFeatures, place
+from largest_margins.study.glyphs import write_glyph_market, write_glyph_pairs
+from largest_margins.study.identities import (
+    IdentityConfiguration,
+    pairs_task,
+    reid_folder,
+    reidentify,
+    train_identities,
+)
+from largest_margins.study.recipes import TABLES, choose, printed, printed_numbers
+from largest_margins.study.tables import COLUMNS, _grid, aggregate, make_table, plan, read_record, read_records
+from largest_margins.study.tasks import FreeFeatures, place
 from largest_margins.verification import read_pairs
 
 SMALL = dict(body='conv3-narrow', embedding=16, height=28, width=28, channels=1, shift=0, flip=False, batch_size=16,
