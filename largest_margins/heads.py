@@ -216,7 +216,7 @@ class _SavedShard(_Shard):
         first, last = self.shards.first, self.shards.first + self.shards.size - 1
         return f'classes {first} to {last} of {self.out_features}'
 
-# %% ../nbs/losses/16_heads.ipynb #c94a817b
+# %% ../nbs/losses/16_heads.ipynb #60c0c35f
 class ShardedMarginHead(_SavedShard):
     "A `MarginHead` whose classes are shared out over a process group."
 
@@ -242,7 +242,7 @@ class ShardedMarginHead(_SavedShard):
 
     def extra_repr(self): return f'{super().extra_repr()}, {self._described()} here'
 
-
+# %% ../nbs/losses/16_heads.ipynb #15ae354d
 def _refuse_ddp(weight):
     "DDP would broadcast rank 0's classes to all, and average what must differ."
     wrapper = nn.parallel.DistributedDataParallel._get_active_ddp_module()

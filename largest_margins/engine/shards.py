@@ -27,7 +27,7 @@ def _all_gather(x, group):
     gather(every.view(-1), x.contiguous().view(-1), group=group)
     return every
 
-
+# %% ../../nbs/engine/15_shards.ipynb #eae5364e
 def _sum_of_own_rows(x, group):
     "The sum over ranks of what each says of this rank's rows, [n, …]."
     mine = x.new_empty(len(x) // dist.get_world_size(group), *x.shape[1:])
@@ -190,7 +190,7 @@ class _AllRows(torch.autograd.Function):
         mine = ctx.back and ctx.back(slope, ctx.group).to(ctx.dtype)
         return mine, None, None, None
 
-# %% ../../nbs/engine/15_shards.ipynb #16c6a231
+# %% ../../nbs/engine/15_shards.ipynb #7a7e82ab
 class OwnRows(torch.autograd.Function):
     "This rank's rows of what all ranks computed; backward asks all for their slopes."
 
@@ -203,7 +203,7 @@ class OwnRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, slope): return _all_gather(slope, ctx.group).flatten(), None
 
-
+# %% ../../nbs/engine/15_shards.ipynb #bd143f23
 class TimesRanks(torch.autograd.Function):
     "The same features; backward multiplies, because DDP or FSDP will divide."
 
@@ -215,7 +215,18 @@ class TimesRanks(torch.autograd.Function):
     @staticmethod
     def backward(ctx, slope): return slope * ctx.ranks, None
 
-# %% ../../nbs/engine/15_shards.ipynb #bc3aba08
+# %% ../../nbs/engine/15_shards.ipynb #bfa2420a
+def _own_error(prototypes, sizes, group):
+    "What is wrong with this rank's prototypes, if anything."
+    size = len(prototypes) if sizes is None else sizes[dist.get_rank(group)]
+    if len(prototypes) != size:
+        return ValueError(f'prototypes must be [{size}, d] on this rank, '
+                          f'got shape {tuple(prototypes.shape)}')
+    if values_are_cheap(prototypes) and not prototypes.detach().isfinite().all():
+        return NotFinite('prototypes must be finite')
+    return None
+
+# %% ../../nbs/engine/15_shards.ipynb #56c3a84b
 def all_ranks(loss, features, prototypes, targets, numbers, group):
     "The batch of all ranks, with the way back for its gradients, and all shards."
     wanted = wants = 2 if features.requires_grad else int(any(
@@ -236,14 +247,3 @@ def all_ranks(loss, features, prototypes, targets, numbers, group):
     numbers = {name: _AllRows.apply(v, every[:, 0], group, _own_rows)
                for (name, v), every in zip(numbers.items(), all_numbers)}
     return features, targets[:, 0], numbers, ClassShards(sizes, group)
-
-
-def _own_error(prototypes, sizes, group):
-    "What is wrong with this rank's prototypes, if anything."
-    size = len(prototypes) if sizes is None else sizes[dist.get_rank(group)]
-    if len(prototypes) != size:
-        return ValueError(f'prototypes must be [{size}, d] on this rank, '
-                          f'got shape {tuple(prototypes.shape)}')
-    if values_are_cheap(prototypes) and not prototypes.detach().isfinite().all():
-        return NotFinite('prototypes must be finite')
-    return None
