@@ -136,10 +136,11 @@ class _Job:
         else: self.by_prototypes.addmm_(g.T, unit)
 
 # %% ../../nbs/engine/14_fused.ipynb #93cf9292
-def _exponentials(g, at, here, job):
+def _exponentials(g, at, here, job, wanted):
     "Take the target out of some rows, and leave the exponentials of the others there."
     own = _take_out(g.mul_(job.to_logits), at, here)
-    largest, place = g.max(1) if job.lead else (None, None)
+    largest = place = None
+    if job.lead: largest, place = g.max(1) if wanted else (g.amax(1), None)
     if job.loss.scale is None:  # R_sm alone
         g.zero_()
         return own, torch.ones_like(own), None, largest, place
@@ -183,7 +184,7 @@ def _terms(job, own, rest, numbers, wanted):
     if job.prior is not None: rest = rest - job.prior[own.targets]
     return job.loss.terms(own, rest, numbers, wanted)
 
-# %% ../../nbs/engine/14_fused.ipynb #ae32b3ff
+# %% ../../nbs/engine/14_fused.ipynb #07d6ea2a
 def _chunk(unit, targets, logs, share, lead_share, job, wanted, *numbers):
     "Losses of a chunk, its negative margins, and the slopes of what is wanted."
     loss, w, shards, s = job.loss, job.w, job.shards, job.scale
@@ -191,7 +192,7 @@ def _chunk(unit, targets, logs, share, lead_share, job, wanted, *numbers):
     at, numbers = columns[:, None], dict(zip(job.names, numbers))
     g = job.products(unit)                                                # products
     own, total, shift, largest, place = _by_parts(
-        _exponentials, job.block, g, at, here, job)
+        _exponentials, job.block, g, at, here, job, wanted)
     rest, own = total.log() if shift is None else total.log() + shift, own / s
     angle = _Angle(unit, w.unit(columns), own) if loss.angular else None  # angles
     own, rest, largest, wins = shards.combine(                            # all ranks
