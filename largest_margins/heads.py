@@ -48,7 +48,7 @@ class _Prototypes(nn.Module):
 
     def _generator(self): return None
 
-# %% ../nbs/losses/16_heads.ipynb #dffbaf9f
+# %% ../nbs/losses/16_heads.ipynb #698482db
 class CosineLinear(_Prototypes):
     "A linear layer of cosines between features and prototypes, both of any norm."
 
@@ -67,9 +67,8 @@ class CosineLinear(_Prototypes):
         "Fix the prototypes at given points, say a simplex: a buffer, not a parameter."
         check_prototypes(points, 'points')
         if points.shape != self.weight.shape:
-            raise ValueError(f'points must be [{self.out_features}, '
-                             f'{self.in_features}], '
-                             f'got shape {tuple(points.shape)}')
+            raise ValueError(f'points must be [{self.out_features}, {self.in_features}]'
+                             f', got shape {tuple(points.shape)}')
         if 'weight' not in self._parameters | self._buffers:
             raise RuntimeError('weight must be a parameter to be fixed, here it is '
                                'computed from others: remove the parametrization first')
@@ -80,8 +79,7 @@ class CosineLinear(_Prototypes):
 
     def extra_repr(self):
         fixed = ', fixed' if 'weight' in self._buffers else ''
-        sizes = f'in_features={self.in_features}, out_features={self.out_features}'
-        return f'{sizes}{fixed}'
+        return f'in_features={self.in_features}, out_features={self.out_features}{fixed}'
 
 # %% ../nbs/losses/16_heads.ipynb #fc7e4dc6
 class _WithLoss(CosineLinear):

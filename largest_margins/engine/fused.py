@@ -344,10 +344,10 @@ def fused_loss(loss, features, prototypes, targets, numbers, chunk_size='auto',
 def nearest_classes(features, prototypes, n=1, shards=None):
     "Cosines of the n nearest classes, largest first, and their numbers, [N, n] each."
     check_features(features, prototypes)
-    features, w = plain(features), plain(prototypes)
+    dtype = work_dtype(features.dtype, prototypes.dtype)
+    features, w = plain(features), plain(prototypes).to(dtype)
     shards = shards or one_process(len(w))
     n = integer('n', n, at_least=1, at_most=shards.num_classes)
-    w = w.to(work_dtype(features.dtype, w.dtype))
     norms = torch.linalg.vector_norm(w, dim=1, keepdim=True)
     usual = moderate(norms)
     check_finite('features', features)
@@ -355,7 +355,7 @@ def nearest_classes(features, prototypes, n=1, shards=None):
     w = _Rows(w, norms, usual, divided=False)
 
     def nearest(features):
-        unit = unit_rows(features.to(w.x.dtype))
+        unit = unit_rows(features.to(dtype))
         with full_precision(unit.device.type): cosines = torch.mm(unit, w.x.T)
         if not w.divided: cosines.div_(w.norms[:, 0])
         return cosines.topk(min(n, len(w.x)))

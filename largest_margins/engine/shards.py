@@ -187,8 +187,8 @@ class _AllRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, slope):
-        mine = ctx.back and ctx.back(slope, ctx.group).to(ctx.dtype)
-        return mine, None, None, None
+        if ctx.back is None: return None, None, None, None
+        return ctx.back(slope, ctx.group).to(ctx.dtype), None, None, None
 
 # %% ../../nbs/engine/15_shards.ipynb #7a7e82ab
 class OwnRows(torch.autograd.Function):
@@ -215,7 +215,7 @@ class TimesRanks(torch.autograd.Function):
     @staticmethod
     def backward(ctx, slope): return slope * ctx.ranks, None
 
-# %% ../../nbs/engine/15_shards.ipynb #bfa2420a
+# %% ../../nbs/engine/15_shards.ipynb #8b5531c2
 def _own_error(prototypes, sizes, group):
     "What is wrong with this rank's prototypes, if anything."
     size = len(prototypes) if sizes is None else sizes[dist.get_rank(group)]
@@ -224,7 +224,6 @@ def _own_error(prototypes, sizes, group):
                           f'got shape {tuple(prototypes.shape)}')
     if values_are_cheap(prototypes) and not prototypes.detach().isfinite().all():
         return NotFinite('prototypes must be finite')
-    return None
 
 # %% ../../nbs/engine/15_shards.ipynb #56c3a84b
 def all_ranks(loss, features, prototypes, targets, numbers, group):
