@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from base64 import b64decode
+from dataclasses import is_dataclass
 from importlib import import_module
 from importlib.metadata import files
 from pathlib import Path
@@ -29,39 +30,81 @@ figures = 'docs/_static/readme'
 
 
 class Section(NamedTuple):
-    "A part of the site: an entry at the top of every page, and a page of its own that lists its pages."
+    "Pages that belong together: an entry of the sidebar, and a page of its own that lists them."
     title: str
     line: str        # what one finds there
     folder: str      # its pages are the notebooks of this folder of nbs/, and its own page stands there
     pages: tuple = ()  # pages from elsewhere, by address, which then are in this section only
 
 
-sections = [
-    Section('Theory', 'The short book: what the paper claims, what is proved, and how.', 'theory'),
-    Section('Losses', 'One formula for the whole family, its regularisers and its heads.', 'losses'),
-    Section('Engine', 'The same losses for any number of classes, on one machine and on many, and what they cost.',
-            'engine'),
-    Section('Training', 'Data, callbacks, plots and the Learner.', 'training'),
-    Section('Evaluation', 'How people and faces that nobody trained on are told apart, and how that is scored.',
-            'evaluation'),
-    Section('Study', "Configurations, the command line, the paper's tables, and how runs are compared.", 'study'),
-    Section('Results', 'What was measured, and how it compares with what the paper prints.', 'results'),
-    Section('API reference', 'Every public name of the library, by module, with the page that defines it.', 'api'),
-    Section('Errata', 'What is wrong in the paper, and what is right.', '', ('theory/errata',)),
-    Section('How to contribute', 'How to change a notebook and see it everywhere.', '', ('contributing',)),
+class Kind(NamedTuple):
+    "One of the kinds of page: a group of the sidebar, a word in the top bar, and a page that lists what it has."
+    title: str
+    line: str
+    page: str         # the address of its own page
+    sections: tuple   # of pages; one that stands in the folder of the kind's page lists its pages directly
+    further: tuple = ()  # pages of Markdown
+
+
+kinds = [
+    Kind('Start', 'Install, train a first model, choose a loss, and bring your code along.', 'start/index', (
+        Section('Start', '', 'start'),)),
+    Kind('How to', 'One task a page, with the code to copy.', 'howto/index', (
+        Section('How to', '', 'howto'),)),
+    Kind('Understand', 'What the paper claims, what is true, how it is proved, and what was measured.',
+         'understand/index', (
+             Section('Theory', 'The short book: claims, proofs, pictures and checks.', 'theory'),
+             Section('Results', 'What was measured, and how it compares with what the paper prints.', 'results')),
+         ('theory/errata', 'glossary', 'bibliography')),
+    Kind('Reference', 'The names that users need, grouped by what one does with them.', 'api/index', (
+        Section('Losses', 'One formula for the whole family, its regularisers and its heads.', 'losses'),
+        Section('Engine', 'The same losses for any number of classes, on one machine and on many, and what they '
+                'cost.', 'engine'),
+        Section('Training', 'Data, callbacks, plots and the Learner.', 'training'),
+        Section('Evaluation', 'How people and faces that nobody trained on are told apart, and how that is scored.',
+                'evaluation'),
+        Section('Study', "Configurations, the command line, the paper's tables, and how runs are compared.",
+                'study'))),
+    Kind('Explore', 'Play with it: place points, make rare classes collapse, ask how far apart classes can be.',
+         'explore/index', (Section('Explore', '', 'explore'),)),
 ]
+sections = [section for kind in kinds for section in kind.sections]
+# what stands in the menu of the version: title, address
+menu = [('Changelog', 'changelog'), ('How to cite', 'cite'), ('How to contribute', 'contributing')]
+# the reference: what people do, and the public names for it
+tasks = {
+    'Choose a loss': 'NormFaceLoss CosFaceLoss ArcFaceLoss SphereFaceLoss CombinedMarginLoss ElasticFaceLoss '
+                     'AdaFaceLoss LDAMLoss GMSoftmaxLoss LMSoftmaxLoss FocalLoss SampleMarginLoss',
+    'Set scale, margin and weights': 'suggest_scale scale_for_margin guaranteed_margin admissible_margin '
+                                     'class_balanced_weights zero_centroid residual_centroid',
+    'Build the model': 'CosineLinear MarginHead ShardedMarginHead keep_shards_out_of_ddp',
+    'Train with fastai': 'margin_learner SampleMarginRegularizer ZeroCentroidRegularizer MarginRecorder '
+                         'DeferredReweighting',
+    'Make data rare': 'imbalanced_counts imbalanced_indices',
+    'Measure a classifier': 'class_margin sample_margins class_sample_margins min_sample_margin norm_ratio '
+                            'neural_collapse',
+    'Know the optimum': 'simplex best_packing largest_sample_margins class_margin_bound min_sample_margin_bound '
+                        'verify riesz_energy log_riesz_energy certify_optimum collapse_ratio',
+    'Score retrieval and verification': 'evaluate parse_market_name kfold_accuracy tar_at_far read_pairs',
+    'Prove the claims': 'claims prove',
+    'Handle errors': 'NotFinite',
+}
 # Markdown at the top of the repository that is a page too
 documents = ['CONTRIBUTING.md', 'CHANGELOG.md']
 # where pages stood before -> where they stand, so that links from elsewhere lead there
 moved = {
-    'engines/index': 'engine/index', 'experiments/index': 'study/index', 'training/glyphs': 'study/glyphs',
+    'engines/index': 'engine/index', 'theory/explore': 'explore/index', 'experiments/index': 'study/index',
+    'training/glyphs': 'study/glyphs',
     **{f'losses/{name}': f'engine/{name}' for name in ('cosines', 'fused', 'shards', 'benchmarks')},
     **{f'training/{name}': f'engine/{name}' for name in ('cpu', 'million')},
     **{f'experiments/{name}': f'evaluation/{name}' for name in ('reid', 'verification')},
     **{f'experiments/{name}': f'study/{name}' for name in (
         'experiments', 'report', 'cli', 'recipes', 'tables', 'tasks', 'identities', 'inspect', 'comparisons')}}
+# Markdown of the site itself, in docs/
+written = ['bibliography', 'cite', 'glossary']
 # names in backticks that look like ours and that no code of ours mentions
-foreign = {'BaseLoss', 'MixedPrecision', 'distrib_ctx', 'fine_tune', 'lr_find'}    # fastai's
+foreign = {'BaseLoss', 'MixedPrecision', 'distrib_ctx', 'fine_tune', 'lr_find',  # fastai's
+           'arcface_torch', 'sample_rate', 'NormedLinear'}                       # of other libraries
 # what Quarto's cell options say, as MyST-NB's tags
 tags = {('echo', 'false'): 'remove-input', ('output', 'false'): 'remove-output',
         ('include', 'false'): 'remove-cell', ('code-fold', 'true'): 'hide-input',
@@ -94,6 +137,50 @@ def linked(text, syms, own=()):
         return f'{{py:obj}}`{match[1]} <{names[match[1]]}>`' if known else match[0]
     text = re.sub(r'(?<![`}])`([\w.]+)(?:\(\))?`(?!`)', reference, text)
     return re.sub(r'(?<!\$\$ )\((eq-[\w-]+)\)', r'{eq}`\1`', text)     # but after $$ it is the equation's own label
+
+
+def cited(text):
+    "`[@key]` and `[@key; @other]` become references to docs/references.bib."
+    def reference(match):
+        return '{cite:p}`' + ','.join(re.findall(r'[\w-]+', match[1])) + '`'
+    return re.sub(r'\[(@[\w-]+(?:;\s*@[\w-]+)*)\]', reference, text)
+
+
+def unbroken(text):
+    "`98.89 ± 0.22` stays on one line."
+    return re.sub(r'(?<=\d) ± (?=\d)', '\u00a0±\u00a0', text)
+
+
+def glossary():
+    "The terms of docs/glossary.md."
+    text = (root/'docs/glossary.md').read_text(encoding='utf-8')
+    block = re.search(r'^```\{glossary\}\n(.*?)^```', text, re.M | re.S)[1]
+    return re.findall(r'^(\S.*)$', block, re.M)
+
+
+def defined(text, terms, seen):
+    "The first use of each of `terms` in prose becomes a link to the glossary; `seen` keeps those that have one."
+    by_length = sorted(terms, key=len, reverse=True)
+    words = '|'.join(re.escape(t).replace(r'\ ', r'[\s-]') for t in by_length)
+    pattern = re.compile(rf'(?<![\w/.-])({words})(s?)(?![\w/-])', re.I)
+    known = {re.sub(r'[\s-]+', ' ', t).lower(): t for t in terms}
+    # code, links, roles, formulas, tags and citations stay as they are
+    apart = re.compile(r'(`+[^`]*`+|!?\[[^\]]*\](?:\([^)]*\))?|\{[\w:]+\}`[^`]*`|\$\$.*?\$\$|\$[^$]+\$|<[^>]+>)', re.S)
+
+    def link(match):
+        term = known[re.sub(r'[\s-]+', ' ', match[1]).lower()]
+        if term in seen:
+            return match[0]
+        seen.add(term)
+        return f'{{term}}`{" ".join(match[0].split())} <{term}>`'
+
+    def paragraph(part):
+        if re.match(r'\s*(#|\||:::|:\w+:|```|~~~|<|\$\$|\(|    )', part) or '\n|' in part:
+            return part
+        return ''.join(x if n % 2 else pattern.sub(link, x) for n, x in enumerate(apart.split(part)))
+    blocks = re.split(r'(^(?:`{3,}|~{3,}).*?^(?:`{3,}|~{3,})[ ]*$)', text, flags=re.M | re.S)
+    return ''.join(block if n % 2 else '\n\n'.join(map(paragraph, block.split('\n\n')))
+                   for n, block in enumerate(blocks))
 
 
 def prose(text):
@@ -204,6 +291,9 @@ def api_entry(name, syms):
     own = {p.name for p in params}
     result = type_name(sig.return_annotation) if kind != 'class' else ''
     docs = docments(obj, full=True, args_kwargs=True)
+    for base in filter(is_dataclass, getattr(obj, '__mro__', ())):  # each describes the fields that it brings
+        for field, doc in docments(base, full=True).items():
+            if field in docs: docs[field].docment = docs[field].docment or doc.docment
     rows = []
     for p in params:
         text = (docs[p.name].docment or '') if p.name in docs else ''
@@ -296,7 +386,7 @@ def convert(nb, cfg, syms):
     def page_link(match):
         return f']({page_path(Path(match[1])).as_posix()}{match[2] or ""})'
 
-    cells = []
+    cells, seen, terms = [], set(), glossary()
     for cell in markdown_outputs(sources_last(nb['cells'])):
         text = ''.join(cell['source'])
         if not text.strip() or text.startswith('<!-- WARNING'):
@@ -323,7 +413,8 @@ def convert(nb, cfg, syms):
                         outputs=[printed(o) for o in cell['outputs']])
         else:
             text = re.sub(rf'\[`([^`]+)`\]\({re.escape(address)}([^)]+)\)', reference, text)
-            text = linked(re.sub(r'\]\(([\w./-]+\.ipynb)(#[^)]*)?\)', page_link, text), syms)
+            text = re.sub(r'\]\(([\w./-]+\.ipynb)(#[^)]*)?\)', page_link, text)
+            text = cited(linked(defined(unbroken(text), terms, seen), syms))
         cells.append(dict(cell, source=text))
     return dict(nb, cells=cells)
 
@@ -332,10 +423,10 @@ def convert(nb, cfg, syms):
 
 def section_pages(section, pages):
     "The addresses of a section's pages, in reading order."
-    elsewhere = {page for other in sections for page in other.pages}
+    elsewhere = {page for other in sections for page in other.pages} | {p for kind in kinds for p in kind.further}
     addresses = [page_path(p).with_suffix('').as_posix() for p in pages]
     inside = [a for a in addresses if section.folder and Path(a).parent == Path(section.folder)]
-    return [*section.pages, *(a for a in inside if a not in elsewhere)]
+    return [*(a for a in section.pages if a in addresses), *(a for a in inside if a not in elsewhere)]
 
 
 def toctree(entries):
@@ -343,22 +434,81 @@ def toctree(entries):
     return '```{toctree}\n:hidden:\n\n' + '\n'.join(entries) + '\n```'
 
 
-def contents(pages):
-    "The sections that have pages, as a cell for the end of the index."
-    entries = [f'{s.title} <{f"{s.folder}/index" if s.folder else s.pages[0]}>' for s in sections
-               if section_pages(s, pages) or s.folder == 'api']
+def contents():
+    "The kinds and the menu, as a cell for the end of the index."
+    entries = [f'{kind.title} <{kind.page}>' for kind in kinds] + [page for _, page in menu]
     return dict(cell_type='markdown', metadata={}, id='contents', source=toctree(entries))
+
+
+def entries(kind, pages):
+    "What a kind of page consists of: sections that have pages, and addresses."
+    found = []
+    for section in kind.sections:
+        listed = section_pages(section, pages)
+        if f'{section.folder}/index' == kind.page:
+            found += listed
+        elif listed:
+            found.append(section)
+    return [*found, *kind.further]
+
+
+def listing(addresses, notebooks):
+    "Pages as links, each with its line."
+    return [f'{{doc}}`/{a}`\n: {front(notebooks[a])[1]}' if a in notebooks else f'- {{doc}}`/{a}`' for a in addresses]
+
+
+def kind_page(kind, pages, notebooks, syms):
+    "The page of a kind: its pages and sections, and for the reference the names by what one does with them."
+    parts = [f'# {kind.title}', f'*{kind.line}*']
+    if kind.title == 'Reference':
+        parts += ['`import largest_margins as lm` gives every name of this page, as `lm.ArcFaceLoss`. A name leads to '
+                  'its entry: signature, parameters with units and ranges, errors, and the page that explains it.']
+        for title, names in tasks.items():
+            parts += [f'## {title}', '\n'.join(api_line(name, syms) for name in names.split())]
+        parts += ['## The notebooks of the library']
+    found = entries(kind, pages)
+    for entry in found:
+        section = isinstance(entry, Section)
+        parts += [f'{{doc}}`/{entry.folder}/index`\n: {entry.line}'] if section else listing([entry], notebooks)
+    return '\n\n'.join([*parts, toctree([f'/{e.folder}/index' if isinstance(e, Section) else f'/{e}'
+                                         for e in found])]) + '\n'
 
 
 def section_page(section, pages, notebooks):
     "A section's own page: its pages with their one line, and the theorems that they prove."
     listed = section_pages(section, pages)
-    parts = [f'# {section.title}', f'*{section.line}*']
-    parts += [f'{{doc}}`/{a}`\n: {front(notebooks[a])[1]}' for a in listed]
+    parts = [f'# {section.title}', f'*{section.line}*', *listing(listed, notebooks)]
     stated = [label for a in listed for label in labels(notebooks[a])]
     if stated:
         parts += ['## What is proved', '\n'.join(f'- {{prf:ref}}`{label}`: {name}' for label, name in stated)]
     return '\n\n'.join([*parts, toctree([f'/{a}' for a in listed])]) + '\n'
+
+
+def own_pages(pages):
+    "The addresses of the pages that only list others: those of kinds and of sections."
+    inside = [f'{e.folder}/index' for kind in kinds for e in entries(kind, pages) if isinstance(e, Section)]
+    return [kind.page for kind in kinds] + inside
+
+
+def navigation(pages, notebooks):
+    "What the sidebar and the top bar show, for docs/conf.py: kinds, their entries, and the pages of these."
+    def name(address):
+        return front(notebooks[address])[0] if address in notebooks else heading(f'{address}.md')
+
+    def entry(e):
+        if not isinstance(e, Section):
+            return dict(title=name(e), page=e, pages=[])
+        return dict(title=e.title, page=f'{e.folder}/index',
+                    pages=[dict(title=name(a), page=a) for a in section_pages(e, pages)])
+    lines = {a: front(nb)[1] for a, nb in notebooks.items()}
+    lines |= {f'{s.folder}/index': s.line for s in sections} | {kind.page: kind.line for kind in kinds}
+    return dict(kinds=[dict(title=k.title, page=k.page, entries=[entry(e) for e in entries(k, pages)]) for k in kinds],
+                menu=[dict(title=title, page=page) for title, page in menu], lines=lines)
+
+
+def heading(name):
+    "The title of a page of Markdown."
+    return (root/'docs'/name).read_text(encoding='utf-8').splitlines()[0].removeprefix('# ')
 
 
 def front(nb):
@@ -372,33 +522,21 @@ def labels(nb):
     return [(label, name) for name, label in re.findall(r'^:::\{prf:\w+\} (.*)\n:label: (\S+)', text, re.M)]
 
 
-def api_page(pages, notebooks, syms):
-    "Every public name by module: what it is, in a line, with a link to its one entry."
-    rows, home = {}, {}
-    for address in notebooks:
-        for mod in syms:
-            module = import_module(mod)
-            here = [n for n in module.__all__ if syms[mod].get(f'{mod}.{n}', ('',))[0].startswith(f'{address}.html')]
-            for name in here:
-                line = ' '.join(inspect.getdoc(getattr(module, name)).split('\n\n')[0].split())
-                rows.setdefault(mod, []).append(f'- {{py:obj}}`{name} <{mod}.{name}>`: {linked(line, syms)}')
-                home.setdefault(mod, []).append(address)
-    parts = ['# API reference', '*Every public name of the library, by module. A name leads to its entry.*']
-    for section in sections:
-        within = [mod for mod in rows if home[mod][0] in section_pages(section, pages)]
-        parts += [f'## {section.title}'] if within else []
-        for mod in within:
-            where = ', '.join(f'{{doc}}`/{a}`' for a in dict.fromkeys(home[mod]))
-            parts += [f"### {mod.split('.', 1)[1]}", f'`from {mod} import …`, explained in {where}.']
-            parts += ['\n'.join(rows[mod])]
-    return '\n\n'.join(parts) + '\n'
+def api_line(name, syms):
+    "A public name: what it is, in a line, with a link to its one entry."
+    obj, mod = resolve(name, syms)
+    line = ' '.join(inspect.getdoc(obj).split('\n\n')[0].split())
+    return f'- {{py:obj}}`{name} <{mod}.{name}>`: {linked(line, syms)}'
 
 
 # --- README.md ---
 
-def readme(nb):
-    "The index notebook as GitHub's Markdown, and the figures that it shows: (text, name -> bytes)."
+def readme(nb, address):
+    "The index notebook as GitHub's Markdown with links to the site, and its figures: (text, name -> bytes)."
     parts, images = [], {}
+
+    def on_the_site(match):
+        return f']({address}{page_path(Path(match[1])).as_posix()}.html'
     for cell in markdown_outputs(nb['cells']):
         text = ''.join(cell['source']).strip()
         if not text or text.startswith('<!--'):
@@ -407,7 +545,7 @@ def readme(nb):
             name, description = title(text)
             parts.append(f'# {name}\n\n> {description}')
         elif cell['cell_type'] == 'markdown':
-            parts.append(re.sub(r'\]\(([\w./-]+\.ipynb)', r'](nbs/\1', text))
+            parts.append(re.sub(r'\]\(([\w./-]+)\.ipynb', on_the_site, text))
         else:
             found, text = options(text)
             if found.get('echo') != 'false':
@@ -423,9 +561,9 @@ def readme(nb):
     return '\n\n'.join(parts) + '\n', images
 
 
-def write_readme(nb, check):
+def write_readme(nb, address, check):
     "Writes README.md and its figures, or with `check` only compares."
-    text, images = readme(nb)
+    text, images = readme(nb, address)
     wanted = {root/'README.md': text.encode(), **{root/figures/name: image for name, image in images.items()}}
     stale = {p for p in (root/figures).glob('*') if p not in wanted}
     changed = {p for p, data in wanted.items() if not p.exists() or p.read_bytes() != data}
@@ -500,25 +638,27 @@ def main():
         sys.exit('Two notebooks would be the same page')
     if unknown := unknown_names(notebooks):
         sys.exit('In backticks, but in no code: ' + '; '.join(unknown))
-    write_readme(notebooks['index'], check)
+    write_readme(notebooks['index'], f'{cfg.doc_host}{cfg.doc_baseurl}/', check)
     converted = {address: convert(nb, cfg, syms) for address, nb in notebooks.items()}
-    converted['index']['cells'].append(contents(pages))
+    converted['index']['cells'].append(contents())
     for address, nb in converted.items():
         write(source/f'{address}.ipynb', json.dumps(nb))
         write(source/f'extra/{address}.html.md', markdown(nb))
     write(source/'extra/llms.txt', overview(pages, notebooks, cfg))
-    for section in sections:
-        if section.folder and section_pages(section, pages):
-            write(source/section.folder/'index.md', section_page(section, pages, notebooks))
-    write(source/'api/index.md', api_page(pages, notebooks, syms))
+    for kind in kinds:
+        write(source/f'{kind.page}.md', kind_page(kind, pages, notebooks, syms))
+        for section in entries(kind, pages):
+            if isinstance(section, Section):
+                write(source/section.folder/'index.md', section_page(section, pages, notebooks))
+    write(source/'navigation.json', json.dumps(navigation(pages, notebooks)))
     for old, new in moved.items():
         target = os.path.relpath(f'{new}.html', Path(old).parent)
         write(source/f'extra/{old}.html', '<!doctype html><meta charset="utf-8"><title>Moved</title>'
               f'<meta http-equiv="refresh" content="0; url={target}"><a href="{target}">Moved here</a>\n')
     for name in documents:
         write(source/name.lower(), linked((root/name).read_text(encoding='utf-8'), syms))
-    with open(source/'contributing.md', 'a', encoding='utf-8') as file:
-        file.write('\n' + toctree(['changelog']) + '\n')
+    for name in written:
+        write(source/f'{name}.md', cited(linked((root/f'docs/{name}.md').read_text(encoding='utf-8'), syms)))
     copy_mathjax(source/'_static/mathjax')
     done = subprocess.run([sys.executable, '-m', 'sphinx', '-W', '--keep-going', '-q', '-E', '-b', 'html',
                            '-d', str(work/'doctrees'), str(source), str(html)], cwd=root)

@@ -10,9 +10,9 @@ __all__ = ['NotFinite']
 # %% ../nbs/losses/10_checks.ipynb #2d1b26fe
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import MISSING
 from numbers import Integral, Real
+from operator import ge, gt, le, lt
 from typing import Any
 
 import torch
@@ -23,77 +23,20 @@ class NotFinite(ValueError):
     "A value is nan or infinite where a finite one is needed: a training that diverged."
 
 # %% ../nbs/losses/10_checks.ipynb #5624277e
-def number(
-    name: str,  # what it is called
-    value,  # what was given: an int, a float, NumPy's, a 0-d tensor
-    *,
-    above: float = -math.inf,  # it must be greater than this
-    at_least: float = -math.inf,  # and not less than this
-    at_most: float = math.inf,  # and not greater than this
-    below: float = math.inf,  # and less than this
-) -> float:  # the value
-    "Refuse what is not a finite number in its range."
-    value = _scalar(name, value)
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f'{name} must be a number, got {_described(value)}')
-    try: given = float(value)
-    except OverflowError: given = math.inf
-    if not math.isfinite(given):
-        raise NotFinite(f'{name} must be a finite number, got {value}')
-    if not (above < given < below and at_least <= given <= at_most):
-        raise ValueError(f'{name} must be '
-                         f'{_range(above, at_least, at_most, below)}, got {given:g}')
-    return given
-
-
-def integer(
-    name: str,  # what it is called
-    value,  # what was given: an int, NumPy's, a 0-d tensor
-    *,
-    at_least: float = -math.inf,  # it must not be less than this
-    at_most: float = math.inf,  # nor greater than this
-) -> int:  # the value
-    "Refuse what is not a whole number in its range."
-    value = _scalar(name, value)
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f'{name} must be an int, got {_described(value)}')
-    if not at_least <= value <= at_most:
-        allowed = _range(at_least=at_least, at_most=at_most)
-        raise ValueError(f'{name} must be {allowed}, got {value}')
-    return int(value)
-
-
-def flag(
-    name: str,  # what it is called
-    value: bool,  # what was given
-) -> bool:
-    "Refuse what is neither True nor False."
-    if not isinstance(value, bool):
-        raise TypeError(f'{name} must be True or False, got {_described(value)}')
-    return value
-
-
-def choice(
-    name: str,  # what it is called
-    value: str,  # what was given
-    options: tuple,  # what it may be
-) -> str:
-    "Refuse what is not one of the options."
-    if not isinstance(value, str):
-        raise TypeError(f'{name} must be a string, got {_described(value)}')
-    if value not in options:
-        *most, last = map(repr, options)
-        raise ValueError(f'{name} must be {", ".join(most)} or {last}, got {value!r}')
-    return value
-
-
-def _scalar(name, value):
-    "The number in a 0-d tensor or array; anything else as it is."
+def _scalar(name, value, kind, wanted):
+    "The number in a 0-d tensor or array, if it is of some kind and no bool."
+    _refuse_gradient(name, value)
     zero_dim = getattr(value, 'ndim', None) == 0 and hasattr(value, 'item')
+    if zero_dim: value = value.item()
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise TypeError(f'{name} must be {wanted}, got {_described(value)}')
+    return value
+
+
+def _refuse_gradient(name, value):
     if getattr(value, 'requires_grad', False):
-        raise TypeError(f'{name} must be a constant, got a tensor that requires grad, '
+        raise TypeError(f'{name} must be constant, got a tensor that requires grad, '
                         'which would get none: detach() it')
-    return value.item() if zero_dim else value
 
 
 def _described(value):
@@ -101,78 +44,102 @@ def _described(value):
     kind, shown = type(value).__name__, repr(value)
     return f'{kind} {shown}' if len(shown) < 40 else kind
 
+# %% ../nbs/losses/10_checks.ipynb #56242780
+_BOUNDS = dict(above=('>', gt), at_least=('≥', ge), at_most=('≤', le), below=('<', lt))
 
-def _range(above=-math.inf, at_least=-math.inf, at_most=math.inf, below=math.inf):
-    "A range in words."
-    bounds = (('>', above), ('≥', at_least), ('≤', at_most), ('<', below))
-    return ' and '.join(f'{sign} {bound:g}' for sign, bound in bounds
-                        if math.isfinite(bound))
+
+def _in_range(name, value, bounds):
+    "The value, if it keeps to its bounds; else an error that shows them."
+    if all(_BOUNDS[kind][1](value, b) for kind, b in bounds.items()): return value
+    allowed = ' and '.join(f'{_BOUNDS[kind][0]} {b:g}' for kind, b in bounds.items())
+    raise ValueError(f'{name} must be {allowed}, got {value:g}')
+
+# %% ../nbs/losses/10_checks.ipynb #56242781
+def number(name: str, value, **bounds: float) -> float:
+    "A finite number; `bounds` are `above`, `at_least`, `at_most` and `below`."
+    value = _scalar(name, value, Real, 'a number')
+    try: given = float(value)
+    except OverflowError: given = math.inf
+    if not math.isfinite(given):
+        raise NotFinite(f'{name} must be a finite number, got {value}')
+    return _in_range(name, given, bounds)
+
+# %% ../nbs/losses/10_checks.ipynb #56242783
+def integer(name: str, value, **bounds: float) -> int:
+    "A whole number within its bounds."
+    return _in_range(name, int(_scalar(name, value, Integral, 'an int')), bounds)
+
+# %% ../nbs/losses/10_checks.ipynb #56242782
+def flag(name: str, value: bool) -> bool:
+    "True or False, and nothing else."
+    if isinstance(value, bool): return value
+    raise TypeError(f'{name} must be True or False, got {_described(value)}')
+
+# %% ../nbs/losses/10_checks.ipynb #56242784
+def choice(name: str, value: str, options: tuple) -> str:
+    "One of the options."
+    if not isinstance(value, str):
+        raise TypeError(f'{name} must be a string, got {_described(value)}')
+    if value in options: return value
+    *most, last = map(repr, options)
+    raise ValueError(f'{name} must be {", ".join(most)} or {last}, got {value!r}')
 
 # %% ../nbs/losses/10_checks.ipynb #688cb990
-@dataclass
-class Number:
-    "An attribute that holds a number in a range, whenever it is set."
-    above: float = -math.inf
-    at_least: float = -math.inf
-    at_most: float = math.inf
-    below: float = math.inf
-    default: float | None = None  # until it is set; None: it has none
-
-    def __set_name__(self, owner, name): self.name = name
-
-    def __get__(self, instance, owner=None) -> float:
-        if instance is None: return self
-        value = instance.__dict__.get(self.name, self.default)
-        if value is None: raise AttributeError(self.name)
-        return value
-
-    def __set__(self, instance, value: float):
-        instance.__dict__[self.name] = self.checked(self.name, value)
-
-    def checked(self, name: str, value) -> float:
-        "A number in this range, or an error that names it."
-        return number(name, value, above=self.above, at_least=self.at_least,
-                      at_most=self.at_most, below=self.below)
-
-
-class _Checked:
+class Checked:
     "An attribute that is checked by `check` whenever it is set."
 
-    def __set_name__(self, owner, name): self.name = name
+    def __init__(self, default: Any = MISSING, key: str | None = None, **allowed):
+        self.default, self.key, self.allowed = default, key, allowed  # key: where it is
+
+    def __set_name__(self, owner, name): self.name, self.key = name, self.key or name
 
     def __get__(self, instance, owner=None) -> Any:
-        return self if instance is None else instance.__dict__[self.name]
+        values = {} if instance is None else instance.__dict__
+        value = values.get(self.key, self.default)
+        if value is MISSING: raise AttributeError(self.name)
+        return value
 
     def __set__(self, instance, value):
-        instance.__dict__[self.name] = self.check(self.name, value)
+        instance.__dict__[self.key] = self.checked(value)
+
+    def checked(self, value):
+        "The value, if it may be; None may be if it is the default."
+        if value is None and self.default is None: return None
+        return self.check(self.name, value, **self.allowed)
+
+# %% ../nbs/losses/10_checks.ipynb #688cb991
+class Number(Checked):
+    "An attribute that holds a number."
+    check = staticmethod(number)
 
 
-class Integer(_Checked):
-    "An attribute that holds a whole number, not less than `at_least`."
+class Integer(Checked):
+    "An attribute that holds a whole number."
+    check = staticmethod(integer)
 
-    def __init__(self, at_least: float = -math.inf):
-        self.check = partial(integer, at_least=at_least)
-
-
-class Flag(_Checked):
+# %% ../nbs/losses/10_checks.ipynb #688cb992
+class Flag(Checked):
     "An attribute that holds True or False."
     check = staticmethod(flag)
 
 
-class Choice(_Checked):
-    "An attribute that holds one of some strings."
+class Choice(Checked):
+    "An attribute that holds one of some strings, of which the first is the default."
+    check = staticmethod(choice)
 
-    def __init__(self, *options: str): self.options = options
-
-    def check(self, name, value): return choice(name, value, self.options)
+    def __init__(self, *options: str): super().__init__(options[0], options=options)
 
 # %% ../nbs/losses/10_checks.ipynb #a62ef311
-def values_are_cheap(
-    x: Tensor,  # what one would like to look at
-) -> bool:  # whether its values are here, without waiting for a device
-    "Values are looked at on an eager CPU only: no GPU waits, no graph breaks."
+def values_are_cheap(x: Tensor) -> bool:
+    "Whether values are here to be looked at: no GPU waits, no graph breaks."
     return (x.is_cpu and type(x) in (Tensor, torch.nn.Parameter)
             and not is_traced() and not _is_fake())
+
+# %% ../nbs/losses/10_checks.ipynb #a62ef312
+def is_traced() -> bool:
+    "Whether what runs now is recorded or transformed: compiled, traced, `torch.func`."
+    return (torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+            or torch._C._are_functorch_transforms_active())
 
 
 def _is_fake():
@@ -181,36 +148,8 @@ def _is_fake():
     modes = torch._C._TorchDispatchModeKey
     return any(torch._C._get_dispatch_mode(m) for m in (modes.FAKE, modes.PROXY))
 
-
-def is_traced() -> bool:
-    "Whether what runs now is recorded or transformed: compiled, traced, `torch.func`."
-    return (torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-            or torch._C._are_functorch_transforms_active())
-
-
-def is_symbol(
-    x,  # what a module was given
-) -> bool:
-    "Whether `x` is a name in a graph that fx is drawing."
-    return isinstance(x, torch.fx.Proxy)
-
-
-def as_one_node(
-    module: torch.nn.Module,  # whose `forward` was called
-    *args,  # its arguments, of which the first is a symbol
-    given=None,  # its keyword arguments: a dict, or a symbol for it
-) -> torch.fx.Proxy:
-    "The call as one node of an fx graph, which cannot look into checks of values."
-    tracer = args[0].tracer
-    try: path = tracer.path_of_module(module)
-    except NameError: path = ''  # it is traced by itself
-    node = ('call_module', path) if path else ('call_function', module.forward)
-    return tracer.create_proxy(*node, args, {} if is_symbol(given) else given or {})
-
-
-def plain(
-    x: Tensor,  # perhaps of a subclass, such as fastai's `TensorImage`
-) -> Tensor:  # the same numbers, without the subclass
+# %% ../nbs/losses/10_checks.ipynb #68661f2d
+def plain(x: Tensor) -> Tensor:
     "The tensor itself: subclasses cost time, and may return the subclass again."
     if type(x) is Tensor or is_traced(): return x
     if isinstance(x, torch._subclasses.FakeTensor): return x
@@ -219,122 +158,120 @@ def plain(
                         'full_tensor(), or call the module that FSDP wrapped')
     return x.as_subclass(Tensor)
 
-
-def at_least_float32(
-    x: Tensor,  # floating point, perhaps of a subclass
-) -> Tensor:  # a plain tensor in float32, or float64 if it was
-    "Half precision is for storage; sums and margins are formed in float32."
+# %% ../nbs/losses/10_checks.ipynb #68661f2f
+def at_least_float32(x: Tensor) -> Tensor:
+    "A plain tensor in float32, or in float64 if it was: half precision is for storage."
     return plain(x).to(torch.promote_types(x.dtype, torch.float32))
 
+# %% ../nbs/losses/10_checks.ipynb #51b7a3ca
+def is_symbol(x) -> bool:
+    "Whether `x` is a name in a graph that fx is drawing."
+    return isinstance(x, torch.fx.Proxy)
 
-def has_float64(
-    device: torch.device,  # where the tensors are
-) -> bool:
-    "Whether the device has double precision. Apple's GPUs do not."
-    known = device.type in ('cpu', 'meta', 'cuda')
-    if known and (is_traced() or not torch._C._len_torch_dispatch_stack()): return True
-    try: torch.empty(0, dtype=torch.float64, device=device)
-    except (TypeError, RuntimeError): return False
-    return True
+# %% ../nbs/losses/10_checks.ipynb #51b7a3cb
+def as_one_node(module: torch.nn.Module, *args, given=None) -> torch.fx.Proxy:
+    "A call of `module` as one node of a graph: its checks of values cannot be drawn."
+    tracer = args[0].tracer
+    try: path = tracer.path_of_module(module)
+    except NameError: path = ''  # it is traced by itself
+    node = ('call_module', path) if path else ('call_function', module.forward)
+    return tracer.create_proxy(*node, args, {} if is_symbol(given) else given or {})
 
 # %% ../nbs/losses/10_checks.ipynb #80317c70
-def check_floating(
-    name: str,  # what it is called
-    x: Tensor,  # what was given
-    shape: str,  # what its shape should be, in words
-):
-    "Refuse what is not a tensor of floating-point numbers."
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f'{name} must be a floating-point tensor {shape}, got '
-                        f'{x.dtype if isinstance(x, Tensor) else type(x).__name__}')
+def _check_floating(name, x, shape):
+    if isinstance(x, Tensor) and x.is_floating_point(): return
+    raise TypeError(f'{name} must be a floating-point tensor {shape}, got {_kind(x)}')
 
 
-def check_device(
-    name: str,  # what it is called
-    value: Tensor,  # what was given
-    device: torch.device,  # where features or scores are
-):
+def _kind(x): return x.dtype if isinstance(x, Tensor) else type(x).__name__
+
+
+def check_device(name: str, value: Tensor, device: torch.device):
     "Refuse what is elsewhere; to move it in every step would make a GPU wait."
     if value.device != device:
         raise ValueError(f'{name} must be on {device}, got {value.device}')
 
+# %% ../nbs/losses/10_checks.ipynb #80317c71
+def check_matrix(name: str, x: Tensor, **least: int):
+    "Refuse what is no matrix of floating-point numbers with sizes of `least` or more."
+    shape = f'[{", ".join(least)}]'
+    _check_floating(name, x, shape)
+    if x.ndim != 2 or any(map(lt, x.shape, least.values())):
+        sizes = ' and '.join(f'{size} ≥ {n}' for size, n in least.items())
+        raise ValueError(f'{name} must be {shape} with {sizes}, '
+                         f'got shape {tuple(x.shape)}')
+
 # %% ../nbs/losses/10_checks.ipynb #8d8ef921
-def per_class(
-    name: str,  # what it is called
-    values: Tensor | Iterable,  # one number for each class, [k]
-    *,
-    above: float = -math.inf,  # each must be greater than this
-    at_least: float = -math.inf,  # and not less than this
-    below: float = math.inf,  # and less than this
-) -> Tensor:  # floating point, [k]
-    "One finite number in a range for each class, as a tensor."
-    if isinstance(values, (str, bytes, dict, set)) or not isinstance(
-            values, (Tensor, Iterable)):
-        raise TypeError(f'{name} must be a tensor or a list of numbers [k], '
-                        f'got {type(values).__name__}')
+def _as_tensor(name, values):
+    "A tensor, or what makes one, as a plain tensor of numbers."
+    wanted = f'{name} must be a tensor or a list of numbers [k]'
+    if isinstance(values, (bytes, dict, set)):
+        raise TypeError(f'{wanted}, got {type(values).__name__}')
     if not isinstance(values, Tensor):
-        values = list(values)
-        if any(isinstance(v, (bool, str)) for v in values):
-            raise TypeError(f'{name} must be numbers [k], got {_described(values)}')
-        try: values = torch.as_tensor(values, device='cpu')  # never on meta
+        try: values = torch.as_tensor(list(values), device='cpu')  # never on meta
         except (TypeError, ValueError, RuntimeError) as e:
-            raise TypeError(f'{name} must be a tensor or a list of numbers [k]: '
-                            f'{e}') from e
-    values = plain(values)
-    if values.requires_grad:
-        raise TypeError(f'{name} must be constants, got a tensor that requires grad, '
-                        'which would get none: detach() it')
+            raise TypeError(f'{wanted}: {e}') from e
+    _refuse_gradient(name, values)
     if values.is_complex() or values.dtype == torch.bool:
-        raise TypeError(f'{name} must be a tensor of numbers [k], got {values.dtype}')
+        raise TypeError(f'{name} must be numbers [k], got {values.dtype}')
+    return plain(values)
+
+# %% ../nbs/losses/10_checks.ipynb #8d8ef922
+def per_class(name: str, values: Tensor | Iterable, **bounds: float) -> Tensor:
+    "One finite number within its bounds for each class, as a tensor, [k]."
+    values = _as_tensor(name, values)
     if values.ndim != 1 or len(values) < 2:
         raise ValueError(f'{name} must be [k] with k ≥ 2, '
                          f'got shape {tuple(values.shape)}')
     if not values.is_floating_point() or values.dtype.itemsize < 4:
         values = values.float()
     if values.device.type == 'meta': return values
-    for wrong, error, what in (
-            (~values.isfinite(), NotFinite, 'finite'),
-            (~((values > above) & (values >= at_least) & (values < below)), ValueError,
-             _range(above, at_least, below=below))):
-        if wrong.any():
-            raise error(f'{name} must be {what}, got {values[wrong][0].item():g} '
-                        f'for class {wrong.nonzero()[0].item()}')
+    fine = values.isfinite()
+    for kind, bound in bounds.items(): fine &= _BOUNDS[kind][1](values, bound)
+    for j in (~fine).nonzero().flatten().tolist():
+        try: number(name, values[j], **bounds)
+        except ValueError as e: raise type(e)(f'{e} for class {j}') from None
     return values
 
+# %% ../nbs/losses/10_checks.ipynb #529588ed
+class PerClass(Checked):
+    "An attribute of a module: a number for each class, or what the default is."
+    check = staticmethod(per_class)
 
-def per_sample(
-    name: str,  # what it is called
-    value,  # one number for all samples, or a tensor with one for each, [N]
-    samples: int,  # N
-    device: torch.device,  # where the samples are
-    allowed: Number,  # the range
-) -> float | Tensor:  # a number, or [N]
-    "A number, or a tensor with one for each sample."
+    def __get__(self, instance, owner=None) -> Any:
+        if instance is not None and self.name in instance._buffers:
+            return instance._buffers[self.name]
+        return super().__get__(instance, owner)
+
+    def __set__(self, instance, value):
+        single = isinstance(self.default, float) and not getattr(
+            value, 'ndim', isinstance(value, (list, tuple)))
+        value = number(self.name, value) if single else self.checked(value)
+        for place in (instance._buffers, instance.__dict__): place.pop(self.name, None)
+        place = instance._buffers if isinstance(value, Tensor) else instance.__dict__
+        place[self.name] = value
+        instance._non_persistent_buffers_set.add(self.name)
+
+# %% ../nbs/losses/10_checks.ipynb #529588f0
+def per_sample(name: str, value, x: Tensor, **bounds: float) -> Tensor:
+    "A number within its bounds for each row of `x`, or one for all, as [N]."
+    dtype = torch.promote_types(x.dtype, torch.float32)
     if not isinstance(value, Tensor):
-        return allowed.checked(name, value)
+        return x.new_full(x.shape[:1], number(name, value, **bounds), dtype=dtype)
     if not value.is_floating_point():
-        raise TypeError(f'{name} must be a number or a floating-point tensor [N], '
-                        f'got {value.dtype}')
-    if value.ndim and value.shape != (samples,):
-        raise ValueError(f'{name} must be a number or [N] with N = {samples}, '
+        raise TypeError(f'{name} must be a number or of floats [N], got {value.dtype}')
+    if value.ndim and value.shape != x.shape[:1]:
+        raise ValueError(f'{name} must be a number or [N] with N = {x.shape[0]}, '
                          f'got shape {tuple(value.shape)}')
-    check_device(name, value, device)
-    value = plain(value)
-    if values_are_cheap(value):
-        for extreme in value.detach().aminmax(): allowed.checked(name, extreme)
-    return value.expand(samples)
+    check_device(name, value, x.device)
+    if values_are_cheap(value := plain(value)):
+        for extreme in value.detach().aminmax(): number(name, extreme, **bounds)
+    return value.to(dtype).expand(x.shape[0])
 
 # %% ../nbs/losses/10_checks.ipynb #5d34aefa
-def check_prototypes(
-    prototypes: Tensor,  # candidate rows [k, d]
-    name: str = 'prototypes',  # what to call them in an error
-    least: int = 2,  # rows, at least
-):
-    "Refuse what cannot be prototypes: shape, dtype and, on a CPU, values."
-    check_floating(name, prototypes, '[k, d]')
-    if prototypes.ndim != 2 or len(prototypes) < least or prototypes.shape[1] < 1:
-        raise ValueError(f'{name} must be [k, d] with k ≥ {least} rows and d ≥ 1, '
-                         f'got shape {tuple(prototypes.shape)}')
+def check_prototypes(prototypes: Tensor, name: str = 'prototypes', least: int = 2):
+    "Refuse what cannot be `least` prototypes: shape, dtype and, on a CPU, values."
+    check_matrix(name, prototypes, k=least, d=1)
     if not values_are_cheap(prototypes): return
     values = plain(prototypes.detach())
     largest = torch.maximum(-values.amin(1), values.amax(1))
@@ -343,11 +280,8 @@ def check_prototypes(
         raise ValueError(f'{name} must have a direction, row '
                          f'{largest.eq(0).nonzero()[0].item()} is zero')
 
-
-def check_finite(
-    name: str,  # what it is called
-    rows: Tensor,  # [n, d]
-):
+# %% ../nbs/losses/10_checks.ipynb #5d34aefe
+def check_finite(name: str, rows: Tensor):
     "Refuse rows with nan or infinity, on a CPU."
     if not values_are_cheap(rows): return
     wrong = ~rows.detach().isfinite().all(1)
@@ -355,49 +289,37 @@ def check_finite(
         row = wrong.nonzero()[0].item()
         raise NotFinite(f'{name} must be finite, row {row} is not')
 
-
-def check_features(
-    features: Tensor,  # candidate features [N, d]
-    prototypes: Tensor,  # the prototypes [k, d] they are to be compared with
-):
-    "Refuse features that do not fit the prototypes: shape, dtype and device."
-    check_floating('features', features, '[N, d]')
-    check_floating('prototypes', prototypes, '[k, d]')
+# %% ../nbs/losses/10_checks.ipynb #5d34aeff
+def check_features(features: Tensor, prototypes: Tensor, samples=0, classes=0):
+    "Refuse features that do not fit their prototypes: shape, dtype and device."
+    _check_floating('features', features, '[N, d]')
+    _check_floating('prototypes', prototypes, '[k, d]')
     shapes = tuple(features.shape), tuple(prototypes.shape)
-    if not len(shapes[0]) == len(shapes[1]) == 2 or shapes[0][1] != shapes[1][1]:
-        raise ValueError('features must be [N, d] and prototypes [k, d] with the same '
-                         f'd, got shapes {shapes[0]} and {shapes[1]}')
-    if features.device != prototypes.device:
-        raise ValueError('features and prototypes must be on one device, got '
-                         f'{features.device} and {prototypes.device}')
+    fit = len(shapes[0]) == len(shapes[1]) == 2 and shapes[0][1] == shapes[1][1]
+    if not fit or shapes[0][0] < samples or shapes[1][0] < classes:
+        raise ValueError(f'features must be [N, d] with N ≥ {samples} and prototypes '
+                         f'[k, d] with k ≥ {classes} and with the same d, '
+                         f'got shapes {shapes[0]} and {shapes[1]}')
+    check_device('prototypes', prototypes, features.device)
 
 # %% ../nbs/losses/10_checks.ipynb #bb1549bf
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
-def check_integers(
-    targets: Tensor,  # candidate classes [N]
-    samples: int,  # N
-    device: torch.device | None = None,  # where they must be; None: anywhere
-) -> Tensor:  # int64, [N]
-    "Refuse what cannot be classes whatever their number: shape, dtype and device."
-    if not isinstance(targets, Tensor) or targets.dtype not in _INTEGERS:
-        got = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
+def check_integers(targets: Tensor, samples: int, device=None) -> Tensor:
+    "Refuse what cannot be classes whatever their number; return them as int64, [N]."
+    if _kind(targets) not in _INTEGERS:
         raise TypeError('targets must be an integer tensor [N] of class indices, '
-                        f'got {got}')
+                        f'got {_kind(targets)}')
     if targets.shape != (samples,):
         raise ValueError(f'targets must be [N] with N = {samples}, '
                          f'got shape {tuple(targets.shape)}')
     if device is not None: check_device('targets', targets, device)
     return plain(targets).long()
 
-
-def check_range(
-    targets: Tensor,  # classes, int64, [N]
-    num_classes: int,  # k
-    ignored: Tensor | None = None,  # whose class does not matter, bool, [N]
-):
-    "Refuse classes that there are not, on a CPU."
+# %% ../nbs/losses/10_checks.ipynb #bb1549c0
+def check_range(targets: Tensor, num_classes: int, ignored: Tensor | None = None):
+    "Refuse classes that there are not, on a CPU; those of `ignored` samples may be."
     if not values_are_cheap(targets): return
     if ignored is not None: targets = targets[~ignored]
     if not targets.numel(): return
@@ -406,28 +328,17 @@ def check_range(
         raise ValueError(f'targets must be in 0..{num_classes - 1}, '
                          f'got {low} to {high}')
 
-
-def check_targets(
-    targets: Tensor,  # candidate classes [N]
-    samples: int,  # N
-    num_classes: int,  # k
-    device: torch.device | None = None,  # where they must be; None: anywhere
-) -> Tensor:  # int64, [N]
-    "Refuse what cannot be classes: shape, dtype, device and, on a CPU, values."
+# %% ../nbs/losses/10_checks.ipynb #bb1549c1
+def check_targets(targets: Tensor, samples: int, num_classes: int, device=None):
+    "Refuse what cannot be classes; return them as int64, [N]."
     targets = check_integers(targets, samples, device)
     check_range(targets, num_classes)
     return targets
 
 # %% ../nbs/losses/10_checks.ipynb #ed59ca62
-def check_scores(
-    scores: Tensor,  # candidate scores [N, k]
-    name: str = 'logits',  # 'cosines' must lie in [−1, 1], 'logits' need not
-) -> Tensor:  # in at least float32
-    "Refuse what cannot be scores: shape, dtype and, on a CPU, values."
-    check_floating(name, scores, '[N, k]')
-    if scores.ndim != 2 or scores.shape[0] < 1 or scores.shape[1] < 2:
-        raise ValueError(f'{name} must be [N, k] with N ≥ 1 and k ≥ 2, '
-                         f'got shape {tuple(scores.shape)}')
+def check_scores(scores: Tensor, name: str = 'logits') -> Tensor:
+    "Refuse what cannot be 'logits', or 'cosines'; return at least float32, [N, k]."
+    check_matrix(name, scores, N=1, k=2)
     if values_are_cheap(plain(scores)):
         low, high = (v.item() for v in plain(scores).detach().aminmax())
         if not (math.isfinite(low) and math.isfinite(high)):
@@ -440,11 +351,8 @@ def check_scores(
                              'scale to the loss')
     return at_least_float32(scores)
 
-
-def check_cosines(
-    cosines: Tensor,  # candidate cosines [N, k]
-    targets: Tensor,  # candidate classes [N]
-) -> tuple[Tensor, Tensor]:  # cosines [N, k] in at least float32; targets [N] as int64
-    "Refuse what cannot be cosines and their targets: shape, dtype and, on CPU, values."
+# %% ../nbs/losses/10_checks.ipynb #ed59ca63
+def check_cosines(cosines: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    "Cosines in at least float32, [N, k], and targets as int64, [N], or an error."
     plain_cosines = check_scores(cosines, 'cosines')
     return plain_cosines, check_targets(targets, *cosines.shape, cosines.device)

@@ -13,14 +13,15 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import count
+from functools import cache, cached_property
+from itertools import compress, count, product
 from numbers import Integral, Real
 
 import numpy as np
 import torch
 from scipy.optimize import linprog, minimize
 from scipy.sparse import csr_matrix, hstack, vstack
+from scipy.sparse.linalg import splu
 from torch import Tensor
 
 from .bounds import class_margin_bound
@@ -67,7 +68,6 @@ def _log_energy(points, p):
 
 # %% ../nbs/theory/03_packing.ipynb #6fa38346
 _EXPONENTS = 2, 8, 40, 200, 1000, 5000
-_FIRST = 0, 3, 1, 3, 2, 3  # which exponent starts begin with, in turn
 _LAST = 30_000, 200_000  # of packings that are too large for a linear programme
 
 
@@ -123,56 +123,88 @@ def _rows_of(i, j, left, right, columns):
     return csr_matrix((values, (np.concatenate([rows, rows]), at)), (len(i), columns))
 
 
-def _lift(points, deadline, steps=60, radius=.01):
-    "Sequential linear programming: lower the largest cosine while that is possible."
-    (k, d), top = points.shape, _largest_cosine(points)
-    cost, exact = np.append(np.zeros(k * (d - 1)), 1), dict.fromkeys(
-        ('primal_feasibility_tolerance', 'dual_feasibility_tolerance'), 1e-10)
+def _tangents(points):
+    "Orthonormal rows at right angles to each point, of a reflection; [k, d − 1, d]."
+    mirror = points.copy()
+    mirror[:, 0] += np.where(points[:, 0] < 0, -1, 1)
+    scaled = mirror * (2 / np.square(mirror).sum(1, keepdims=True))
+    return np.eye(points.shape[1])[1:] - mirror[:, 1:, None] * scaled[:, None]
+
+# %% ../nbs/theory/03_packing.ipynb #5d1e8a42
+def _solved(square, wanted):
+    "The solution of a symmetric system that may be singular, dense or sparse."
+    lift = 1e-13 * square.diagonal().max()
+    if square.nnz > .05 * square.shape[0]**2 or square.shape[0] < 200:
+        square = square.toarray()
+        square[np.diag_indices_from(square)] += lift
+        return np.linalg.solve(square, wanted)
+    square = square.tocsc()
+    square.setdiag(square.diagonal() + lift)
+    return splu(square, permc_spec='MMD_AT_PLUS_A').solve(wanted)
+
+
+def _newton(points, i, j, steps=10):
+    "Move the points so that these pairs all have the same cosine."
+    k, d = points.shape
     for _ in range(steps):
-        i, j, cosines = _close_pairs(points, 4 * radius)
-        tangents = np.linalg.svd(points[:, None])[2][:, 1:]
-        rows = _rows_of(i, j, np.einsum('nbd,nd->nb', tangents[i], points[j]),
-                        np.einsum('nbd,nd->nb', tangents[j], points[i]), k * (d - 1))
-        rows = hstack([rows, -np.ones((len(i), 1))])
-        limits = [(-radius, radius)] * (k * (d - 1)) + [(None, 0)]
-        found = linprog(cost, A_ub=rows, b_ub=top - cosines, bounds=limits,
-                        method='highs-ds', options=exact)
-        if found.x is None: break
-        moves = found.x[:-1].reshape(k, d - 1)
-        moved = _normalised(points + np.einsum('nb,nbd->nd', moves, tangents))
-        gain, promised = top - _largest_cosine(moved), -found.x[-1]
+        c = 1 - np.square(points[i] - points[j]).sum(1, keepdims=True) / 2
+        wanted = (c.mean() - c)[:, 0]
+        if abs(wanted).max() < 2e-16: break
+        left, right = points[j] - c * points[i], points[i] - c * points[j]
+        rows = hstack([_rows_of(i, j, left, right, k * d), -np.ones((len(i), 1))]).tocsr()
+        if len(i) <= k * d: moves = rows.T @ _solved(rows @ rows.T, wanted)
+        else: moves = _solved(rows.T @ rows, rows.T @ wanted)
+        if not abs(moves).max() < .1: break
+        points = _normalised(points + moves[:-1].reshape(k, d))
+    return points
+
+# %% ../nbs/theory/03_packing.ipynb #7a9c3e15
+def _programme(points, pairs, top, radius):
+    "The best moves up to a radius: moves, what they gain, and which pairs have stress."
+    (k, d), (i, j, cosines), tangents = points.shape, pairs, _tangents(points)
+    rows = _rows_of(i, j, np.einsum('nbd,nd->nb', tangents[i], points[j]),
+                    np.einsum('nbd,nd->nb', tangents[j], points[i]), k * (d - 1))
+    rows = hstack([rows, -np.ones((len(i), 1))])
+    cost, limits = np.zeros(rows.shape[1]), [(-1, 1)] * (k * (d - 1)) + [(None, 0)]
+    cost[-1] = 1  # all lengths in units of the radius
+    found = linprog(cost, A_ub=rows, b_ub=(top - cosines) / radius, bounds=limits,
+                    method='highs-ds' if points.size <= _FEW else 'highs-ipm',
+                    options=_EXACT)
+    if found.x is None: return None
+    moves = found.x[:-1].reshape(k, d - 1, 1) * tangents
+    return radius * moves.sum(1), -radius * found.x[-1], found.ineqlin.marginals < -1e-7
+
+
+_EXACT = dict.fromkeys(('primal_feasibility_tolerance', 'dual_feasibility_tolerance'),
+                       1e-10)
+_FEW = 400  # coordinates, up to which the dual simplex method is faster
+
+
+def _lift(points, deadline, steps=60):
+    "Sequential linear programming: lower the largest cosine while that is possible."
+    top = _largest_cosine(points)
+    radius = min(.01, .05 * math.sqrt(2 - 2 * top))
+    for _ in range(steps):
+        pairs = i, j, _ = _close_pairs(points, 4 * radius)
+        found = _programme(points, pairs, top, radius)
+        if found is None: break
+        moves, promised, stressed = found
+        if promised < 1e-13: break
+        i, j = i[stressed], j[stressed]
+        still = np.zeros_like(points)
+        still[i], still[j] = moves[i], moves[j]
+        still, whole = _normalised(points + still), _normalised(points + moves)
+        moved = min((_newton(still, i, j), still, whole), key=_largest_cosine)
+        gain = top - _largest_cosine(moved)
         if gain > 0: points, top = moved, top - gain
-        radius *= 2 if gain > promised / 2 else 1 / 2 if gain > 0 else 1 / 4
-        if promised < 1e-11 or radius < 1e-10 or time.monotonic() > deadline: break
+        part = gain / promised
+        radius *= 2 if part > .9 else 1 if part > .5 else 1 / 2 if part > 0 else 1 / 4
+        if radius < 1e-10 or time.monotonic() > deadline: break
     return points
 
 # %% ../nbs/theory/03_packing.ipynb #874d3e85
-_PROGRAMMES = 400  # coordinates, at most, for which linear programmes are quick
+_MANY = 4000  # coordinates, up to which there are linear programmes
 _TILT = .03  # standard deviation of each coordinate, rad
-
-
-def _equalise(points, slack, deadline, steps=12):
-    "Gauss–Newton on the equations that all contacts have the same cosine."
-    (k, d), best, top = points.shape, points, _largest_cosine(points)
-    i, j, _ = _close_pairs(points, slack)
-    if min(len(i), k * d) > 4000: return best
-    for _ in range(steps):
-        if time.monotonic() > deadline: break
-        c = 1 - np.square(points[i] - points[j]).sum(1, keepdims=True) / 2
-        left, right = points[j] - c * points[i], points[i] - c * points[j]
-        rows = _rows_of(i, j, left, right, k * d)
-        rows = hstack([rows, -np.ones((len(i), 1))]).tocsr()
-        wanted = (c.mean() - c)[:, 0]
-        few = len(i) <= k * d
-        square = ((rows @ rows.T) if few else (rows.T @ rows)).toarray()
-        square[np.diag_indices_from(square)] += 1e-13 * square.diagonal().max()
-        moves = (rows.T @ np.linalg.solve(square, wanted) if few
-                 else np.linalg.solve(square, rows.T @ wanted))[:-1].reshape(k, d)
-        if not abs(moves).max() < .1: break
-        points = _normalised(points + moves)
-        if (now := _largest_cosine(points)) < top: best, top = points, now
-        if abs(moves).max() < 1e-15: break
-    return best
 
 
 def _tilted(points):
@@ -183,27 +215,89 @@ def _tilted(points):
 
 def _polish(points, deadline):
     "To a stationary arrangement nearby, and there to rounding."
-    if points.size <= _PROGRAMMES: points = _lift(points, deadline)
+    if points.size <= _MANY: points = _lift(points, deadline)
     else:
         for p in _LAST: points = min(points, _descend(points, p, 1000, deadline)[0],
                                      key=_largest_cosine)
     for slack in (1e-3, 1e-4, 1e-6, 1e-9):
         if time.monotonic() > deadline: break
-        points = _equalise(points, slack, deadline)
+        i, j, _ = _close_pairs(points, slack)
+        if len(i) > _MANY: continue
+        points = min(points, _newton(points, i, j), key=_largest_cosine)
     return points
 
 
 def _certified(points):
-    "The certificate that the points are jammed, if they are few and we find one."
-    if points.size > _PROGRAMMES: return None
+    "The certificate that the points are jammed, if we find one."
+    if points.size > _MANY: return None
     return jammed_certificate(points, np.stack(_close_pairs(points, 1e-9)[:2], 1))
 
 
 def _settle(points, deadline):
     "Polish; and from what is not certified to be a local optimum, tilt and try again."
     points = _polish(points, deadline)
-    if points.size > _PROGRAMMES or _certified(points): return points
+    if points.size > _FEW or _certified(points): return points
     return min(points, _polish(_tilted(points), deadline), key=_largest_cosine)
+
+# %% ../nbs/theory/03_packing.ipynb #b6c0f2a9
+def _turn(axis, angle):
+    "The rotation by an angle (radians) about an axis, [3, 3]."
+    x, y, z = axis / np.linalg.norm(axis)
+    across = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
+    return np.eye(3) + math.sin(angle) * across + (1 - math.cos(angle)) * across @ across
+
+
+def _distinct(arrays):
+    "One of each, to rounding."
+    kept = []
+    for array in arrays:
+        if all(abs(array - other).max() > 1e-6 for other in kept): kept.append(array)
+    return kept
+
+
+def _generated(*turns):
+    "All products of these matrices, [size, 3, 3]."
+    group, size = [np.eye(3)], 0
+    while len(group) > size:
+        size = len(group)
+        group = _distinct([*group, *(g @ turn for g in group for turn in turns)])
+    return np.array(group)
+
+
+@cache
+def _groups():
+    "Groups of rotations, and the antipodal one, the largest first."
+    third = _turn([1, 1, 1], 2 * math.pi / 3)
+    icosahedral = _turn([0, 1, (1 + math.sqrt(5)) / 2], 2 * math.pi / 5)
+    found = [_generated(-np.eye(3)), _generated(third, icosahedral)]
+    found += [_generated(third, _turn([0, 0, 1], math.pi / n)) for n in (1, 2)]
+    for n in range(2, 13):
+        turn = _turn([0, 0, 1], 2 * math.pi / n)
+        found += [_generated(turn), _generated(turn, np.diag([1., -1, -1]))]
+    return sorted(found, key=len, reverse=True)
+
+
+def _small_orbits(group):
+    "The orbits of the points on the axes."
+    axes = [np.linalg.svd(g - np.eye(3))[2][2] for g in group[1:] if np.linalg.det(g) > 0]
+    orbits = []
+    for axis in [*axes, *(-axis for axis in axes)]:
+        if all(abs(orbit - axis).max(1).min() > 1e-6 for orbit in orbits):
+            orbits.append(np.array(_distinct(group @ axis)))
+    return orbits
+
+
+@cache
+def _symmetries(k):
+    "Group, points on axes, and how many points are free, for each way to have k."
+    found = []
+    for group in _groups():
+        orbits = _small_orbits(group)
+        for chosen in product((0, 1), repeat=len(orbits)):
+            fixed = np.concatenate([np.zeros((0, 3)), *compress(orbits, chosen)])
+            free, rest = divmod(k - len(fixed), len(group))
+            if free >= 0 and not rest: found.append((group, fixed, free))
+    return found
 
 # %% ../nbs/theory/03_packing.ipynb #05d791bc
 def _attained(cosine, bound):
@@ -234,16 +328,41 @@ def _less_one(points):
     return np.delete(points, cosines.max(1).argmax(), 0)
 
 
+_TURNS = (('random', 0), ('symmetric', 2), ('random', 3), ('hop', 3), ('random', 3),
+          ('crowded', 2), ('shaken', 3), ('symmetric', 2))  # and the first exponent
+
+
+def _start(kind, k, d, n, best, rng):
+    "Where a search begins: points of one kind, the n-th."
+    if kind == 'hop': return _hop(best, rng)
+    noise = rng.standard_normal((k + (kind == 'crowded'), d))
+    if kind == 'shaken':
+        closest = math.sqrt(2 - 2 * _largest_cosine(best))
+        return _normalised(best + rng.choice((.05, .1, .2, .4)) * closest * noise)
+    if kind != 'symmetric': return _normalised(noise)
+    group, fixed, free = _symmetries(k)[n % len(_symmetries(k))]
+    turned = _normalised(noise[:free]) @ group
+    return np.concatenate([turned.reshape(-1, d), fixed])
+
+
+def _kind(m, k, d):
+    "Which kind of start the m-th one is, and where in the exponents it begins."
+    kind, first = _TURNS[(m - 1) % len(_TURNS)]
+    if kind == 'symmetric' and (d > 3 or not _symmetries(k)): kind, first = 'random', 3
+    if m <= len(_TURNS) and kind in ('hop', 'shaken'): kind, first = 'random', 1
+    return kind, first if k * d <= 10_000 else 2
+
+
 def _search(k, d, rng, starts, deadline, bound, progress):
     "The best of many starts, each taken down the energies and polished."
     best, top, highest, ends = None, 2., 2., []
-    energies = {p: [] for p in _EXPONENTS}
+    energies, random, distinct, symmetric = {p: [] for p in _EXPONENTS}, 0, 0, 0
     for m in count(1):
-        hops, crowded = m > 6 and m % 6 == 3, m % 6 == 5
-        points = _hop(best, rng) if hops else _normalised(
-            rng.standard_normal((k + crowded, d)))
-        first = 3 if hops else _FIRST[(m - 1) % 6] if k * d <= 10_000 else 2
-        if crowded: points = _less_one(_descend(points, 40, 300, deadline)[0])
+        kind, first = _kind(m, k, d)
+        points = _start(kind, k, d, symmetric, best, rng)
+        symmetric += kind == 'symmetric'
+        random += kind in ('random', 'crowded')
+        if kind == 'crowded': points = _less_one(_descend(points, 40, 300, deadline)[0])
         if best is None: best = points
         for n, p in enumerate(_EXPONENTS[first:], first):
             now = time.monotonic()
@@ -255,14 +374,14 @@ def _search(k, d, rng, starts, deadline, bound, progress):
         if end < top: best, top = points, end
         if not known and all(abs(end - other) > 2e-6 for other in ends):
             ends.append(end)
+            distinct += kind in ('random', 'crowded')
             highest = min(highest, end)
             if math.acos(end) > (.98 if d == 3 else .9995) * math.acos(highest):
                 points = _polish(points, deadline)
                 if (now := _largest_cosine(points)) < top: best, top = points, now
         if progress: progress(m, starts if starts < math.inf else m, math.acos(top))
-        random, w = m - max(0, (m + 3) // 6 - 1), len(ends)
-        rest = random - w - 2
-        all_seen = m > 7 and rest > 0 and w * (random - 1) < (w + .5) * rest
+        rest = random - distinct - 2
+        all_seen = m > 8 and rest > 0 and distinct * (random - 1) < (distinct + .5) * rest
         if _attained(top, bound) or m >= starts or time.monotonic() > deadline: break
         if all_seen and deadline == math.inf: break
     return best if time.monotonic() > deadline else _release(_settle(best, deadline))
@@ -342,7 +461,7 @@ class Packing:
     def rigidity(self) -> str:
         "'jammed' (proved), 'flexible' if it moves and stays as good, 'unknown'."
         if self.certificate: return 'jammed'
-        flexes = self.points.numel() <= _PROGRAMMES and _flexes(self.points.numpy())
+        flexes = self.points.numel() <= _FEW and _flexes(self.points.numpy())
         return 'flexible' if flexes else 'unknown'
 
     @cached_property
@@ -360,11 +479,11 @@ class Packing:
         return f'Packing(k={k}, d={d}, class margin {margin:.6f}° ≤ {bound})'
 
 
-def _balances(points, slack=1e-6):
-    "Whether the pushes of the pairs within `slack` of the largest cosine balance."
+def _balances(points, slack=1e-9):
+    "Whether the pushes of the contacts balance, to `slack` of the sum of all pushes."
     i, j, _ = _close_pairs(points, slack)
     k, d = points.shape
-    if len(i) > 5000 or k * d > 5000: return False
+    if len(i) > 3 * _MANY or k * d > 3 * _MANY: return False
     c = (points[i] * points[j]).sum(1, keepdims=True)
     pushes = _rows_of(i, j, points[j] - c * points[i], points[i] - c * points[j], k * d)
     found = linprog(np.zeros(len(i)), A_eq=vstack([pushes.T, np.ones((1, len(i)))]),

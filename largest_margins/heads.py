@@ -193,7 +193,7 @@ class ShardedMarginHead(MarginHead):
         if is_symbol(features): return as_one_node(self, features, targets, given=given)
         _refuse_ddp(self.weight)
         if targets is None and not given:
-            return self.shards.matrix(features, self.weight)
+            return cosine_matrix(features.detach(), self.full_weight())
         ranks = len(self.shards.sizes)
         if self.averaged: features = TimesRanks.apply(features, ranks)
         return self.loss.linear(features, self.weight, targets, group=self.shards,

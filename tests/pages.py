@@ -8,8 +8,8 @@ build = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(build)
 
 notebooks = sorted(p.relative_to(root/'nbs') for p in (root/'nbs').rglob('*.ipynb') if '.ipynb_' not in str(p))
-folders = [s.folder for s in build.sections if s.folder and build.section_pages(s, notebooks)] + ['api']
 pages = [build.page_path(p).with_suffix('.html').as_posix() for p in notebooks]
 pages += [Path(d.lower()).with_suffix('.html').as_posix() for d in build.documents]
-pages += [f'{folder}/index.html' for folder in folders]
+pages += [f'{name}.html' for name in build.written]
+pages += [f'{address}.html' for address in build.own_pages(notebooks)]
 made = ['genindex.html', 'search.html', *(f'{page}.html' for page in build.moved)]    # Sphinx's own; old addresses

@@ -186,7 +186,8 @@ def test_what_this_module_wrote_is_replaced_and_nothing_else(tmp_path):
 
 
 @pytest.mark.parametrize('content', [
-    '{"made_by": "largest_margins.glyphs", "entries": []}', '{"made_by": "largest_margins.glyphs"}', 'no json', '[]'])
+    '{"made_by": "largest_margins.study.glyphs", "entries": []}', '{"made_by": "largest_margins.study.glyphs"}',
+    'no json', '[]'])
 def test_a_note_alone_does_not_make_a_folder_ours(tmp_path, content):
     (tmp_path/'glyphs.json').write_text(content)
     (tmp_path/'photo.png').write_bytes(b'mine')

@@ -9,7 +9,6 @@ __all__ = ['Own']
 
 # %% ../../nbs/engine/14_fused.ipynb #edabf133
 import math
-from functools import partial
 from itertools import repeat
 
 import torch
@@ -101,13 +100,13 @@ class _Angle:
         pull = pull * self.sign if norms is None else pull * self.sign / norms[columns]
         by_prototypes.index_add_(0, columns, self.chord.mul_(pull))
 
-# %% ../../nbs/engine/14_fused.ipynb #50582d4c
-class _Pass:
+# %% ../../nbs/engine/14_fused.ipynb #7ef985d7
+class _Job:
     "What all rows of a pass have in common."
 
     def __init__(self, loss, features, prototypes, shards, size, names=()):
-        pair = features, prototypes
-        norms = [torch.linalg.vector_norm(v, dim=1, keepdim=True) for v in pair]
+        norms = [torch.linalg.vector_norm(v, dim=1, keepdim=True)
+                 for v in (features, prototypes)]
         usual = moderate(torch.cat(norms))
         if not usual:
             check_finite('features', features)
@@ -116,17 +115,20 @@ class _Pass:
         self.w = _Rows(prototypes, norms[1], usual, divided=prototypes.numel() <= 2**18)
         self.loss, self.shards, self.size, self.names = loss, shards, size, names
         self.scale, self.prior = loss.scale or 1., loss.log_prior(features.dtype)
-        self.to_logits = self.scale
-        if not self.w.divided: self.to_logits = self.scale / self.w.norms[:, 0]
-        k, most = prototypes.shape[0], 80 if features.dtype == torch.float32 else 600
+        self.lead, k = loss.sample_margin, prototypes.shape[0]
+        self.to_logits, self.per_logit = self.scale, self.scale  # slopes by products are
+        if not self.w.divided:  # per_logit times slopes by logits, or columns of them
+            self.to_logits, self.per_logit = self.scale / self.w.norms[:, 0], 1.
+        most = 80 if features.dtype == torch.float32 else 600
         self.bounded = self.prior is None and self.scale + math.log(k) < most
         self.block = max(1, 2**18 // k)  # rows of k numbers in a CPU's cache
-        self.by_prototypes = None
-        self.buffer = None if len(features) <= size else features.new_empty(size, k)
+        self.buffer = self.by_prototypes = None
+        if len(features) > size: self.buffer = features.new_empty(size, k)
 
-    def memory(self, rows):
-        "Where the products of some rows go: for all chunks the same."
-        return None if self.buffer is None else self.buffer[:len(rows)]
+    def products(self, unit):
+        "Inner products of some rows with all prototypes; all chunks share one buffer."
+        out = None if self.buffer is None else self.buffer[:len(unit)]
+        return torch.mm(unit, self.w.x.T, out=out)
 
     def add(self, g, unit):
         "Add what some rows say of the gradient by the prototypes."
@@ -134,10 +136,10 @@ class _Pass:
         else: self.by_prototypes.addmm_(g.T, unit)
 
 # %% ../../nbs/engine/14_fused.ipynb #93cf9292
-def _exponentials(job, g, at, here):
+def _exponentials(g, at, here, job):
     "Take the target out of some rows, and leave the exponentials of the others there."
     own = _take_out(g.mul_(job.to_logits), at, here)
-    largest, place = g.max(1) if job.loss.sample_margin else (None, None)
+    largest, place = g.max(1) if job.lead else (None, None)
     if job.prior is not None: g.add_(job.shards.own_classes(job.prior))
     shift = None if job.bounded else g.amax(1)
     if shift is not None: g.sub_(shift[:, None])
@@ -145,14 +147,14 @@ def _exponentials(job, g, at, here):
 
 
 def _take_out(g, at, here):
-    "The target of each row, where it is here; the least number stays in its place."
+    "The target of each row, where it is here; no number is less than what stays."
     own = g.gather(1, at)
-    low = torch.finfo(g.dtype).min  # exp(low) is 0, never nan
-    g.scatter_(1, at, low if here is None else torch.where(here[:, None], low, own))
+    if here is None: g.scatter_(1, at, -math.inf)
+    else: g.scatter_(1, at, own.masked_fill(here[:, None], torch.finfo(g.dtype).min))
     return own[:, 0]
 
-# %% ../../nbs/engine/14_fused.ipynb #685d5deb
-def _slopes(job, g, by_others, at, by_own, here, place, by_largest, wins):
+# %% ../../nbs/engine/14_fused.ipynb #217f328b
+def _slopes(g, by_others, at, by_own, here, place, by_largest, wins, job):
     "The slopes of some rows by their products, in the place of the exponentials."
     g.mul_(by_others[:, None])
     if by_own is not None: _add(g, at, by_own, here)
@@ -178,66 +180,69 @@ def _terms(job, own, rest, numbers, wanted):
     if job.prior is not None: rest = rest - job.prior[own.targets]
     return job.loss.terms(own, rest, numbers, wanted)
 
-# %% ../../nbs/engine/14_fused.ipynb #005aff5f
-def _chunk(job, wanted, unit, targets, logs, share, lead_share, *numbers):
+# %% ../../nbs/engine/14_fused.ipynb #ae32b3ff
+def _chunk(unit, targets, logs, share, lead_share, job, wanted, *numbers):
     "Losses of a chunk, its negative margins, and the slopes of what is wanted."
     loss, w, shards, s = job.loss, job.w, job.shards, job.scale
     columns, here = shards.place(targets)
     at, numbers = columns[:, None], dict(zip(job.names, numbers))
-    g = torch.mm(unit, w.x.T, out=job.memory(unit))                       # products
+    g = job.products(unit)                                                # products
     own, total, shift, largest, place = _by_parts(
-        partial(_exponentials, job), job.block, g, at, here)
-    local, own = total.log() if shift is None else total.log() + shift, own / s
+        _exponentials, job.block, g, at, here, job)
+    rest, own = total.log() if shift is None else total.log() + shift, own / s
     angle = _Angle(unit, w.unit(columns), own) if loss.angular else None  # angles
     own, rest, largest, wins = shards.combine(                            # all ranks
-        here, own if angle is None else angle.value, local, largest)
+        here, own if angle is None else angle.value, rest, largest)
     own = Own(targets, own) if angle is None else Own(targets, angle=own)
     losses, slopes = _terms(job, own, rest, numbers, wanted)              # the loss
     leads = None if largest is None else largest / s - own.cosine
     if not wanted: return losses, leads
-    if logs is not None: share = _pooled(logs + loss.tilt * losses)
-    unit_slope = s if w.divided else 1.                                   # slopes
-    by_others = slopes['rest'] * (share * unit_slope)
-    if here is not None:
-        by_others = by_others * (local - rest).exp()
-        total = total.clamp_min(torch.finfo(total.dtype).tiny)
-    by_others = by_others / total
-    by_angle = by_own = by_largest = None
-    if angle is None: by_own = slopes['own'] * (share * (unit_slope / s))
-    else: by_angle = slopes['own'] * share
+    if logs is not None: share = _pooled(logs + loss.tilt * losses)       # slopes
+    if here is not None: total = (rest if shift is None else rest - shift).exp()
+    by_others = slopes['rest'] * (share * job.per_logit) / total
+    by_own = by_angle = by_largest = None
+    if angle is None: by_own = slopes['own'] * (share * (job.per_logit / s))
+    else: by_angle = slopes['own'] * share if here is None else (
+        slopes['own'] * share * here)
     if place is not None:
-        by_largest = lead_share * (loss.sample_margin * unit_slope / s)
+        by_largest = lead_share * (job.lead * job.per_logit / s)
         by_own = -by_largest if by_own is None else by_own - by_largest
-    _by_parts(partial(_slopes, job), job.block,
-              g, by_others, at, by_own, here, place, by_largest, wins)
+    _by_parts(_slopes, job.block,
+              g, by_others, at, by_own, here, place, by_largest, wins, job)
     by_features = torch.mm(g, w.x) if 'features' in wanted else None      # gradients
     if 'prototypes' in wanted: job.add(g, unit)
-    if angle is not None:
-        if here is not None: by_angle = by_angle * here
-        angle.turn(by_features, job.by_prototypes, by_angle, columns,
-                   None if w.divided else w.norms)
+    if angle is not None: angle.turn(by_features, job.by_prototypes, by_angle, columns,
+                                     None if w.divided else w.norms)
     return losses, leads, by_features, *(
-        slopes[name] * share for name in job.names if name in wanted)
+        slopes[name] * share for name in numbers if name in wanted)
 
-# %% ../../nbs/engine/14_fused.ipynb #5d26b319
-def _run(job, wanted, targets, logs, share, numbers):
-    "All chunks: losses, negative margins, and the gradients of what is wanted."
-    job.by_prototypes, pooled = None, share
-    if logs is not None and wanted and len(targets) > job.size:  # their sum comes first
-        losses, *_ = _run(job, (), targets, None, share, numbers)
-        logs, pooled = None, _pooled(logs + job.loss.tilt * losses)
-    losses, leads, *found = _by_parts(
-        partial(_chunk, job, wanted), job.size,
-        job.x.x, targets, logs, pooled, share, *numbers)
-    if not wanted: return losses, leads, {}
-    of_numbers = [name for name in job.names if name in wanted]
-    found = dict(zip(('features', *of_numbers), found))
-    if 'features' in wanted: _to_rows(found['features'], job.x.x, job.x.norms, True)
+# %% ../../nbs/engine/14_fused.ipynb #888cd5c9
+def _gradients(job, wanted, by_features=None, *by_numbers):
+    "From the slopes by unit rows to gradients, by name."
+    found = dict(zip((name for name in job.names if name in wanted), by_numbers))
+    if 'features' in wanted:
+        found['features'], x = by_features, job.x
+        _to_rows(by_features, x.x, x.norms, x.divided)
     if 'prototypes' in wanted:
-        w, found['prototypes'] = job.w, job.by_prototypes
-        size = max(1, 2**16 // w.x.shape[1]) if values_are_cheap(w.x) else len(w.x)
+        found['prototypes'], w = job.by_prototypes, job.w
+        size = max(1, 2**17 // w.x.shape[1]) if w.x.is_cpu else len(w.x)
         _by_parts(_to_rows, size, job.by_prototypes, w.x, w.norms, w.divided)
-    return losses, leads, found
+    return found
+
+# %% ../../nbs/engine/14_fused.ipynb #cbd40aaf
+def _pass(ctx, tensors, wanted, share):
+    "Losses, negative margins and gradients of all chunks, outside of autocast."
+    targets, features, prototypes, *numbers = tensors
+    logs, pooled = ctx.logs, share
+    with full_precision(features.device.type):
+        job = _Job(ctx.loss, features, prototypes, ctx.shards, ctx.size, ctx.names[3:])
+        if logs is not None and wanted and job.buffer is not None:
+            losses, *_ = _by_parts(_chunk, job.size, job.x.x, targets, None,
+                                   share, share, job, (), *numbers)
+            logs, pooled = None, _pooled(logs + ctx.loss.tilt * losses)
+        losses, leads, *found = _by_parts(_chunk, job.size, job.x.x, targets, logs,
+                                          pooled, share, job, wanted, *numbers)
+        return losses, leads, _gradients(job, wanted, *found)
 
 # %% ../../nbs/engine/14_fused.ipynb #155e697c
 class _Fused(torch.autograd.Function):
@@ -245,9 +250,9 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, loss, valid, shards, size, names, grad, *tensors):
-        features, prototypes, targets, *_ = tensors
+        targets, features, *_ = tensors
         ctx.loss, ctx.valid, ctx.shards, ctx.size = loss, valid, shards, size
-        ctx.names = 'features', 'prototypes', 'targets', *names
+        ctx.names = 'targets', 'features', 'prototypes', *names
         ctx.save_for_backward(*tensors)
         needed = zip(ctx.names, ctx.needs_input_grad[6:])
         ctx.wanted = tuple(name for name, need in needed if need and grad)
@@ -255,7 +260,7 @@ class _Fused(torch.autograd.Function):
             weights(targets, valid, shards.num_classes, features.dtype)
             for weights in (loss.shares, loss.log_shares))
         now = () if loss.reduction == 'none' else ctx.wanted
-        losses, leads, found = _gradients(ctx, tensors, now, ctx.share)
+        losses, leads, found = _pass(ctx, tensors, now, ctx.share)
         ctx.gradients = found if now else None
         return loss.total(losses, leads, ctx.share, ctx.logs)
 
@@ -266,27 +271,19 @@ class _Fused(torch.autograd.Function):
         else: found = _by_pass(ctx, tensors, slope)
         return *[None] * 6, *(found.get(name) for name in ctx.names)
 
-# %% ../../nbs/engine/14_fused.ipynb #b0858ce7
-def _gradients(ctx, tensors, wanted, share):
-    "The pass that a context describes, outside of autocast."
-    features, prototypes, targets, *numbers = tensors
-    with full_precision(features.device.type):
-        job = _Pass(ctx.loss, features, prototypes, ctx.shards, ctx.size, ctx.names[3:])
-        return _run(job, wanted, targets, ctx.logs, share, numbers)
-
-
+# %% ../../nbs/engine/14_fused.ipynb #cef9e23d
 def _by_pass(ctx, tensors, slope):
     "The gradients that were kept, or those of another pass, times a slope."
     found, ctx.gradients = ctx.gradients, None
     by_sample = ctx.loss.reduction == 'none'
     if found is None:
         share = ctx.share * slope if by_sample else ctx.share
-        *_, found = _gradients(ctx, tensors, ctx.wanted, share)
+        *_, found = _pass(ctx, tensors, ctx.wanted, share)
     if not by_sample and not (values_are_cheap(slope) and slope.item() == 1):
         for gradient in found.values(): gradient.mul_(slope)
     return found
 
-# %% ../../nbs/engine/14_fused.ipynb #2546e6f3
+# %% ../../nbs/engine/14_fused.ipynb #74299005
 def _by_matrix(ctx, tensors, slope, twice):
     "Gradients that have gradients, or many at once, by way of the matrix."
     if not ctx.shards.alone:
@@ -294,7 +291,7 @@ def _by_matrix(ctx, tensors, slope, twice):
                            'have no second derivatives; use one process')
     with torch.enable_grad():  # of views: one tensor may depend on another
         views = [t.view_as(t) for t in tensors]
-        features, prototypes, targets, *numbers = views
+        targets, features, prototypes, *numbers = views
         value = ctx.loss.of_matrix(features, prototypes, targets, ctx.valid,
                                    dict(zip(ctx.names[3:], numbers)))
         wanted = [v for n, v in zip(ctx.names, views) if n in ctx.wanted]
@@ -343,10 +340,10 @@ def fused_loss(
     if chunk_size == 'auto':
         chunk_size = rows_at_once(features.shape[0], shards.largest_size)
     dtype = work_dtype(features.dtype, prototypes.dtype)
-    value = _Fused.apply(
-        loss.frozen(), valid, shards, chunk_size, tuple(numbers),
-        torch.is_grad_enabled(), features.to(dtype), prototypes.to(dtype), targets,
-        *(v.to(dtype) for v in numbers.values()))
+    tensors = (x if x.dtype == dtype else x.to(dtype)
+               for x in (features, prototypes, *numbers.values()))
+    value = _Fused.apply(loss.frozen(), valid, shards, chunk_size, tuple(numbers),
+                         torch.is_grad_enabled(), targets, *tensors)
     if shards.alone or value.ndim == 0: return value
     return OwnRows.apply(value, shards.group)
 

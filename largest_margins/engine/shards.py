@@ -16,13 +16,34 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from ..checks import NotFinite, values_are_cheap
-from .cosines import cosine_matrix
+
+# %% ../../nbs/engine/15_shards.ipynb #e3835bbf
+def _all_gather(x, group):
+    "The tensors of all ranks, [R, …]."
+    every = x.new_empty(dist.get_world_size(group), *x.shape)
+    gather = getattr(dist, 'all_gather_single', None) or dist.all_gather_into_tensor
+    gather(every.view(-1), x.contiguous().view(-1), group=group)
+    return every
+
+
+def _sum_of_own_rows(x, group):
+    "The sum over ranks of what each says of this rank's rows, [n, …]."
+    mine = x.new_empty(len(x) // dist.get_world_size(group), *x.shape[1:])
+    scatter = getattr(dist, 'reduce_scatter_single', None)
+    (scatter or dist.reduce_scatter_tensor)(mine, x.contiguous(), group=group)
+    return mine
+
+
+def _own_rows(x, group):
+    "This rank's rows of all ranks' rows."
+    return x.chunk(dist.get_world_size(group))[dist.get_rank(group)]
 
 # %% ../../nbs/engine/15_shards.ipynb #4d6fa0b6
-class ClassShards:
-    "Which classes are this rank's, and what ranks tell each other about a sample."
+class _Shares:
+    "Which classes are this rank's."
 
     def __init__(
         self,
@@ -32,28 +53,22 @@ class ClassShards:
         self.group, rank = group, 0 if group is None else dist.get_rank(group)
         self.sizes, self.size, self.first = list(sizes), sizes[rank], sum(sizes[:rank])
         self.num_classes, self.largest_size = sum(sizes), max(sizes)
+        self.alone = group is None  # whether this process has all classes
 
-    @property
-    def alone(self) -> bool:
-        "Whether this process has all classes."
-        return self.group is None
-
-    def own_classes(
-        self,
-        values: Tensor,  # one for each class of all, [k]
-    ) -> Tensor:  # [k_r]
-        "This rank's part of what there is for each class."
+    def own_classes(self, values):
+        "This rank's part of what there is for each class, [k] → [k_r]."
         return values if self.alone else values[self.first:self.first + self.size]
 
-    def place(
-        self,
-        targets: Tensor,  # class of each sample among all, int64, [n]
-    ) -> tuple[Tensor, Tensor | None]:  # columns, and whether they are here, [n] each
-        "Where the targets stand in this rank's shard."
-        if self.group is None: return targets, None
+    def place(self, targets):
+        "Columns of the targets in this shard, and whether they are here, [n] each."
+        if self.alone: return targets, None
         columns = targets - self.first
         here = (columns >= 0) & (columns < self.size)
         return torch.where(here, columns, 0), here
+
+# %% ../../nbs/engine/15_shards.ipynb #84462dba
+class _Exchange(_Shares):
+    "What ranks tell each other about samples."
 
     def combine(
         self,
@@ -74,59 +89,32 @@ class ClassShards:
             wins = holder == dist.get_rank(self.group)
         return own, rest, largest, wins
 
-    def all_rows(
-        self,
-        rows: Tensor,  # this rank's, [n, …]; the same n on every rank
-    ) -> Tensor:  # all ranks' one after the other, [R·n, …]; without gradient
-        "What every rank has of some tensor."
-        if self.alone: return rows
-        return _all_gather(rows.detach(), self.group).flatten(0, 1)
+    def all_rows(self, rows):
+        "All ranks' rows one after the other, [n, …] → [R·n, …]; without gradient."
+        return rows if self.alone else _all_gather(rows.detach(), self.group).flatten(0, 1)
 
-    def own_rows(
-        self,
-        rows: Tensor,  # all ranks' one after the other, [R·n, …]
-    ) -> Tensor:  # this rank's, [n, …]
-        "This rank's part of what all know."
-        return rows if self.alone else _own_chunk(rows, self.group)
+    def own_rows(self, rows):
+        "This rank's part of what all know, [R·n, …] → [n, …]."
+        return rows if self.alone else _own_rows(rows, self.group)
 
-    def nearest(
-        self,
-        cosines: Tensor,  # this shard's largest ones, of all ranks' samples, [N, m]
-        classes: Tensor,  # their columns in this shard, int64, [N, m]
-        n: int,  # how many of all ranks' are wanted
-    ) -> tuple[Tensor, Tensor]:  # of this rank's samples, largest first, [N/R, n] each
-        "The largest of the largest, and their classes among all."
+# %% ../../nbs/engine/15_shards.ipynb #9710012f
+class ClassShards(_Exchange):
+    "Which classes are this rank's, and what ranks tell each other."
+
+    def nearest(self, cosines, classes, n):
+        "The n nearest of all classes, from each shard's, [R·n, …] → [n, …] each."
         if self.alone: return cosines, classes
-        wide = min(n, self.largest_size)
-        padded = cosines.new_full((len(cosines), wide), -torch.inf)
-        columns = classes.new_zeros(len(cosines), wide)
-        padded[:, :cosines.shape[1]] = cosines
-        columns[:, :cosines.shape[1]] = classes + self.first
-        every, classes = (_all_gather(v, self.group).movedim(0, 1).flatten(1)
-                          for v in (padded, columns))
-        cosines, where = self.own_rows(every).topk(n)
-        return cosines, self.own_rows(classes).gather(1, where)
+        pad = 0, min(n, self.largest_size) - cosines.shape[1]
+        cosines, classes = (
+            self.own_rows(_all_gather(v, self.group).movedim(0, 1).flatten(1))
+            for v in (F.pad(cosines, pad, value=-torch.inf),
+                      F.pad(classes + self.first, pad)))
+        cosines, where = cosines.topk(n)
+        return cosines, classes.gather(1, where)
 
-    def matrix(
-        self,
-        features: Tensor,  # this rank's, [n, d]
-        prototypes: Tensor,  # this rank's, [k_r, d]
-    ) -> Tensor:  # cosines with all prototypes, [n, k]; without gradient
-        "The cosines, for evaluation with few classes."
-        cosines = cosine_matrix(self.all_rows(features), prototypes.detach())
-        padded = cosines.new_zeros(len(cosines), self.largest_size)
-        padded[:, :self.size] = cosines
-        every = _all_gather(padded, self.group)
-        return torch.cat([self.own_rows(part[:, :size])
-                          for part, size in zip(every, self.sizes)], 1)
-
-    def all_prototypes(
-        self,
-        prototypes: Tensor,  # this rank's, [k_r, d]
-    ) -> Tensor:  # [k, d]
-        "Everybody's prototypes, in the order of the classes."
-        padded = prototypes.new_zeros(self.largest_size, prototypes.shape[1])
-        padded[:self.size] = prototypes
+    def all_prototypes(self, prototypes):
+        "Everybody's prototypes, in the order of the classes, [k_r, d] → [k, d]."
+        padded = F.pad(prototypes, (0, 0, 0, self.largest_size - self.size))
         every = _all_gather(padded, self.group)
         return torch.cat([part[:size] for part, size in zip(every, self.sizes)])
 
@@ -143,6 +131,7 @@ class ClassShards:
             shape=torch.Size([self.num_classes, prototypes.shape[1]]),
             stride=(prototypes.shape[1], 1))
 
+# %% ../../nbs/engine/15_shards.ipynb #3d313e97
 @cache
 def one_process(
     num_classes: int,  # k
@@ -150,38 +139,49 @@ def one_process(
     "All classes in this process."
     return ClassShards([num_classes])
 
-# %% ../../nbs/engine/15_shards.ipynb #e3835bbf
-def _all_gather(x, group):
-    "The tensors of all ranks, [R, …]."
-    every = x.new_empty(dist.get_world_size(group), *x.shape)
-    gather = getattr(dist, 'all_gather_single', None) or dist.all_gather_into_tensor
-    gather(every.view(-1), x.contiguous().view(-1), group=group)
-    return every
+# %% ../../nbs/engine/15_shards.ipynb #d586ebe0
+def _notes(loss, features, prototypes, numbers, wants, refused):
+    "What the ranks compare, as integers."
+    def checksum(*parts): return crc32(repr(parts).encode())
+    first = prototypes.detach()[:1].contiguous().view(torch.uint8).flatten()
+    dtypes = [(name, v.dtype) for name, v in numbers.items()]
+    return dict(
+        size=len(prototypes), wants=wants, refused=refused,
+        first=checksum(first.tolist()), samples=len(features),
+        dimensions=features.shape[1],
+        dtypes=checksum(features.dtype, prototypes.dtype, *dtypes),
+        losses=checksum(loss, [b.sum().item() for b in loss.buffers()]))
+
+# %% ../../nbs/engine/15_shards.ipynb #a70692cb
+@torch.no_grad()
+def _compare(notes, device, group):
+    "Sizes of the shards and what wants a gradient, if the ranks agree; else an error."
+    ours = torch.tensor([*notes.values()], dtype=torch.int64, device=device)
+    every = dict(zip(notes, _all_gather(ours, group).T.tolist()))
+    if any(every['refused']):
+        raise ValueError(f'rank {every["refused"].index(1)} refused its arguments; '
+                         'its own error says why')
+    for name in ('samples', 'dimensions', 'dtypes', 'losses'):
+        if len(set(every[name])) == 1: continue
+        got = f': {every[name]}' if name in ('samples', 'dimensions') else ''
+        raise ValueError(f'the ranks of a group must bring the same {name}, got '
+                         f'different ones{got}')
+    if len(set(every['first'])) < len(every['first']):
+        raise ValueError('each rank of a group must hold other prototypes, two hold '
+                         'the same: was the model wrapped in DistributedDataParallel '
+                         'without keep_shards_out_of_ddp, or one shard loaded twice?')
+    return every['size'], max(every['wants'])
 
 # %% ../../nbs/engine/15_shards.ipynb #49660f84
 @torch.no_grad()
-def _agree(heads, device, group):
-    "What every rank says of its arguments, [R, numbers]; one tiny collective."
-    heads = torch.tensor(heads, dtype=torch.int64, device=device)
-    return _all_gather(heads, group).tolist()
-
-
-@torch.no_grad()
-def _gather_batch(features, targets, numbers, group):
-    "Everybody's batch, one rank after the other, in one collective."
-    columns = [features, targets[:, None], *(v[:, None] for v in numbers.values())]
+def _gather_batch(group, *columns):
+    "Everybody's rows of each column, one rank after the other, in one collective."
+    columns = [v.view(len(v), -1) for v in columns]
     rows = torch.cat([c.contiguous().view(torch.uint8) for c in columns], 1)
     rows = _all_gather(rows, group).flatten(0, 1)
     widths = [c.shape[1] * c.element_size() for c in columns]
-    features, targets, *others = (
-        _read(part, c.dtype)
-        for part, c in zip(rows.split(widths, 1), columns))
-    return features, targets[:, 0], {name: v[:, 0] for name, v in zip(numbers, others)}
-
-
-def _read(part, dtype):
-    "Rows of bytes as numbers, from a copy that starts at its first byte without gaps."
-    return part.flatten().clone().view(dtype).view(len(part), -1)
+    parts = (part.flatten().clone() for part in rows.split(widths, 1))  # without gaps
+    return [part.view(c.dtype).view(len(rows), -1) for part, c in zip(parts, columns)]
 
 # %% ../../nbs/engine/15_shards.ipynb #c5b4750a
 class _AllRows(torch.autograd.Function):
@@ -196,12 +196,32 @@ class _AllRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, slope):
         if not ctx.wanted: return None, None, None, None
-        mine = slope.new_empty(len(slope) // dist.get_world_size(ctx.group),
-                               slope.shape[1])
-        scatter = getattr(dist, 'reduce_scatter_single', None)
-        scatter = scatter or dist.reduce_scatter_tensor
-        scatter(mine, slope.contiguous(), group=ctx.group)
-        return mine.to(ctx.dtype), None, None, None
+        return _sum_of_own_rows(slope, ctx.group).to(ctx.dtype), None, None, None
+
+
+class _EveryNumber(torch.autograd.Function):
+    "All ranks' numbers; every rank knows their slopes, so backward takes its own rows."
+
+    @staticmethod
+    def forward(ctx, numbers, every, group):
+        ctx.group = group
+        return every.clone()
+
+    @staticmethod
+    def backward(ctx, slope): return _own_rows(slope, ctx.group), None, None
+
+# %% ../../nbs/engine/15_shards.ipynb #16c6a231
+class OwnRows(torch.autograd.Function):
+    "This rank's rows of what all ranks computed; backward asks all for their slopes."
+
+    @staticmethod
+    def forward(ctx, every, group):
+        ctx.group = group
+        return _own_rows(every, group).clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, slope): return _all_gather(slope, ctx.group).flatten(), None
 
 
 class TimesRanks(torch.autograd.Function):
@@ -215,50 +235,7 @@ class TimesRanks(torch.autograd.Function):
     @staticmethod
     def backward(ctx, slope): return slope * ctx.ranks, None
 
-
-class OwnRows(torch.autograd.Function):
-    "This rank's rows of what all ranks computed; backward asks all for their slopes."
-
-    @staticmethod
-    def forward(ctx, every, group):
-        ctx.group = group
-        return _own_chunk(every, group).clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, slope): return _all_gather(slope, ctx.group).flatten(), None
-
-
-class _EveryNumber(torch.autograd.Function):
-    "All ranks' numbers; every rank knows their slopes, so backward takes its own rows."
-
-    @staticmethod
-    def forward(ctx, numbers, every, group):
-        ctx.group = group
-        return every.clone()
-
-    @staticmethod
-    def backward(ctx, slope):
-        return _own_chunk(slope, ctx.group), None, None
-
-
-def _own_chunk(rows, group):
-    "This rank's rows of all ranks' rows."
-    return rows.chunk(dist.get_world_size(group))[dist.get_rank(group)]
-
-# %% ../../nbs/engine/15_shards.ipynb #d586ebe0
-def _heads(loss, features, prototypes, numbers, wants, refused):
-    "What ranks must agree on, as integers; where a part is wrong, what it is called."
-    def checksum(*parts): return crc32(repr(parts).encode())
-    totals = [b.sum().item() for b in loss.buffers()]
-    first = prototypes.detach()[:1].contiguous().view(torch.uint8).flatten().tolist()
-    same = dict(samples=len(features), dimensions=features.shape[1],
-                dtypes=checksum(features.dtype, prototypes.dtype, *(
-                    (name, v.dtype) for name, v in numbers.items())),
-                losses=checksum(loss, totals))
-    return same, [len(prototypes), wants, refused, checksum(first), *same.values()]
-
-
+# %% ../../nbs/engine/15_shards.ipynb #52233fe5
 def all_ranks(
     loss,  # a loss of cosines; every rank brings the same
     features: Tensor,  # this rank's, [n, d]; the same n on every rank
@@ -268,44 +245,31 @@ def all_ranks(
     group,  # a process group, or its `ClassShards`
 ) -> tuple[Tensor, Tensor, dict[str, Tensor], ClassShards]:
     "The batch of all ranks, with the way back for its gradients."
-    wants = 2 if features.requires_grad else int(any(
+    wanted = wants = 2 if features.requires_grad else int(any(
         x.requires_grad for x in (prototypes, *numbers.values())))
-    sizes, wanted = None, wants
+    sizes = None
     if isinstance(group, ClassShards): sizes, group = group.sizes, group.group
     if sizes is None or values_are_cheap(features):
-        error = None
-        if values_are_cheap(prototypes) and not prototypes.detach().isfinite().all():
-            error = NotFinite('prototypes must be finite')
-        if sizes is not None and len(prototypes) != sizes[dist.get_rank(group)]:
-            error = ValueError(f'prototypes must be [{sizes[dist.get_rank(group)]}, d] '
-                               f'on this rank, got shape {tuple(prototypes.shape)}')
-        same, heads = _heads(loss, features, prototypes, numbers, wants, bool(error))
-        heads = _agree(heads, features.device, group)
-        if error: raise error
-        sizes, wanted = _compare(same, heads)
-    every, targets, all_numbers = _gather_batch(
-        features.detach(), targets, {n: v.detach() for n, v in numbers.items()}, group)
+        error = _own_error(prototypes, sizes, group)
+        notes = _notes(loss, features, prototypes, numbers, wants, bool(error))
+        try: sizes, wanted = _compare(notes, features.device, group)
+        except ValueError as others: raise error or others from None
+    every, targets, *all_numbers = _gather_batch(
+        group, features.detach(), targets, *(v.detach() for v in numbers.values()))
     if wants < wanted:  # every rank goes the way back if one does
         features = features.detach().requires_grad_()
     features = _AllRows.apply(features, every, group, wanted == 2)
-    numbers = {name: _EveryNumber.apply(v, all_numbers[name], group)
-               for name, v in numbers.items()}
-    return features, targets, numbers, ClassShards(sizes, group)
+    numbers = {name: _EveryNumber.apply(v, every[:, 0], group)
+               for (name, v), every in zip(numbers.items(), all_numbers)}
+    return features, targets[:, 0], numbers, ClassShards(sizes, group)
 
 
-def _compare(same, heads):
-    "Sizes of the shards and what wants a gradient, if the ranks agree; else an error."
-    sizes, wants, refused, firsts, *others = map(list, zip(*heads))
-    if any(refused):
-        raise ValueError(f'rank {refused.index(1)} refused its arguments; '
-                         'its own error says why')
-    for name, values in zip(same, others):
-        if len(set(values)) == 1: continue
-        got = f': {values}' if name in ('samples', 'dimensions') else ''
-        raise ValueError(f'the ranks of a group must bring the same {name}, got '
-                         f'different ones{got}')
-    if len(set(firsts)) < len(firsts):
-        raise ValueError('each rank of a group must hold other prototypes, two hold '
-                         'the same: was the model wrapped in DistributedDataParallel '
-                         'without keep_shards_out_of_ddp, or one shard loaded twice?')
-    return sizes, max(wants)
+def _own_error(prototypes, sizes, group):
+    "What is wrong with this rank's prototypes, if anything."
+    size = len(prototypes) if sizes is None else sizes[dist.get_rank(group)]
+    if len(prototypes) != size:
+        return ValueError(f'prototypes must be [{size}, d] on this rank, '
+                          f'got shape {tuple(prototypes.shape)}')
+    if values_are_cheap(prototypes) and not prototypes.detach().isfinite().all():
+        return NotFinite('prototypes must be finite')
+    return None

@@ -349,6 +349,7 @@ def train(
     data: ImageData | None = None,  # loaded before; None loads the configuration's
     progress: Callable[[int, dict], None] | None = None,  # told epoch and margins
     checkpoint: str | Path | None = None,  # file to go on from; the caller removes it
+    cbs: tuple[Callback, ...] = (),  # further callbacks
 ) -> Result:  # measured on the test split after the last epoch
     "Train one configuration; the same seed gives the same numbers on the same machine."
     c = configuration
@@ -364,7 +365,7 @@ def train(
     learn = margin_learner(
         dls, make_body(c.body, data.train_images.shape[1]), c.loss_func(data.counts),
         embedding=c.embedding, pretrained=False, wd=c.weight_decay,
-        cbs=_callbacks(c, data.counts, saver, progress), **_optimiser(c))
+        cbs=[*_callbacks(c, data.counts, saver, progress), *cbs], **_optimiser(c))
     if c.fixed: learn.model[-1].fix(_best_places(*learn.model[-1].weight.shape))
     start, weights = time.perf_counter(), learn.model[-1].weight
     try:

@@ -1,13 +1,23 @@
 // k classes in d dimensions: how far apart, how far at most, with which margins, and at which scale.
-import {closedBounds, closedMargin, degrees, radians, scaleForMargin, suggestedScale} from './formulas.js';
+import d3 from './d3.js';
+import {closedBounds, closedMargin, degrees, greedyMargin, levenshteinBound, radians, scaleForMargin,
+        suggestedScale} from './formulas.js';
+import {keep, kept, linkButton} from './state.js';
+
+const width = 640, height = 300, edge = {left: 52, right: 16, top: 14, bottom: 44};
+const mostClasses = 1e7, mostDimensions = 4096;
 
 const markup = `
 <form class="widget-controls" aria-label="Margin calculator">
-  <label>dimensions d <input type="number" name="d" min="2" max="512" value="3" required inputmode="numeric"></label>
-  <label>classes k <input type="number" name="k" min="2" max="1000" value="8" required inputmode="numeric"></label>
+  <label>dimensions d <input type="number" name="d" min="2" max="4096" value="3" required inputmode="numeric"></label>
+  <label>classes k <input type="number" name="k" min="2" max="10000000" value="8" required inputmode="numeric"></label>
   <label>probability p <input type="number" name="p" min="0.5" max="0.9999" step="any" value="0.99" required></label>
+  <span class="widget-buttons"></span>
 </form>
-<dl class="widget-results" aria-live="polite"></dl>`;
+<dl class="widget-results" aria-live="polite"></dl>
+<figure class="widget-plot"><svg viewBox="0 0 ${width} ${height}" role="img"></svg>
+  <figcaption>Class margin against the number of classes. Between the lines is what nobody knows: the upper one is
+  proved, the lower one can be had. The dot is your number of classes.</figcaption></figure>`;
 
 // A bound for fewer classes or more dimensions holds here too; of those in the table take the smallest.
 function tableBound({classes, bounds}, k, d) {
@@ -40,17 +50,49 @@ export function margins(data, k, d) {
     bound.degrees = table.degrees;
     bound.source = `certified ${borrowed(table, k, d, 'more classes or fewer dimensions') ?? 'by the table'}`;
   }
+  const formula = degrees(levenshteinBound(k, d)) + 1e-4;    // rounded up
+  if (formula < bound.degrees) Object.assign(bound, {degrees: formula, source: 'Levenshtein, a formula'});
   const closed = closedMargin(k, d);
   if (closed) return {best: {degrees: degrees(closed[1]), source: `${closed[0]}, exact`}, bound};
   const found = tablePacking(data, k, d), from = found && borrowed(found, k, d, 'fewer classes or more dimensions');
-  const best = found && {degrees: found.degrees, source: `found${from ? ` ${from}` : ', the best packing known here'}`,
-                         least: Boolean(from)};
-  return {best, bound};
+  const greedy = degrees(greedyMargin(k, d));
+  if (!found || greedy > found.degrees) {
+    return {best: {degrees: Math.min(greedy, bound.degrees), source: 'a greedy choice has it', least: true}, bound};
+  }
+  const source = `found${from ? ` ${from}` : ', the best packing known here'}`;
+  return {best: {degrees: found.degrees, source, least: Boolean(from)}, bound};
+}
+
+// the two lines over the number of classes, for one dimension
+function plot(svg, data, k, d) {
+  const x = d3.scaleLog().domain([2, mostClasses]).range([edge.left, width - edge.right]);
+  const y = d3.scaleLinear().domain([0, 180]).range([height - edge.bottom, edge.top]);
+  const sizes = [...new Set(d3.range(0, 111).map(n => Math.round(2 * (mostClasses / 2) ** (n / 110))))];
+  const found = sizes.map(n => [n, margins(data, n, d)]);
+  svg.selectAll('*').remove();
+  svg.append('g').attr('class', 'axis').attr('transform', `translate(0,${height - edge.bottom})`)
+    .call(d3.axisBottom(x).tickValues([10, 100, 1e3, 1e4, 1e5, 1e6, 1e7]).tickFormat(d3.format('~s')));
+  svg.append('g').attr('class', 'axis').attr('transform', `translate(${edge.left},0)`)
+    .call(d3.axisLeft(y).tickValues([0, 30, 60, 90, 120, 150, 180]).tickFormat(v => `${v}°`));
+  svg.append('text').attr('x', (edge.left + width) / 2).attr('y', height - 8).attr('text-anchor', 'middle')
+    .text(`classes k, in ${d} dimensions`);
+  const line = which => d3.line()(found.map(([n, m]) => [x(n), y(m[which].degrees)]));
+  svg.append('path').attr('class', 'between').attr('d', `${line('bound')}L${d3.line()(
+    found.map(([n, m]) => [x(n), y(m.best.degrees)]).reverse()).slice(1)}Z`);
+  svg.append('path').attr('class', 'curve series-1').attr('d', line('bound'));
+  svg.append('path').attr('class', 'curve series-0').attr('d', line('best'));
+  const here = margins(data, k, d);
+  svg.append('circle').attr('class', 'dot series-0').attr('r', 5).attr('cx', x(k)).attr('cy', y(here.best.degrees));
+  svg.attr('aria-label', `Class margin against classes in ${d} dimensions: for ${k} classes between ` +
+    `${here.best.degrees.toFixed(1)} and ${here.bound.degrees.toFixed(1)} degrees.`);
 }
 
 export default function draw(widget, data) {
   widget.innerHTML = markup;
   const form = widget.querySelector('form'), results = widget.querySelector('dl');
+  const chart = d3.select(widget.querySelector('.widget-plot svg'));
+  widget.querySelector('.widget-buttons').append(linkButton());
+  for (const [name, value] of Object.entries(kept())) if (form.elements[name]) form.elements[name].value = value;
 
   function redraw() {
     const wrong = [...form.elements].find(input => !input.checkValidity());
@@ -81,6 +123,8 @@ export default function draw(widget, data) {
       ['scale that guarantees 90 % of this sample margin', !best ? 'unknown'
         : `${enough}${k <= d + 1 ? '; with classes of one size any scale has the simplex as its optimum' : ''}`],
     ];
+    plot(chart, data, k, d);
+    keep({k, d, p});
     results.innerHTML = rows.map(([name, value]) => `<dt>${name}</dt><dd>${value}</dd>`).join('');
   }
 
