@@ -456,8 +456,8 @@ def choose_classifier(
     weight = tensors[name]
     scaled = any('scale' in n for n in _siblings(tensors, name))
     if _is_packed(name, weight) or (weight.element_size() < 2 and scaled):
-        raise ValueError(f'{name} is quantised, {str(weight.dtype)[6:]}: save its '
-                         'dequantised values')
+        raise ValueError(f'{name} is quantized, {str(weight.dtype)[6:]}: save its '
+                         'dequantized values')
     if transposed is None and weight.ndim == 2 and not _is_kernel(name):
         columns, what = next(_evidence(tensors, name, classes), (False, None))
         if columns:
