@@ -481,7 +481,7 @@ def test_damaged_files(tmp_path, name):
 
 
 def test_tensors_without_values(tmp_path, capsys):
-    "Sparse, on meta, quantised, nested, and larger than the file: a sentence each."
+    "Sparse, on meta, quantized, nested, and larger than the file: a sentence each."
     zeros = torch.zeros(1).as_strided((10**6, 10**6), (0, 0))
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
