@@ -36,6 +36,7 @@ from safetensors.torch import load_file, save, save_file
 from torch import nn
 from torch.nn.utils import parametrizations, weight_norm
 
+from largest_margins import callbacks
 from largest_margins.bounds import class_margin_bound
 from largest_margins.certificates import verify
 from largest_margins.cli import main
@@ -52,10 +53,11 @@ from largest_margins.inspection import (
     read_tensors,
     write_prototypes,
 )
-from largest_margins.learner import ConvBody, margin_learner
+from largest_margins.learner import margin_learner
 from largest_margins.losses import CosFaceLoss
 from largest_margins.margins import class_margin
-from largest_margins.study.experiments import Configuration, Result, train
+from largest_margins.study.experiments import Configuration, train
+from largest_margins.training.bodies import ConvBody
 
 K, D = 5, 7
 W = torch.randn(K, D, generator=torch.Generator().manual_seed(0))
@@ -122,9 +124,10 @@ def test_what_fastai_saves(tmp_path, with_opt):
 
 def test_what_experiments_save(tmp_path):
     found = train(Configuration(epochs=1, embedding=6))
-    found.save(tmp_path/'run.pt')
+    kept = {name: getattr(found, name) for name in ('prototypes', 'cosines', 'targets')}
+    callbacks.save_file(kept, tmp_path/'run.pt')
     seen = inspect_prototypes(read_classifier(tmp_path/'run.pt'))
-    torch.testing.assert_close(read_classifier(tmp_path/'run.pt'), Result.load(tmp_path/'run.pt').prototypes)
+    torch.testing.assert_close(read_classifier(tmp_path/'run.pt'), found.prototypes)
     assert math.degrees(seen.class_margin) == pytest.approx(found.class_margin, abs=1e-4)
     assert seen.norm_ratio == pytest.approx(found.norm_ratio, rel=1e-5)
     assert seen.centroid_norm == pytest.approx(found.centroid_norm, rel=1e-4)
