@@ -93,7 +93,8 @@ tasks = {
 documents = ['CONTRIBUTING.md', 'CHANGELOG.md']
 # where pages stood before -> where they stand, so that links from elsewhere lead there
 moved = {
-    'engines/index': 'engine/index', 'theory/explore': 'explore/index', 'experiments/index': 'study/index', 'training/glyphs': 'study/glyphs',
+    'engines/index': 'engine/index', 'theory/explore': 'explore/index', 'experiments/index': 'study/index',
+    'training/glyphs': 'study/glyphs',
     **{f'losses/{name}': f'engine/{name}' for name in ('cosines', 'fused', 'shards', 'benchmarks')},
     **{f'training/{name}': f'engine/{name}' for name in ('cpu', 'million')},
     **{f'experiments/{name}': f'evaluation/{name}' for name in ('reid', 'verification')},

@@ -1,4 +1,4 @@
-"""Write a file so that it is whole or not there, and read one without running it
+"""Write a file completely or not at all, and read a file without running code from it
 
 Docs: https://largest-margins.github.io/largest-margins/training/files.html.md"""
 
@@ -41,7 +41,7 @@ def _aside(target):
     "A name beside the target that nobody else has; long names are cut."
     return target.with_name(f'.{target.name[:50]}.{secrets.token_hex(8)}.aside')
 
-
+# %% ../nbs/training/20_files.ipynb #bd0af0e5
 def _lock(descriptor):
     "Lock an open file until it is closed; False if somebody else has the lock."
     if fcntl is None: return True
@@ -50,7 +50,7 @@ def _lock(descriptor):
     except OSError: pass  # a file system without locks
     return True
 
-
+# %% ../nbs/training/20_files.ipynb #dddb86cb
 def _sweep(target):
     "Remove what killed processes have left beside the target."
     if fcntl is None or not target.parent.is_dir(): return
@@ -86,7 +86,7 @@ def _replace(target, data):
     finally: aside.unlink(missing_ok=True)
     _sync_folder(target.parent)
 
-
+# %% ../nbs/training/20_files.ipynb #5fa7893f
 def _create(target):
     "A new and locked file beside the target: its name, and the file."
     while True:
@@ -95,13 +95,13 @@ def _create(target):
         if _lock(file.fileno()) and aside.exists(): return aside, file
         file.close()  # somebody swept before it was locked
 
-
+# %% ../nbs/training/20_files.ipynb #78495a5e
 def _keep_mode(descriptor, there):
     if not hasattr(os, 'fchown'): return
     with suppress(OSError): os.fchown(descriptor, there.st_uid, there.st_gid)
     os.fchmod(descriptor, stat.S_IMODE(there.st_mode))
 
-
+# %% ../nbs/training/20_files.ipynb #1f1c87f0
 def _sync_folder(folder):
     "The new name is on the disk, too, where folders can be synced."
     with suppress(OSError):
@@ -131,10 +131,10 @@ def _naming(path):
 
 # %% ../nbs/training/20_files.ipynb #b7d9e353
 def write_file(
-    path: str | Path,  # a file, or what one can write to; '-' for standard output
-    content: str | bytes,  # all of it; text is written as UTF-8
+    path: str | Path,  # a file, pipe or device; '-': standard output
+    content: str | bytes,  # the whole content; text is written as UTF-8
 ) -> Path:  # the path
-    "Write a file that is whole when it appears; pipes and devices are written to."
+    "Write a file completely or not at all."
     if isinstance(content, str):  # what is no Unicode, such as a file's name, escaped
         content = content.encode('utf-8', 'backslashreplace')
     descriptor, target = _descriptor(path), Path(os.path.realpath(path))
@@ -149,10 +149,10 @@ def write_file(
 
 # %% ../nbs/training/20_files.ipynb #ddec1a8a
 def check_output(
-    path: str | Path,  # what is going to be written
-    *inputs: str | Path,  # what is read, and must stay
+    path: str | Path,  # the file to write later
+    *inputs: str | Path,  # files that are read and must not be replaced
 ):
-    "Raise an error if `write_file` could not write this, before there is any work."
+    "Raise an error if `write_file` could not write this file."
     if not str(path): raise ValueError("a file's name must not be empty")
     if _descriptor(path) is not None: return
     target = Path(os.path.realpath(path))
@@ -167,9 +167,9 @@ def check_output(
 
 # %% ../nbs/training/20_files.ipynb #9e531a73
 def remove_file(
-    path: str | Path,  # a file, there or not
+    path: str | Path,  # a file that may exist
 ):
-    "Remove a file, and what was left by processes that were killed while writing it."
+    "Remove a file and the leftovers of killed writers."
     target = Path(os.path.realpath(path))
     _sweep(target)
     Path(path).unlink(missing_ok=True)
@@ -177,9 +177,9 @@ def remove_file(
 # %% ../nbs/training/20_files.ipynb #c7076085
 @contextmanager
 def replace_folder(
-    path: str | Path,  # a folder, there or not
+    path: str | Path,  # a folder that may exist
 ) -> Iterator[Path]:  # a new folder to fill
-    "Fill a folder that gets its name, and replaces another, when all went well."
+    "Yield a folder to fill; rename it to `path` if no error occurs."
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
     _sweep(target)
@@ -209,25 +209,25 @@ _ESCAPES = dict(terminal={}, html=_HTML, latex=_TEX, markdown=_MARKDOWN,
 
 # %% ../nbs/training/20_files.ipynb #9fb211f8
 def escape(
-    text: str,  # any
+    text: str,  # any text
     format: str,  # 'terminal', 'html', 'latex', 'markdown' or 'plot' (matplotlib)
-) -> str:  # one line
-    "What a format shows as this text; line breaks and controls become `\\n`, `\\x1b`."
+) -> str:  # escaped text, one line
+    "Escape text for a format; line breaks and controls become `\\n`, `\\x1b`."
     special = _ESCAPES[format]
     return ''.join(special.get(c, c) for c in ''.join(map(_visible, text)))
 
 
 def _visible(c):
-    "A character, or its name in Python if it cannot be seen."
+    "Return a character, or its Python escape if it is invisible."
     shown = c.isprintable() or unicodedata.category(c) == 'Zs'  # spaces of any width
     return c if shown else c.encode('unicode_escape').decode()
 
 # %% ../nbs/training/20_files.ipynb #30234e2c
 class StandIn:
-    "What stands in the place of an object that a file describes; it does nothing."
+    "A placeholder for an object that a file describes; it does nothing."
     def __init__(
         self,
-        name: str,  # of the class or function, such as 'datetime.date'
+        name: str,  # name of the class or function, such as 'datetime.date'
     ):
         self.name, self.content = name, {}  # content: the items, if it was a dict
 
@@ -292,7 +292,7 @@ def _view(storage, offset, size, stride, dtype=None):
     row = torch.frombuffer(storage.data, dtype=dtype, count=numel)
     return row.as_strided(size, stride, offset)
 
-
+# %% ../nbs/training/20_files.ipynb #80ca2688
 def _without_values(dtype, size):
     "A tensor of which only type and size are known."
     import torch
@@ -332,10 +332,10 @@ class _Array(StandIn):
                     warnings.simplefilter('ignore')  # one must not write into it
                     self.content = torch.from_numpy(found)
 
-
+# %% ../nbs/training/20_files.ipynb #986e4459
 def _text(text): return text.decode('latin1') if isinstance(text, bytes) else text
 
-
+# %% ../nbs/training/20_files.ipynb #0aa6a980
 def _numpy_dtype(code):
     "An array's dtype: bools, integers, floats; others are not for us."
     if not re.fullmatch('b1|[iu][1248]|f[248]', _text(code)): return StandIn('dtype')
@@ -492,7 +492,7 @@ def _in_memory(content):
     file[:] = content
     return file
 
-
+# %% ../nbs/training/20_files.ipynb #41794bec
 def _mapped(path):
     "A file, read as far as it is needed; of a pipe everything."
     with open(path, 'rb') as file:
@@ -523,7 +523,7 @@ def _members(file):
             raise _Refused(f'{name}, whose checksum is wrong')
     return {name: part for name, (part, _) in found.items()}
 
-
+# %% ../nbs/training/20_files.ipynb #c6be341a
 def _aligned(part, dtype):
     "The part of a file, or a copy where numbers would lie across words."
     address = np.frombuffer(part, np.uint8).ctypes.data if len(part) else 0
@@ -587,10 +587,10 @@ def _read_torch(file):
 
 # %% ../nbs/training/20_files.ipynb #3821dcc9
 def read_torch(
-    path: str | Path,  # a file of `torch.save`, of any age, or a pickle
-    plain: bool = False,  # refuse stand-ins: tensors, numbers, text, lists, dicts only
-):  # what is in it, tensors on the CPU
-    "Read what `torch.save` or `pickle` wrote; run nothing, verify the checksums."
+    path: str | Path,  # a file of `torch.save` or a pickle
+    plain: bool = False,  # whether to refuse everything but plain data
+):  # the content, tensors on the CPU
+    "Read a file of `torch.save` or `pickle`; run no code, verify checksums."
     try:
         file = _in_memory(Path(path).read_bytes()) if plain else _mapped(path)
         content, strange = _read_torch(file)
@@ -602,6 +602,6 @@ def read_torch(
     except _DAMAGED as e:
         raise ValueError(f'{path} is damaged, or not a file of tensors') from e
 
-
+# %% ../nbs/training/20_files.ipynb #a605baf6
 _DAMAGED = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError,
             OverflowError, MemoryError, zipfile.BadZipFile)

@@ -155,7 +155,8 @@ def test_every_page_says_what_it_is_to_those_who_share_it(site):
 def test_what_is_cited_stands_in_the_bibliography(site):
     keys = set(re.findall(r'@\w+\{([\w-]+),', (root/'docs/references.bib').read_text(encoding='utf-8')))
     prose = '\n'.join(''.join(c['source']) for n in notebooks for c in cells(n) if c['cell_type'] == 'markdown')
-    cited = {key for group in re.findall(r'\[(@[\w-]+(?:;\s*@[\w-]+)*)\]', prose) for key in re.findall(r'[\w-]+', group)}
+    groups = re.findall(r'\[(@[\w-]+(?:;\s*@[\w-]+)*)\]', prose)
+    cited = {key for group in groups for key in re.findall(r'[\w-]+', group)}
     assert cited and cited <= keys
     assert all(anchor in read(site/'bibliography.html').anchors for anchor in
                {a.split('#')[-1] for p in html_files(site) for a in read(p).links if 'bibliography.html#' in a})
@@ -306,7 +307,8 @@ def test_citations_become_references():
 
 def test_only_the_first_use_of_a_term_in_prose_is_a_link():
     seen = set()
-    text = build.defined('# Class margin\n\nThe `class margin` of class\nmargins, and a class margin.', ['class margin'], seen)
+    text = '# Class margin\n\nThe `class margin` of class\nmargins, and a class margin.'
+    text = build.defined(text, ['class margin'], seen)
     assert text == '# Class margin\n\nThe `class margin` of {term}`class margins <class margin>`, and a class margin.'
     assert seen == {'class margin'}
     same = '[class margin](x.html) ```\nclass margin\n``` $class margin$ superclass margin'

@@ -256,7 +256,8 @@ def test_calculator_plots_the_margin_and_keeps_its_state(visit, browser):
     first, then, state, said = seen
     assert len(first) == len(then) == 2 and first != then
     assert state == '#k=1000&d=64&p=0.99' and '84.4' in said and '84.7' in said
-    again = visit('calculator', "return (await widget('calculator')).querySelector('[name=k]').value", state='#k=77&d=9')
+    again = visit('calculator', "return (await widget('calculator')).querySelector('[name=k]').value",
+                  state='#k=77&d=9')
     assert again == '77'
 
 
@@ -282,7 +283,8 @@ def test_points_are_placed_by_dragging_and_undone(visit, browser):
     visit('place', "await widget('place')", state='#k=3&seed=0&turn=0&tilt=0')
     browser.run("document.querySelector('[data-widget=place] svg.sphere').scrollIntoView({block: 'center'})")
     before = margin(browser)
-    x, y, r = browser.run("""(() => { const b = document.querySelector('[data-widget=place] .ball').getBoundingClientRect();
+    x, y, r = browser.run("""(() => {
+        const b = document.querySelector('[data-widget=place] .ball').getBoundingClientRect();
         return [b.x + b.width / 2, b.y + b.height / 2, b.width / 2]; })()""")
     near = [n for n in range(3) if point(browser, n)]
     assert near
@@ -319,9 +321,8 @@ def test_points_are_placed_by_keyboard(visit, browser):
 def test_losses_and_the_solver_move_the_points(visit):
     "From one start; where motion is unwelcome, at once. Softmax stops early, the solver reaches the best known."
     seen = visit('place', '''
-        const place = await widget('place'), found = {};
+        const found = {};
         const {losses, descend, closest, scattered, solve} = await import('/_static/widgets/points.js');
-        const data = JSON.parse(document.querySelector('[data-widget=place] script')?.textContent ?? 'null');
         for (const [name, loss] of Object.entries(losses)) {
           let points = scattered(8, 0);
           for (let n = 0; n < 400; n++) points = descend(points, loss.slopes, loss.rate * (1 - n / 400));
@@ -378,11 +379,14 @@ def test_rare_classes_collapse_at_the_theory_s_threshold_and_are_repaired(visit)
 def test_rare_classes_are_chosen_on_the_map(visit, browser):
     visit('rare', "await widget('rare')")
     box = browser.run("""(() => { const m = document.querySelector('[data-widget=rare] .map');
-        m.scrollIntoView({block: 'center'}); const b = m.getBoundingClientRect(); return [b.x, b.y, b.width, b.height]; })()""")
+        m.scrollIntoView({block: 'center'});
+        const b = m.getBoundingClientRect();
+        return [b.x, b.y, b.width, b.height]; })()""")
     x, y, w, h = box
     mouse(browser, 'mousePressed', x + .9 * w, y + .2 * h)
     mouse(browser, 'mouseReleased', x + .9 * w, y + .2 * h)
-    ratio, scale = browser.run("['ratio', 'scale'].map(n => +document.querySelector(`[data-widget=rare] [name=${n}]`).value)")
+    ratio, scale = browser.run("""['ratio', 'scale'].map(n =>
+        +document.querySelector(`[data-widget=rare] [name=${n}]`).value)""")
     assert ratio > 13 and scale > 8
 
 

@@ -82,7 +82,7 @@ export default function draw(widget, data) {
   }
 
   function tell() {
-    const found = closest(points), possible = data.bounds[points.length], known = data.best[points.length];
+    const found = closest(points), known = data.best[points.length];
     const reached = degrees(found.angle);
     const [i, j] = found.pair;
     let text = `${reached.toFixed(2)}° between points ${i} and ${j}, the closest two. `;
@@ -204,6 +204,7 @@ export default function draw(widget, data) {
     remember();
     running = {button};
     button.setAttribute('aria-pressed', 'true');
+    said.textContent = `${button.textContent} moves the points. Press the button again to stop.`;
     if (calm()) {      // no motion: only the end
       for (let n = 0; n < frames; n++) step(n);
       return stop();

@@ -31,7 +31,7 @@ function between(grid, row, column) {
   return (1 - u) * ((1 - v) * grid[r][c] + v * grid[r][c + 1]) + u * ((1 - v) * grid[r + 1][c] + v * grid[r + 1][c + 1]);
 }
 const along = (values, at) => Math.exp(between([values, values].map(row => row.map(Math.log)), 0, at));
-const plain = x => x >= 10 ? Math.round(x).toLocaleString('en') : x.toFixed(1);
+const plain = x => x >= 10 || Number.isInteger(x) ? Math.round(x).toLocaleString('en') : x.toFixed(1);
 
 export default function draw(widget, data) {
   widget.innerHTML = markup(data);
