@@ -36,6 +36,7 @@ from .checks import integer
 from .data import ImageDataset
 from .heads import MarginHead
 from .losses import AdaFaceLoss, CosineLoss, FocalLoss
+from .training.foreach import foreach
 
 # %% ../nbs/training/24_learner.ipynb #3899bb42
 class ConvBody(nn.Sequential):
@@ -277,7 +278,7 @@ def margin_learner(
     mixed_precision: bool | None = None,  # bfloat16 on a CPU; None: if faster
     metrics=accuracy,  # fastai metrics, beside the margins
     cbs: Callback | list[Callback] | None = None,  # further callbacks
-    **kwargs,  # options of `Learner`: lr, wd, opt_func, path, …
+    **kwargs,  # options of `Learner`: lr, wd, opt_func (None given: `foreach`), path, …
 ) -> MarginLearner:  # its model is a MarginModel(body, neck, head)
     "Build a Learner with a head that fits the loss, and margins in its table."
     classes, images = get_c(dls), dls.valid.one_batch()[0].as_subclass(torch.Tensor)
@@ -314,8 +315,9 @@ def margin_learner(
     if splitter is not None: _check_groups(splitter(model), model)
     convolves = on_cpu and _convolves(body)
     if convolves: model.to(memory_format=torch.channels_last)
+    options = dict(opt_func=foreach) | kwargs
     learn = MarginLearner(dls, model, loss_func, splitter=splitter or split,
-                          metrics=metrics, cbs=cbs, **kwargs)
+                          metrics=metrics, cbs=cbs, **options)
     if mixed_precision is None: mixed_precision = convolves and has_bfloat16()
     model.mixed_precision = bool(mixed_precision)
     learn.add_cb(MarginRecorder())
