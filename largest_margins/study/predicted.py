@@ -47,15 +47,15 @@ class Prediction:
 def predict_table2(
     scale: float = 5.,  # s > 0 of all losses
     dataset: str = 'cifar10',  # whose printed numbers
-    rows: tuple[str, ...] | None = None,  # as printed; None: all that have a scale
+    rows: tuple[str, ...] | None = None,  # as printed; None: those without a star
 ) -> list[Prediction]:  # in the order of the slides
-    "Every printed class margin of one data set beside that of the loss's optimum."
+    "Printed class margins of one data set beside those of the losses' optima."
     k, n_max = dict(cifar10=(10, 5000), cifar100=(100, 500))[dataset]
     found = []
     for printed in printed_numbers()['cells']:
         row, name = printed['row'], printed['row'].rstrip('*')
         if printed['table'] != '2' or printed['dataset'] != dataset: continue
-        if name not in MARGIN_LOSSES or (rows is not None and row not in rows): continue
+        if name not in MARGIN_LOSSES or row not in (rows or MARGIN_LOSSES): continue
         counts = counts_of(printed['setting'], n_max, k)
         star = 5. * k**2 if row.endswith('*') else 0.
         best = free_optimum(MARGIN_LOSSES[name](scale, counts), counts, centroid=star)
