@@ -325,7 +325,7 @@ def _parts(name): return re.split(r'[./]', name)
 
 # %% ../nbs/study/40_inspect.ipynb #46873754
 def _is_packed(name, t):
-    "Whether these are quantised numbers, by their type and name."
+    "Whether these are quantized numbers, by their type and name."
     return t.dtype in (torch.int8, torch.uint8) or (
         t.dtype == torch.int32 and re.search('qweight|qzeros|packed', name) is not None)
 
@@ -421,7 +421,7 @@ def as_prototypes(
     "Return a classifier's weight with one row for each class."
     if weight.is_meta:
         raise ValueError(f'{name} has no values that can be read: it is sparse, '
-                         'quantised, empty, or larger than its file')
+                         'quantized, empty, or larger than its file')
     if weight.ndim == 4 and weight.shape[2:] == (1, 1): weight = weight.flatten(1)
     if transposed is None: transposed = _is_kernel(name)
     if transposed and weight.ndim == 2: weight = weight.T.contiguous()
@@ -456,8 +456,8 @@ def choose_classifier(
     weight = tensors[name]
     scaled = any('scale' in n for n in _siblings(tensors, name))
     if _is_packed(name, weight) or (weight.element_size() < 2 and scaled):
-        raise ValueError(f'{name} is quantised, {str(weight.dtype)[6:]}: save its '
-                         'dequantised values')
+        raise ValueError(f'{name} is quantized, {str(weight.dtype)[6:]}: save its '
+                         'dequantized values')
     if transposed is None and weight.ndim == 2 and not _is_kernel(name):
         columns, what = next(_evidence(tensors, name, classes), (False, None))
         if columns:
@@ -736,26 +736,22 @@ def inspection_page(
     "Make one self-contained page of an inspection."
     import matplotlib.pyplot as plt
 
-    from largest_margins.study.pages import inline_image, page
-    def plain(text): return escape(text, 'html')
-    def row(texts): return ''.join(f'<td>{plain(text)}</td>' for text in texts)
-    def table(rows):
-        lines = ''.join(f'<tr>{row(texts)}</tr>' for texts in rows)
-        return f'<div class="scroll"><table><tbody>{lines}</tbody></table></div>'
+    from largest_margins.study.pages import Table, html_page, inline_image
+    def cells(rows): return [[(text, False) for text in texts] for texts in rows]
     figure = plt.figure(figsize=(11, 3.2), facecolor='none', layout='constrained')
     plot_angles(found, figure.subplots(1, 2))
     seen = 'all classes' if found.sampled == found.k else (
         f'{found.sampled} of the {found.k} classes, drawn at random')
-    doubts = ''.join(f'<p>Note: {plain(text)}</p>' for text in found.notes)
-    return page(title, f'''<p>{plain(found.verdict)}</p>{doubts}
-{table(found.numbers().items())}
-<h2>Angles</h2><figure>{inline_image(figure, 'Histograms of the angles')}
-<figcaption>Left: all pairs of {seen}. Right: every class and the class nearest to
-it.</figcaption></figure>
-<h2>Closest pairs</h2>{table(found.closest())}
-<p class="soft">Angles are those between the rows of the weight, whatever their norms.
-No {found.k} rows in {found.d} dimensions can all be further apart than the best
-possible angle.<br>{plain(note)}</p>''')
+    caption = (f'Left: all pairs of {seen}. Right: every class and the class nearest to '
+               'it.')
+    return html_page(Table(
+        title, [('', [], cells(found.numbers().items())),
+                ('Closest pairs', [], cells(found.closest()))],
+        ['Angles are those between the rows of the weight, whatever their norms. '
+         f'No {found.k} rows in {found.d} dimensions can all be further apart than the '
+         'best possible angle.', note],
+        lead=[found.verdict, *(f'Note: {text}' for text in found.notes)],
+        figures=[('Angles', inline_image(figure, 'Histograms of the angles'), caption)]))
 
 # %% ../nbs/study/40_inspect.ipynb #1f98268e
 def write_prototypes(

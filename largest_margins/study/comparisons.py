@@ -12,10 +12,11 @@ import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import fmean, stdev
+from typing import Any
 
 from scipy.stats import t
 
-from .tables import Run
+
 
 # %% ../../nbs/study/42_comparisons.ipynb #6c9bedba
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def plot_comparisons(
 
 # %% ../../nbs/study/42_comparisons.ipynb #15280b62
 def compare_rows(
-    finished: list[tuple[Run, dict]],  # runs and their records
+    finished: list[tuple[Any, dict]],  # runs and their records
     pairs: list[tuple[str, str]],  # names of rows: without and with
     name: str,  # what was measured, such as 'accuracy'
 ) -> Comparison:  # with − without
@@ -181,7 +182,7 @@ class Standing:
 
 
 def ranking(
-    finished: list[tuple[Run, dict]],  # runs and their records
+    finished: list[tuple[Any, dict]],  # runs and their records
     name: str,  # what was measured; more is better
     settings: list[str] | None = None,  # names; None takes all
 ) -> list[Standing]:  # the best first; rows that lack a setting are left out
