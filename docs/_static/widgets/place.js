@@ -109,7 +109,7 @@ export default function draw(widget, data) {
       const size = p => r + (p.i === chosen ? 3 : 0);
       marks(layer, 'circle', 'prototype', shown).attr('cx', p => p.x).attr('cy', p => p.y).attr('r', size)
         .attr('data-i', p => p.i).classed('close', p => p.close).classed('chosen', p => p.i === chosen);
-      marks(layer, 'text', 'number', shown).text(p => p.i).attr('x', p => p.x).attr('y', p => p.y + 4);
+      marks(layer, 'text', 'number', layer === layers.front ? shown : []).text(p => p.i).attr('x', p => p.x).attr('y', p => p.y + 4);
     };
     dots(layers.behind, at.filter(p => !p.near), 8);
     dots(layers.front, at.filter(p => p.near), 11);
