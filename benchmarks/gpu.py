@@ -235,7 +235,8 @@ def train(report, device):
     from fastai.data.core import DataLoaders
 
     from largest_margins.callbacks import DeferredReweighting, SampleMarginRegularizer
-    from largest_margins.learner import ConvBody, margin_learner
+    from largest_margins.learner import margin_learner
+    from largest_margins.training.bodies import ConvBody
     generator = torch.Generator().manual_seed(0)
     data = [(torch.randn(1, 16, 16, generator=generator), torch.tensor(i % 10)) for i in range(64)]
     for name, loss in (('ArcFace', losses.ArcFaceLoss(16.)), ('LM-Softmax', losses.LMSoftmaxLoss()),

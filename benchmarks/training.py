@@ -29,8 +29,9 @@ from torch import nn
 from largest_margins.data import RandomAffine, load
 from largest_margins.files import write_file
 from largest_margins.heads import CosineLinear
-from largest_margins.learner import ConvBody, margin_learner, margin_neck
+from largest_margins.learner import margin_learner, margin_neck
 from largest_margins.losses import CosFaceLoss
+from largest_margins.training.bodies import ConvBody
 
 RESULTS = Path(__file__).parent/'results'/'training.json'
 LEARNING_RATE, LOSS = 1e-2, CosFaceLoss(20., .1)

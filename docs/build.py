@@ -94,12 +94,12 @@ documents = ['CONTRIBUTING.md', 'CHANGELOG.md']
 # where pages stood before -> where they stand, so that links from elsewhere lead there
 moved = {
     'engines/index': 'engine/index', 'theory/explore': 'explore/index', 'experiments/index': 'study/index',
-    'training/glyphs': 'study/glyphs',
+    'training/glyphs': 'study/glyphs', 'experiments/tasks': 'study/free_features',
     **{f'losses/{name}': f'engine/{name}' for name in ('cosines', 'fused', 'shards', 'benchmarks')},
     **{f'training/{name}': f'engine/{name}' for name in ('cpu', 'million')},
     **{f'experiments/{name}': f'evaluation/{name}' for name in ('reid', 'verification')},
     **{f'experiments/{name}': f'study/{name}' for name in (
-        'experiments', 'report', 'cli', 'recipes', 'tables', 'tasks', 'identities', 'inspect', 'comparisons')}}
+        'experiments', 'report', 'cli', 'recipes', 'tables', 'identities', 'inspect', 'comparisons')}}
 # Markdown of the site itself, in docs/
 written = ['bibliography', 'cite', 'glossary']
 # names in backticks that look like ours and that no code of ours mentions

@@ -14,11 +14,11 @@ import io
 import random
 import time
 from contextlib import contextmanager, nullcontext
-from functools import cache, partial
+from functools import partial
 from inspect import getclosurevars
-from math import degrees, inf, nan
+from math import inf, nan
 from pathlib import Path
-from types import FunctionType, ModuleType
+from types import FunctionType, ModuleType, SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -35,17 +35,16 @@ from fastai.torch_core import apply, find_bs, num_distrib, to_device
 from fastcore.foundation import L
 from torch import Tensor, nn
 
-from .bounds import class_margin_bound
 from .checks import Integer, Number, choice, plain
 from .engine.cosines import cosine_matrix
-from .files import read_torch, remove_file, write_file
+from .files import differences, read_torch, remove_file, write_file
 from .heads import CosineLinear, ShardedMarginHead
 from .losses import (
     ClassificationLoss, CosineLoss, SampleMarginLoss, class_balanced_weights)
-from .margins import (
-    class_margin, norm_ratio, sample_margins, smallest_by_class)
+from .margins import sample_margins, smallest_by_class
 from .plots import plot_margin_history
 from .regularizers import zero_centroid
+from .training.measures import MEASURES, measure
 
 # %% ../nbs/training/23_callbacks.ipynb #6780399e
 @torch.no_grad()
@@ -384,19 +383,11 @@ class ZeroCentroidRegularizer(HeadCallback):
         self.learn.loss_grad = self.learn.loss_grad + self.weight * self.value
 
 # %% ../nbs/training/23_callbacks.ipynb #a56c85ba
-@cache
-def _best_class_margin(k, d):
-    "Return the bound on the class margin, degrees; slow for large k."
-    return degrees(class_margin_bound(k, d).radians)
-
-
 class MarginRecorder(HeadCallback):
     "Records class and sample margins, norm ratio and centroid on the validation set."
     order, run_train = inf, False  # hooks come last, right before the model
-    columns: ClassVar = dict(
-        class_margin='class_margin°', bound='bound°',
-        mean_sample_margin='mean_sample_margin', min_sample_margin='min_sample_margin',
-        norm_ratio='norm_ratio', centroid_norm='centroid_norm')
+    names: ClassVar = ('class_margin', 'bound', 'mean_sample_margin',
+                       'min_sample_margin', 'norm_ratio', 'centroid_norm')
     most_classes = Integer(at_least=2)
     checkpointed: ClassVar = ('history', 'latest')  # what a `Checkpoint` keeps of it
 
@@ -409,8 +400,9 @@ class MarginRecorder(HeadCallback):
         self.history, self.latest, self._trained = [], {}, False
         self.most_classes = most_classes
         self._margins, self._targets = [], []
-        self._metrics = [ValueMetric(partial(self._value, key), name)
-                         for key, name in self.columns.items()]
+        self._metrics = [ValueMetric(partial(self._value, name),
+                                     MEASURES[name].heading.replace(' ', '_'))
+                         for name in self.names]
 
     @property
     def learn(self): return self.__dict__.get('_learn')
@@ -468,15 +460,11 @@ class MarginRecorder(HeadCallback):
         if not len(margins): return  # all samples are ignored
         prototypes = _prototypes(self.head)
         few = len(prototypes) <= self.most_classes
+        seen = SimpleNamespace(prototypes=prototypes, margins=margins)
+        numbers = dict.fromkeys(self.names, nan) | measure(
+            seen, self.names if few else self.names[2:])
         self.latest = dict(
-            epoch=self.learn.epoch,
-            class_margin=degrees(class_margin(prototypes)) if few else nan,
-            bound=_best_class_margin(*prototypes.shape) if few else nan,
-            mean_sample_margin=margins.mean().item(),
-            min_sample_margin=margins.amin().item(),
-            norm_ratio=norm_ratio(prototypes).item(),
-            centroid_norm=zero_centroid(prototypes).sqrt().item(),
-            class_sample_margins=smallest_by_class(
+            epoch=self.learn.epoch, **numbers, class_sample_margins=smallest_by_class(
                 margins, targets, len(prototypes)).tolist())
         if self._trained: self.history.append(self.latest)
 
@@ -728,11 +716,9 @@ class Checkpoint(Callback):
             raise ValueError(f'{self.path} is not {kind}')
         was, now = content['configuration'], self.configuration
         if fit: was, now = was | content['fit'], now | fit
-        differ = [f'{name} was {was.get(name)!r}, is now {now.get(name)!r}'
-                  for name in was | now if was.get(name) != now.get(name)]
-        if not differ: return content
+        if not (changes := differences(was, now)): return content
         raise ValueError(f'{self.path} is of another training (remove it to start '
-                         f'anew): {", ".join(differ)}')
+                         f'anew): {changes}')
 
     def remove(self):
         "Remove the file, and parts that a killed process left behind."

@@ -26,7 +26,8 @@ class NotFinite(ValueError):
 def _scalar(name, value, kind, wanted):
     "The number in a 0-d tensor or array, if it is of some kind and no bool."
     _refuse_gradient(name, value)
-    if getattr(value, 'ndim', None) == 0 and hasattr(value, 'item'): value = value.item()
+    zero_dim = getattr(value, 'ndim', None) == 0 and hasattr(value, 'item')
+    if zero_dim: value = value.item()
     if isinstance(value, bool) or not isinstance(value, kind):
         raise TypeError(f'{name} must be {wanted}, got {_described(value)}')
     return value
@@ -302,9 +303,12 @@ def check_features(features: Tensor, prototypes: Tensor, samples=0, classes=0):
     check_device('prototypes', prototypes, features.device)
 
 # %% ../nbs/losses/10_checks.ipynb #bb1549bf
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
 def check_integers(targets: Tensor, samples: int, device=None) -> Tensor:
     "Refuse what cannot be classes whatever their number; return them as int64, [N]."
-    if _kind(targets) not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.long):
+    if _kind(targets) not in _INTEGERS:
         raise TypeError('targets must be an integer tensor [N] of class indices, '
                         f'got {_kind(targets)}')
     if targets.shape != (samples,):
@@ -325,7 +329,7 @@ def check_range(targets: Tensor, num_classes: int, ignored: Tensor | None = None
                          f'got {low} to {high}')
 
 # %% ../nbs/losses/10_checks.ipynb #bb1549c1
-def check_targets(targets: Tensor, samples: int, num_classes: int, device=None) -> Tensor:
+def check_targets(targets: Tensor, samples: int, num_classes: int, device=None):
     "Refuse what cannot be classes; return them as int64, [N]."
     targets = check_integers(targets, samples, device)
     check_range(targets, num_classes)

@@ -19,10 +19,10 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager, redirect_stdout, suppress
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from importlib import resources
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import largest_margins
 
@@ -38,8 +38,19 @@ _COMMANDS: dict[str, _Command] = {}  # by name
 
 
 class _Parser(argparse.ArgumentParser):
-    "One whose errors are one line, and not the usage, too."
+    "One whose errors are one line, and that learns its arguments when it is asked."
+    fill = None  # adds the arguments
+
     def error(self, message): raise ValueError(f'{message} ({self.prog} --help)')
+
+    def parse_known_args(self, *args, **options):
+        self.learn()
+        return super().parse_known_args(*args, **options)
+
+    def learn(self):
+        "Add the arguments, once; those that are fields of a configuration load PyTorch."
+        fill, self.fill = self.fill, None
+        if fill is not None: fill(self)
 
 
 def _parser():
@@ -53,7 +64,7 @@ def _parser():
     commands = top.add_subparsers(dest='command', required=True, metavar='COMMAND')
     for name, command in _COMMANDS.items():
         p = commands.add_parser(name, help=command.help)
-        command.arguments(p)
+        p.fill = command.arguments
         p.set_defaults(run=command.run)
     return top
 
@@ -62,6 +73,7 @@ class _Completion(argparse.Action):
     "Print a function of bash with the words that the parser knows."
     def __call__(self, parser, *_):
         commands = next(a.choices for a in parser._actions if a.choices)
+        for p in commands.values(): p.learn()
         cases = [f'    {name}) words="{" ".join(_words(p))}" ;;'
                  for name, p in commands.items()]
         print('_largest_margins() {', '  local words', '  case "${COMP_WORDS[1]}" in',
@@ -126,7 +138,7 @@ def _check_outputs(args, outputs):
     from largest_margins.files import check_output
     inputs = [*getattr(args, 'file', ()), getattr(args, 'classes', None)]
     for i, path in enumerate(outputs):
-        if args.command in ('train', 'table', 'demo'): path = Path(path, 'report.html')
+        if args.command in ('train', 'table', 'demo'): path = Path(path, 'table.html')
         check_output(path, *filter(None, inputs))
         if path in outputs[:i] and path != '-':
             raise ValueError(f'{path} cannot be two files')
@@ -199,135 +211,62 @@ def _prove_arguments(p):
 _COMMANDS['prove'] = _Command('run the checks of the paper’s claims', _prove_arguments,
                               _prove)
 
-# %% ../nbs/study/33_cli.ipynb #3c92f890
-def _train_all(configurations, out, title, notes=lambda results: [], threads=None,
-               resume=None):
-    "Train the configurations one after the other, print the table, write the report."
-    from largest_margins.callbacks import Checkpoint
-    from largest_margins.data import load
-    from largest_margins.study.experiments import train
-    from largest_margins.study.pages import report, table
-    from torch import set_num_threads
-    from tqdm import tqdm
-    if threads is not None:
-        if threads < 1: raise ValueError(f'threads must be ≥ 1, got {threads}')
-        set_num_threads(threads)
-    first, results, stopped, told = configurations[0], [], False, 0
-    parts = [None if resume is None else out/f'{n + 1}.part.pt'
-             for n in range(len(configurations))]
-    if resume is False and any(part.exists() for part in parts):
-        raise ValueError(f'out must be another directory, {out} has a training that '
-                         'has begun: to go on with it, resume')
-    data = load(first.dataset, first.data, first.download)
-    bar = tqdm(total=sum(c.epochs for c in configurations), unit='epoch',
-               disable=not sys.stderr.isatty(), leave=False)
-    def tell(epoch, margins):
-        bar.set_postfix_str(f'class margin {margins["class_margin"]:.1f}°')
-        bar.update(told + epoch - bar.n)
-    for n, (c, part) in enumerate(zip(configurations, parts, strict=True)):
-        bar.set_description(c.label)
-        try: results.append(train(c, data, tell, part))
-        except KeyboardInterrupt:
-            stopped = True
-            break
-        told += c.epochs
-        results[-1].save(out/f'{n + 1}.pt')
-        if part: Checkpoint(part).remove()
-        if bar.disable:
-            row = f'{n + 1}/{len(configurations)}  {c.label}'
-            print(f'{row}  {results[-1].seconds:.1f} s', flush=True)
-    bar.close()
-    if results:
-        said = notes(results)
-        print(f'\n{table(results)}\n', *said, sep='\n')
-        command = ' '.join(['largest-margins', *sys.argv[1:]])
-        print(f'report: {report(results, out/"report.html", title, said, command)}')
-    if stopped: print(f'stopped: {len(results)} of {len(configurations)} rows complete')
-    return 130 if stopped else 0
-
 # %% ../nbs/study/33_cli.ipynb #a25b7b20
 def _train(args):
     "Train the configuration that the arguments are the fields of."
     from largest_margins.study.experiments import Configuration
-    given = {f.name: getattr(args, f.name) for f in fields(Configuration)}
-    c = Configuration(**{k: v for k, v in given.items() if v is not None})
-    return _train_all([c], Path(args.out), c.label, threads=args.threads,
-                      resume=args.resume)
+    from largest_margins.study.recipes import single
+    c = Configuration(**{f.name: getattr(args, f.name) for f in fields(Configuration)})
+    return _make(single(c), args, c.dataset, args.out, seeds=[c.seed], data=c.data,
+                 download=c.download, resume=args.resume)
+
+
+def _make(recipe, args, dataset, out, **options):
+    "Train what is missing of a table; the exit code."
+    from largest_margins.files import escape
+    from largest_margins.study.tables import make_table
+    os.environ.setdefault('PYTHONWARNINGS', 'ignore::FutureWarning')  # of the workers
+    def tell(text):
+        print(*(escape(line, 'terminal') for line in text.split('\n')), sep='\n',
+              flush=True)
+    complete = make_table(recipe, dataset, out, threads=args.threads, tell=tell,
+                          **options)
+    return 0 if complete else 130
 
 
 def _train_arguments(p):
-    _data_arguments(p, 'runs/train', threads=None)
-    _one_seed(p)
-    p.add_argument('--loss', default='cosface', metavar='NAME',
-                   help='ce, focal, normface, cosface, arcface, sphereface, ldam, '
-                   'lm-softmax, lm-softmax-logsumexp, lm-softmax-tilted or '
-                   'sample-margin; default cosface')
-    p.add_argument('--scale', type=float, metavar='S', help='s, no unit; default 20')
-    p.add_argument('--margin', type=float, metavar='M',
-                   help='cosface, ldam: in cosine; arcface: in radians; sphereface: '
-                   'factor of the angle')
-    p.add_argument('--sample-margin', type=float, default=0., metavar='W',
-                   help='weight of R_sm; the paper adds 0.5')
-    p.add_argument('--zero-centroid', type=float, default=0., metavar='W',
-                   help='weight λ of the squared norm of the prototypes’ centroid')
-    p.add_argument('--ratio', type=float, default=1., metavar='R',
-                   help='most over least frequent training class; default 1, balanced')
-    p.add_argument('--kind', default='long-tailed', metavar='NAME',
-                   help='of the imbalance: long-tailed or step; default long-tailed')
-    p.add_argument('--reduction', default='mean', metavar='NAME',
-                   help='of the losses of a batch: mean or class-mean; default mean')
-    p.add_argument('--sample-margin-reduction', metavar='NAME',
-                   help='that of R_sm; default: that of the loss')
-    p.add_argument('--logit-adjustment', type=float, default=0., metavar='T',
-                   help='τ: τ·log of the class counts is added to the logits')
-    p.add_argument('--reweighted', type=float, default=0., metavar='SHARE',
-                   help='last share of the epochs with class weights (DRW), 0 to 1')
-    p.add_argument('--fixed', action='store_true',
-                   help='fix the prototypes at the simplex or the best packing')
-    p.add_argument('--body', default='conv3', metavar='NAME',
-                   help='conv3, conv4, resnet18, resnet34, resnet32, or a timm model')
-    p.add_argument('--batch-size', type=int, default=64, metavar='N', help='images')
-    p.add_argument('--learning-rate', type=float, default=1e-2, metavar='LR',
-                   help='the schedule’s largest')
-    p.add_argument('--schedule', default='one-cycle', metavar='NAME',
-                   help='one-cycle (Adam), cosine or steps (SGD)')
-    p.add_argument('--weight-decay', type=float, default=1e-2, metavar='W',
-                   help='decoupled with one-cycle, else L2; default 0.01')
-    p.add_argument('--shift', type=int, default=0, metavar='PIXELS',
-                   help='images move by up to so much; default 0')
-    p.add_argument('--flip', action='store_true', help='mirror half of the images')
-    p.add_argument('--rotate', type=float, default=0., metavar='DEGREES',
-                   help='images turn by up to so much to both sides; default 0')
-    p.add_argument('--embedding', type=int, default=32, metavar='D',
-                   help='dimension of the features')
-    p.add_argument('--download', action='store_true',
-                   help='allow a download into --data')
+    from largest_margins.study.configurations import ClassifierFields
+    _field_arguments(p, ClassifierFields)
+    _run_arguments(p, 'runs/train', threads=None)
     p.add_argument('--resume', action='store_true',
                    help='go on with the training in --out that was interrupted')
 
+# %% ../nbs/study/33_cli.ipynb #aa3301aa
+def _field_arguments(p, kind, names=None):
+    "An option for each field of a configuration, as its line, range and default say."
+    from largest_margins.study.configurations import field_lines
+    lines = field_lines(kind)
+    for f in fields(kind):
+        if names and f.name not in names: continue
+        name, words = f'--{f.name.replace("_", "-")}', [lines[f.name]]
+        if choices := f.metadata.get('choices'): words.append(f'one of {", ".join(choices)}')
+        kinds = get_args(f.type) or (f.type,)
+        if bool in kinds:
+            p.add_argument(name, action='store_true', help=words[0])
+            continue
+        if f.default is not None: words.append(f'default {f.default}')
+        p.add_argument(name, type=_seed if f.name == 'seed' else kinds[0],
+                       default=f.default, metavar=f.name.rsplit('_', 1)[-1].upper(),
+                       help='; '.join(words).replace('%', '%%'))
 
-def _data_arguments(p, out, threads):
-    "What training commands have in common."
-    p.add_argument('--dataset', default='digits', metavar='NAME',
-                   help='digits, mnist_5k, fashion_mnist, mnist, cifar10, cifar100, or '
-                   'the directory of an image folder; default digits'
-                   + ('' if out else '. Tables 3 and verification: glyphs (default) or '
-                      'the directory of a folder; table 3 also market1501, dukemtmc'))
-    p.add_argument('--data', metavar='DIR', help='directory of the data set’s files')
+
+def _run_arguments(p, out, threads):
+    "What commands that train have in common."
     p.add_argument('--out', default=out, metavar='DIR', help='where results go; '
                    f'default {out or "runs/table<N>-<dataset>"}')
-    epochs = 20 if out else None
-    p.add_argument('--epochs', type=int, default=epochs, metavar='N',
-                   help='passes through the training images; default '
-                   f'{epochs or "what the recipe says"}')
     p.add_argument('--threads', type=int, default=threads, metavar='N',
                    help='of the CPU; one is best for images of a few pixels; default '
                    f'{threads or "what torch takes"}')
-
-
-def _one_seed(p):
-    p.add_argument('--seed', type=_seed, default=0, metavar='N',
-                   help='of everything that is random; default 0')
 
 
 _COMMANDS['train'] = _Command('train one configuration', _train_arguments, _train)
@@ -335,31 +274,32 @@ _COMMANDS['train'] = _Command('train one configuration', _train_arguments, _trai
 # %% ../nbs/study/33_cli.ipynb #293d61a2
 def _table(args):
     "Train what is missing of a table, and write it."
-    from largest_margins.files import escape
     from largest_margins.study.recipes import TABLES
-    from largest_margins.study.tables import make_table
-    os.environ.setdefault('PYTHONWARNINGS', 'ignore::FutureWarning')  # of the workers
     recipe = TABLES[args.table]
     dataset = args.dataset or recipe.dataset
     out = f'runs/table{args.table}' + (f'-{Path(dataset).name}' if dataset else '')
-    changes = dict(weights=args.weights, data=args.data, epochs=args.epochs,
-                   despite_withdrawal=args.despite_withdrawal or None)
-    def tell(text):
-        print(*(escape(line, 'terminal') for line in text.split('\n')), sep='\n',
-              flush=True)
-    complete = make_table(
-        recipe, dataset, args.out or out, rows=args.rows, seeds=args.seeds,
-        jobs=args.jobs, threads=args.threads, resume=args.resume, dry_run=args.dry_run,
-        tell=tell, **changes)
-    return 0 if complete else 130
+    given = {name: getattr(args, name) or None
+             for name in ('weights', 'data', 'download', 'despite_withdrawal')}
+    return _make(recipe, args, dataset, args.out or out, rows=args.rows,
+                 seeds=args.seeds, jobs=args.jobs, resume=args.resume,
+                 dry_run=args.dry_run, epochs=args.epochs, **given)
 
 
 def _table_arguments(p):
     titles = _titles()
     p.add_argument('table', choices=list(titles), help='; '.join(
         f'{name}: {title.split(": ")[-1]}' for name, title in titles.items()))
-    _data_arguments(p, None, threads=1)
-    p.set_defaults(dataset=None)
+    p.add_argument('--dataset', metavar='NAME',
+                   help='digits (default), mnist_5k, fashion_mnist, mnist, cifar10, '
+                   'cifar100, or the directory of an image folder. Tables 3 and '
+                   'verification: glyphs (default) or the directory of a folder; table '
+                   '3 also market1501, dukemtmc')
+    p.add_argument('--data', metavar='DIR', help='directory of the data set’s files')
+    p.add_argument('--download', action='store_true',
+                   help='allow a download into --data')
+    p.add_argument('--epochs', type=int, metavar='N', help='passes through the training '
+                   'images; default: what the recipe says')
+    _run_arguments(p, None, threads=1)
     p.add_argument('--rows', nargs='+', metavar='ROW',
                    help='names like cosface-20, or patterns like "cosface*"; '
                    'default: all; a dry run lists them')
@@ -519,40 +459,23 @@ _COMMANDS['prototypes'] = _Command('the best packing as fixed prototypes',
 # %% ../nbs/study/33_cli.ipynb #f9e08949
 def _demo(args):
     "Quick proofs, then CE, CosFace and LM-Softmax, each without and with 0.5 R_sm."
-    from largest_margins.study.experiments import Configuration
+    from largest_margins.study.recipes import DEMO
     start = time.perf_counter()
-    configurations = [
-        Configuration(dataset=args.dataset, loss=loss, sample_margin=weight,
-                      epochs=args.epochs, seed=args.seed, data=args.data)
-        for loss in ('ce', 'cosface', 'lm-softmax') for weight in (0., .5)]
     print('What the paper claims, checked:\n')
     failed = _prove(argparse.Namespace(ids=None, quick=True, json=None))
     print(f'\nSix trainings on {args.dataset}:\n')
-    code = _train_all(configurations, Path(args.out),
-                      'Learning towards the largest margins', _compare,
-                      args.threads)
+    code = _make(DEMO, args, args.dataset, args.out, seeds=[args.seed], data=args.data,
+                 epochs=args.epochs, resume=args.resume)
     print(f'{time.perf_counter() - start:.0f} seconds in all')
     return code or failed
 
 
-def _compare(results):
-    "Say in words what R_sm did to each loss; results without and with it take turns."
-    notes = []
-    for plain, with_term in zip(results[::2], results[1::2], strict=False):
-        angle = with_term.class_margin - plain.class_margin
-        margin = with_term.mean_sample_margin - plain.mean_sample_margin
-        title = replace(with_term.configuration, sample_margin=0.).label
-        notes.append(f'{title}: 0.5 R_sm changes the class margin by {angle:+.2f}° and '
-                     f'the mean sample margin by {margin:+.3f}.')
-        if plain.configuration.loss == 'lm-softmax':
-            notes.append('LM-Softmax is R_sm up to log(k−1)/s, so the term has next to '
-                         'nothing to add.')
-    return notes
-
-
 def _demo_arguments(p):
-    _data_arguments(p, 'runs/demo', threads=1)
-    _one_seed(p)
+    from largest_margins.study.configurations import ClassifierFields
+    _field_arguments(p, ClassifierFields, ('dataset', 'data', 'epochs', 'seed'))
+    _run_arguments(p, 'runs/demo', threads=1)
+    p.add_argument('--resume', action='store_true',
+                   help='keep the finished trainings in --out, and go on with the others')
 
 
 _COMMANDS['demo'] = _Command('quick proofs and six trainings', _demo_arguments, _demo)

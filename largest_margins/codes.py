@@ -13,8 +13,8 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import count
+from functools import cache, cached_property
+from itertools import compress, count, product
 from numbers import Integral, Real
 
 import numpy as np
@@ -68,7 +68,6 @@ def _log_energy(points, p):
 
 # %% ../nbs/theory/03_packing.ipynb #6fa38346
 _EXPONENTS = 2, 8, 40, 200, 1000, 5000
-_FIRST = 0, 3, 1, 3, 2, 3  # which exponent starts begin with, in turn
 _LAST = 30_000, 200_000  # of packings that are too large for a linear programme
 
 
@@ -180,8 +179,8 @@ _EXACT = dict.fromkeys(('primal_feasibility_tolerance', 'dual_feasibility_tolera
                        1e-10)
 _FEW = 400  # coordinates, up to which the dual simplex method is faster
 
-
-def _lift(points, deadline, steps=60):
+# %% ../nbs/theory/03_packing.ipynb #7a9c3e1g
+def _lift(points, deadline, steps=60, exact=True):
     "Sequential linear programming: lower the largest cosine while that is possible."
     top = _largest_cosine(points)
     radius = min(.01, .05 * math.sqrt(2 - 2 * top))
@@ -194,12 +193,13 @@ def _lift(points, deadline, steps=60):
         i, j = i[stressed], j[stressed]
         still = np.zeros_like(points)
         still[i], still[j] = moves[i], moves[j]
-        still, whole = _normalised(points + still), _normalised(points + moves)
-        moved = min((_newton(still, i, j), still, whole), key=_largest_cosine)
+        tries = [_normalised(points + still), _normalised(points + moves)]
+        if exact: tries.append(_newton(tries[0], i, j))
+        moved = min(tries, key=_largest_cosine)
         gain = top - _largest_cosine(moved)
         if gain > 0: points, top = moved, top - gain
         part = gain / promised
-        radius *= 2 if part > .9 else 1 if part > .5 else 1 / 2 if part > 0 else 1 / 4
+        radius = min(.2, radius * (2 if part > .5 else 1 / 2 if part > 0 else 1 / 4))
         if radius < 1e-10 or time.monotonic() > deadline: break
     return points
 
@@ -240,6 +240,66 @@ def _settle(points, deadline):
     if points.size > _FEW or _certified(points): return points
     return min(points, _polish(_tilted(points), deadline), key=_largest_cosine)
 
+# %% ../nbs/theory/03_packing.ipynb #b6c0f2a9
+def _turn(axis, angle):
+    "The rotation by an angle (radians) about an axis, [3, 3]."
+    x, y, z = axis / np.linalg.norm(axis)
+    across = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
+    return np.eye(3) + math.sin(angle) * across + (1 - math.cos(angle)) * across @ across
+
+
+def _distinct(arrays):
+    "One of each, to rounding."
+    kept = []
+    for array in arrays:
+        if all(abs(array - other).max() > 1e-6 for other in kept): kept.append(array)
+    return kept
+
+
+def _generated(*turns):
+    "All products of these matrices, [size, 3, 3]."
+    group, size = [np.eye(3)], 0
+    while len(group) > size:
+        size = len(group)
+        group = _distinct([*group, *(g @ turn for g in group for turn in turns)])
+    return np.array(group)
+
+
+@cache
+def _groups():
+    "Groups of rotations, and the antipodal one, the largest first."
+    third = _turn([1, 1, 1], 2 * math.pi / 3)
+    icosahedral = _turn([0, 1, (1 + math.sqrt(5)) / 2], 2 * math.pi / 5)
+    found = [_generated(-np.eye(3)), _generated(third, icosahedral)]
+    found += [_generated(third, _turn([0, 0, 1], math.pi / n)) for n in (1, 2)]
+    for n in range(2, 13):
+        turn = _turn([0, 0, 1], 2 * math.pi / n)
+        found += [_generated(turn), _generated(turn, np.diag([1., -1, -1]))]
+    return sorted(found, key=len, reverse=True)
+
+# %% ../nbs/theory/03_packing.ipynb #b6c0f2ag
+def _small_orbits(group):
+    "The orbits of the points on the axes."
+    axes = [np.linalg.svd(g - np.eye(3))[2][2] for g in group[1:] if np.linalg.det(g) > 0]
+    orbits = []
+    for axis in [*axes, *(-axis for axis in axes)]:
+        if all(abs(orbit - axis).max(1).min() > 1e-6 for orbit in orbits):
+            orbits.append(np.array(_distinct(group @ axis)))
+    return orbits
+
+
+@cache
+def _symmetries(k):
+    "Group, points on axes, and how many points are free, for each way to have k."
+    found = []
+    for group in _groups():
+        orbits = _small_orbits(group)
+        for chosen in product((0, 1), repeat=len(orbits)):
+            fixed = np.concatenate([np.zeros((0, 3)), *compress(orbits, chosen)])
+            free, rest = divmod(k - len(fixed), len(group))
+            if free >= 0 and not rest: found.append((group, fixed, free))
+    return found
+
 # %% ../nbs/theory/03_packing.ipynb #05d791bc
 def _attained(cosine, bound):
     "Whether nothing better than this largest cosine is possible, to `_RESOLUTION`."
@@ -269,16 +329,44 @@ def _less_one(points):
     return np.delete(points, cosines.max(1).argmax(), 0)
 
 
+_TURNS = (('random', 0), ('symmetric', 2), ('random', 3), ('hop', 3), ('random', 3),
+          ('crowded', 2), ('shaken', 3), ('symmetric', 2))  # and the first exponent
+_TURNS_IN_SPACE = (('symmetric', 2), ('random', 3), ('symmetric', 2), ('shaken', 3),
+                   ('crowded', 2), ('shaken', 3), ('hop', 3), ('shaken', 3))  # k > 40
+
+# %% ../nbs/theory/03_packing.ipynb #05d791bg
+def _start(kind, k, d, n, best, rng):
+    "Where a search begins: points of one kind, the n-th."
+    if kind == 'hop': return _hop(best, rng)
+    noise = rng.standard_normal((k + (kind == 'crowded'), d))
+    if kind == 'shaken':
+        closest = math.sqrt(2 - 2 * _largest_cosine(best))
+        return _normalised(best + rng.choice((.03, .06, .12, .24)) * closest * noise)
+    if kind != 'symmetric': return _normalised(noise)
+    group, fixed, free = _symmetries(k)[n % len(_symmetries(k))]
+    turned = _normalised(noise[:free]) @ group
+    return np.concatenate([turned.reshape(-1, d), fixed])
+
+
+def _kind(m, k, d):
+    "Which kind of start the m-th one is, and where in the exponents it begins."
+    turns = _TURNS if k <= 40 or d > 3 else _TURNS_IN_SPACE
+    kind, first = turns[(m - 1) % len(turns)]
+    if kind == 'symmetric' and (d > 3 or not _symmetries(k)): kind, first = 'random', 3
+    if m <= len(turns) and kind in ('hop', 'shaken'): kind, first = 'random', 1
+    return kind, first if k * d <= 10_000 else 2
+
+# %% ../nbs/theory/03_packing.ipynb #05d791bh
 def _search(k, d, rng, starts, deadline, bound, progress):
     "The best of many starts, each taken down the energies and polished."
     best, top, highest, ends = None, 2., 2., []
-    energies = {p: [] for p in _EXPONENTS}
+    energies, random, distinct, symmetric = {p: [] for p in _EXPONENTS}, 0, 0, 0
     for m in count(1):
-        hops, crowded = m > 6 and m % 6 == 3, m % 6 == 5
-        points = _hop(best, rng) if hops else _normalised(
-            rng.standard_normal((k + crowded, d)))
-        first = 3 if hops else _FIRST[(m - 1) % 6] if k * d <= 10_000 else 2
-        if crowded: points = _less_one(_descend(points, 40, 300, deadline)[0])
+        kind, first = _kind(m, k, d)
+        points = _start(kind, k, d, symmetric, best, rng)
+        symmetric += kind == 'symmetric'
+        random += kind in ('random', 'crowded')
+        if kind == 'crowded': points = _less_one(_descend(points, 40, 300, deadline)[0])
         if best is None: best = points
         for n, p in enumerate(_EXPONENTS[first:], first):
             now = time.monotonic()
@@ -288,16 +376,17 @@ def _search(k, d, rng, starts, deadline, bound, progress):
             energies[p].append(energy)
         end = _largest_cosine(points)
         if end < top: best, top = points, end
-        if not known and all(abs(end - other) > 2e-6 for other in ends):
+        away = math.inf if not ends else min(abs(end - other) for other in ends)
+        if not known and away > 1e-7:
             ends.append(end)
+            distinct += away > 2e-6 and kind in ('random', 'crowded')
             highest = min(highest, end)
             if math.acos(end) > (.98 if d == 3 else .9995) * math.acos(highest):
                 points = _polish(points, deadline)
                 if (now := _largest_cosine(points)) < top: best, top = points, now
         if progress: progress(m, starts if starts < math.inf else m, math.acos(top))
-        random, w = m - max(0, (m + 3) // 6 - 1), len(ends)
-        rest = random - w - 2
-        all_seen = m > 7 and rest > 0 and w * (random - 1) < (w + .5) * rest
+        rest = random - distinct - 2
+        all_seen = m > 8 and rest > 0 and distinct * (random - 1) < (distinct + .5) * rest
         if _attained(top, bound) or m >= starts or time.monotonic() > deadline: break
         if all_seen and deadline == math.inf: break
     return best if time.monotonic() > deadline else _release(_settle(best, deadline))
@@ -394,7 +483,7 @@ class Packing:
         margin = math.degrees(self.class_margin)
         return f'Packing(k={k}, d={d}, class margin {margin:.6f}° ≤ {bound})'
 
-
+# %% ../nbs/theory/03_packing.ipynb #f87e5b9g
 def _balances(points, slack=1e-9):
     "Whether the pushes of the contacts balance, to `slack` of the sum of all pushes."
     i, j, _ = _close_pairs(points, slack)
@@ -413,7 +502,7 @@ def _flexes(points, step=.05):
     points = points[np.unique(np.concatenate(_close_pairs(points, 1e-9)[:2]))]
     cosines = points @ points.T
     moved = _lift(_normalised(points + step * np.random.default_rng(0).standard_normal(
-        points.shape)), math.inf)
+        points.shape)), math.inf, exact=False)  # Newton's method would set it straight
     as_good = abs(_largest_cosine(moved) - _largest_cosine(points)) < 1e-9
     return bool(as_good and abs(moved @ moved.T - cosines).max() > step / 10)
 
@@ -451,7 +540,7 @@ _SMALL = 10**7  # multiplications for all pairs, up to which one thread is best
 
 def _is(value, kind): return isinstance(value, kind) and not isinstance(value, bool)
 
-
+# %% ../nbs/theory/03_packing.ipynb #2fbb860g
 def _closed_form(k, d):
     "A best packing if one is known in closed form, and what it is; else None."
     if k <= d + 1: return simplex(k, d), 'regular simplex'

@@ -1,4 +1,4 @@
-"""Decode images that strangers made: within limits, and with a name when one is bad
+"""Decode images from strangers within limits, and name the file that cannot be read
 
 Docs: https://largest-margins.github.io/largest-margins/training/images.html.md"""
 
@@ -23,15 +23,15 @@ from torch import Tensor
 
 # %% ../nbs/training/20_images.ipynb #e44e185a
 FORMATS = 'JPEG', 'PNG', 'BMP', 'PPM', 'WEBP', 'GIF', 'TIFF'
-MOST_PIXELS = 2**26  # of one image, about 67 million; Pillow needs 4 bytes for each
+MOST_PIXELS = 2**26  # of one image, about 67 million; Pillow uses 4 bytes each
 _LARGE, _large = 2**24, Lock()  # larger images are decoded one at a time
 
 
 def read_image(
-    source: str | Path | bytes,  # an image file, or what it holds
-    mode: str = 'RGB',  # colours, or 'L' for grey
+    source: str | Path | bytes,  # an image file or its content
+    mode: str = 'RGB',  # 'RGB', or 'L' for gray
 ) -> Image.Image:
-    "An image as Pillow has it; `ValueError` with its name if it cannot be read."
+    "Read an image, within limits of format and size."
     held = isinstance(source, bytes)
     with io.BytesIO(source) if held else open(source, 'rb') as file:
         try: return _decoded(file, mode)
@@ -41,9 +41,9 @@ def read_image(
             why = f'it is none of {", ".join(FORMATS)}' if unknown else e or repr(e)
             raise ValueError(f'the image {name} is not readable: {why}') from e
 
-
+# %% ../nbs/training/20_images.ipynb #502427fc
 def _decoded(file, mode):
-    "The image of an open file, if its header keeps to the limits."
+    "Decode an open file if its header is within the limits."
     with Image.open(file, formats=FORMATS) as image:
         pixels = math.prod(image.size)
         if pixels > MOST_PIXELS:
@@ -63,9 +63,9 @@ _CLUTTER = {'thumbs.db', 'thumbs.db:encryptable', 'ehthumbs.db', 'desktop.ini',
 
 
 def is_clutter(
-    name: str,  # of a file or a folder
+    name: str,  # name of a file or folder
 ) -> bool:
-    "Whether a system or an editor left it behind; hidden files count."
+    "Return whether a system or an editor left this file; hidden files count."
     return name.startswith('.') or name.casefold() in _CLUTTER
 
 # %% ../nbs/training/20_images.ipynb #5fbe257a
@@ -74,10 +74,10 @@ _SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.ppm', '.pgm', '.webp', '.gif', '
 
 
 def image_files(
-    folder: Path,  # where to look, also in the folders below
-    entered: set[Path],  # folders that are not entered again; grows
-) -> list[Path]:  # in the order of their names
-    "The image files of a folder, by their suffixes, without clutter."
+    folder: Path,  # folder to search, with its subfolders
+    entered: set[Path],  # folders not to enter again; grows
+) -> list[Path]:  # sorted by name within each folder
+    "List the image files of a folder by suffix, without clutter."
     def first_time(path):
         known = len(entered)
         entered.add(path.resolve())
@@ -97,9 +97,9 @@ class ImageFiles:
     def __init__(
         self,
         paths: list[Path],  # image files
-        size: int | tuple[int, int],  # height and width, in pixels; one number: both
-        channels: int = 3,  # 3 for RGB, 1 for grey
-        crop: bool = True,  # keep the proportions and the middle; False: squeeze
+        size: int | tuple[int, int],  # height and width, pixels; one number: both
+        channels: int = 3,  # 3 for RGB, 1 for gray
+        crop: bool = True,  # crop to the middle; False: resize both sides
     ):
         if channels not in (1, 3):
             raise ValueError(f'channels must be 1 or 3, got {channels!r}')
@@ -111,7 +111,7 @@ class ImageFiles:
     def __len__(self): return len(self.paths)
 
     def __getitem__(self, rows):
-        "One image [c, h, w], or those at the indices, [n, c, h, w]."
+        "Return one image [c, h, w], or several [n, c, h, w]."
         if isinstance(rows, slice): rows = range(len(self))[rows]
         rows = torch.as_tensor(rows)
         if rows.ndim == 0: return self.decode(self.paths[rows])
@@ -123,7 +123,7 @@ class ImageFiles:
         self,
         path: Path,  # an image file
     ) -> Tensor:  # bytes, [c, h, w]
-        "One image at the common size; `ValueError` if it cannot be read."
+        "Decode one image at the common size."
         _, channels, height, width = self.shape
         image = read_image(path, 'L' if channels == 1 else 'RGB')
         image = ImageOps.fit(image, (width, height)) if self.crop else \

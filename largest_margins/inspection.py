@@ -1,4 +1,4 @@
-"""How far apart a saved classifier has put its classes, and how far they could be
+"""Measure how far apart a saved classifier has put its classes, and how far apart they could be
 
 Docs: https://largest-margins.github.io/largest-margins/study/inspect.html.md"""
 
@@ -40,7 +40,7 @@ def _safetensors():
                           'pip install safetensors') from e
     return safetensors
 
-
+# %% ../nbs/study/40_inspect.ipynb #425c5a3f
 def _from_safetensors(path):
     "The tensors of a safetensors file, which keeps no order."
     safetensors = _safetensors()
@@ -49,7 +49,7 @@ def _from_safetensors(path):
         raise ValueError(f'{path} is damaged, or not a safetensors file: {e}') from e
     return dict(sorted(found.items()))
 
-
+# %% ../nbs/study/40_inspect.ipynb #3109dc75
 def _from_torch(path):
     "What `torch.save` wrote, without the lists and objects in it."
     content = read_torch(path)
@@ -106,7 +106,7 @@ def _tensors(arrays):
 
 # %% ../nbs/study/40_inspect.ipynb #a1c40005
 def _from_onnx(path):
-    "The initialisers of an ONNX model, matrices with outputs as rows."
+    "The initializers of an ONNX model, matrices with outputs as rows."
     try: import onnx
     except ImportError as e:
         raise ImportError(f'{path} is an ONNX model, which needs onnx: '
@@ -146,7 +146,7 @@ def _from_index(path):
     if lost: raise ValueError(f'{path} names {lost[0]}, which its part does not hold')
     return {name: parts[part][name] for name, part in places.items()}
 
-
+# %% ../nbs/study/40_inspect.ipynb #cdd1141a
 _SUFFIXES = ('.safetensors', '.pth', '.pt', '.bin', '.ckpt', '.npz', '.npy', '.onnx',
              '.pkl', '.tar', '.th', '.pyth')
 
@@ -164,7 +164,7 @@ def _in_folder(folder):
     raise ValueError(f'{folder} is a folder: name one of its files, '
                      f'{", ".join(p.name for p in whole[:12])}')
 
-
+# %% ../nbs/study/40_inspect.ipynb #571f8132
 _FOLDERS = [
     ('.metadata', 'a distributed checkpoint', 'torch.distributed.checkpoint.'
      'format_utils.dcp_to_torch_save(FOLDER, FILE) makes one file of it'),
@@ -201,7 +201,7 @@ _ZIPS = [  # a member, what the archive is, and what to do
      'torch.save(torch.export.load(FILE).state_dict, NEW)'),
     (r'model\.weights\.h5', 'a model of Keras', _KERAS)]
 
-
+# %% ../nbs/study/40_inspect.ipynb #afa1a658
 def _reader(path, head):
     "The function that reads a file which begins like this, or an error that helps."
     if not head: raise ValueError(f'{path} is damaged: it is empty')
@@ -217,7 +217,7 @@ def _reader(path, head):
     protobuf = re.match(rb'\x08[\x01-\x1f][\x12\x1a\x22\x2a\x32\x3a\x42]', head)
     return _from_onnx if protobuf else _from_torch
 
-
+# %% ../nbs/study/40_inspect.ipynb #419f454b
 def _zip_reader(path):
     "Which kind of archive it is."
     try: names = zipfile.ZipFile(path).namelist()
@@ -233,7 +233,7 @@ def _zip_reader(path):
 
 # %% ../nbs/study/40_inspect.ipynb #e87a80ee
 def read_tensors(
-    path: str | Path,  # a file of safetensors, `torch.save`, NumPy or ONNX; a folder
+    path: str | Path,  # a file of safetensors, torch.save, NumPy or ONNX
 ) -> dict[str, Tensor]:  # names like 'fc.weight', or 'model.fc.weight' if nested
     "All tensors of a file; nothing in it is executed."
     tensors = _composed(_read(Path(path)))
@@ -294,10 +294,10 @@ _CONTAINERS = ('state_dict_ema', 'model_ema', 'state_dict', 'model_state_dict', 
 
 
 def find_classifier(
-    tensors: dict[str, Tensor],  # as `read_tensors` returns them
-    key: str | None = None,  # its name, or how it ends ('fc.weight'); None: the obvious
+    tensors: dict[str, Tensor],  # tensors from `read_tensors`
+    key: str | None = None,  # its name or the end of it; None: the obvious one
 ) -> str:  # its full name
-    "The name of the classifier's weight."
+    "Find the name of the classifier's weight."
     if key is not None:
         found = [key] if key in tensors else [
             name for name in tensors if name.endswith(f'.{key}')]
@@ -320,16 +320,16 @@ def find_classifier(
                          f'{doubt}; there are {_listed(tensors, matrices)}')
     return found[0]
 
-
+# %% ../nbs/study/40_inspect.ipynb #18e09ba5
 def _parts(name): return re.split(r'[./]', name)
 
-
+# %% ../nbs/study/40_inspect.ipynb #46873754
 def _is_packed(name, t):
-    "Whether these are quantised numbers, by their type and name."
+    "Whether these are quantized numbers, by their type and name."
     return t.dtype in (torch.int8, torch.uint8) or (
         t.dtype == torch.int32 and re.search('qweight|qzeros|packed', name) is not None)
 
-
+# %% ../nbs/study/40_inspect.ipynb #4a9eb2cc
 def _may_classify(name, t):
     "Whether it is a matrix, or a convolution of one pixel with a classifier's name."
     named = any(part in _CLASSIFIERS for part in _parts(name))
@@ -338,7 +338,7 @@ def _may_classify(name, t):
     numbers = t.is_floating_point() or _is_packed(name, t)
     return numbers and not column and (t.ndim == 2 or (pixel and named))
 
-
+# %% ../nbs/study/40_inspect.ipynb #f425a4f7
 def _obvious(names, tensors):
     "The names (whole, and what is left of its parts) that may be the classifier's."
     if len(names) == 1: return [names[0][0]]
@@ -358,7 +358,7 @@ def _obvious(names, tensors):
     else: return [name for top in known or branches for name, _ in branches[top]]
     return _obvious(branches[chosen], tensors)
 
-
+# %% ../nbs/study/40_inspect.ipynb #7798f0b1
 def _side_by_side(before, last, tensors):
     "Whether two numbered branches are two heads, and not one layer after another."
     if len(before) != 1 or len(last) != 1: return False
@@ -366,7 +366,7 @@ def _side_by_side(before, last, tensors):
     (k, d), (_, d_last) = (tensors[x].shape[:2] for x in (name, other))
     return 'heads' in _parts(name) or (d == d_last and k != d_last)
 
-
+# %% ../nbs/study/40_inspect.ipynb #7fcf044e
 def _listed(tensors, names, most=12):
     "Names with shapes."
     shown = [f'{name} {list(tensors[name].shape)}' for name in names]
@@ -395,15 +395,15 @@ def _doubt(tensors, name):
              and re.search(r'(?<!bn1)\.running_mean$', other)]  # bn1 is the stem's
     if norms:
         return (f'{name} makes {k} features for {norms[0].rsplit(".", 1)[0]}, which '
-                'normalises as many')
+                'normalizes as many')
     return None
 
-
+# %% ../nbs/study/40_inspect.ipynb #019e74d8
 def _in_order(names):
     "Whether the order of the names is that of the layers; a few are sorted by chance."
     return len(names) < 5 or names != sorted(names)
 
-
+# %% ../nbs/study/40_inspect.ipynb #c1ef1813
 def _beside(tensors, name):
     "What comes after it in the same module; in a file without order, all beside it."
     names, dots = list(tensors), name.count('.')
@@ -414,14 +414,14 @@ def _beside(tensors, name):
 
 # %% ../nbs/study/40_inspect.ipynb #246c67af
 def as_prototypes(
-    weight: Tensor,  # [k, d], or a convolution's [k, d, 1, 1]
-    name: str = 'weight',  # what to call it in an error
-    transposed: bool | None = None,  # whether it is [d, k]; None: if named 'kernel'
-) -> Tensor:  # in at least float32, [k, d]
-    "A classifier's weight with one row for each class, checked."
+    weight: Tensor,  # a matrix [k, d], or a convolution's [k, d, 1, 1]
+    name: str = 'weight',  # name for error messages
+    transposed: bool | None = None,  # whether it is [d, k]; None: yes if named 'kernel'
+) -> Tensor:  # at least float32, [k, d]
+    "Return a classifier's weight with one row for each class."
     if weight.is_meta:
         raise ValueError(f'{name} has no values that can be read: it is sparse, '
-                         'quantised, empty, or larger than its file')
+                         'quantized, empty, or larger than its file')
     if weight.ndim == 4 and weight.shape[2:] == (1, 1): weight = weight.flatten(1)
     if transposed is None: transposed = _is_kernel(name)
     if transposed and weight.ndim == 2: weight = weight.T.contiguous()
@@ -433,31 +433,31 @@ def as_prototypes(
     check_prototypes(weight, name)
     return weight
 
-
+# %% ../nbs/study/40_inspect.ipynb #348a528d
 def _is_kernel(name): return re.fullmatch(r'kernel(:0)?', _parts(name)[-1]) is not None
 
 # %% ../nbs/study/40_inspect.ipynb #a1c40013
 class Classifier(NamedTuple):
     "The classifier of a file."
-    name: str  # of its weight, in full
-    weight: Tensor  # in at least float32, [k, d]
-    notes: list[str]  # what is not sure, in sentences
+    name: str  # full name of its weight
+    weight: Tensor  # at least float32, [k, d]
+    notes: list[str]  # doubts, in sentences
 
-
+# %% ../nbs/study/40_inspect.ipynb #4a5cb565
 def choose_classifier(
-    tensors: dict[str, Tensor],  # as `read_tensors` returns them
-    key: str | None = None,  # the tensor's name, or how it ends; None: the obvious one
+    tensors: dict[str, Tensor],  # tensors from `read_tensors`
+    key: str | None = None,  # the tensor's name or the end of it; None: the obvious
     *,
-    transposed: bool | None = None,  # whether it is [d, k]; None: as all else says
-    classes: int | None = None,  # how many classes there are, if that is known
+    transposed: bool | None = None,  # whether it is [d, k]; None: decide by the layers
+    classes: int | None = None,  # number of classes, if known
 ) -> Classifier:
-    "The weight of a classifier; ValueError, with the question, where there is a doubt."
+    "Choose the classifier's weight; raise ValueError with a question if in doubt."
     name, notes = find_classifier(tensors, key), []
     weight = tensors[name]
     scaled = any('scale' in n for n in _siblings(tensors, name))
     if _is_packed(name, weight) or (weight.element_size() < 2 and scaled):
-        raise ValueError(f'{name} is quantised, {str(weight.dtype)[6:]}: save its '
-                         'dequantised values')
+        raise ValueError(f'{name} is quantized, {str(weight.dtype)[6:]}: save its '
+                         'dequantized values')
     if transposed is None and weight.ndim == 2 and not _is_kernel(name):
         columns, what = next(_evidence(tensors, name, classes), (False, None))
         if columns:
@@ -479,14 +479,14 @@ def choose_classifier(
         notes.append(f'{twins[0]} has the same shape: there may be more than one head.')
     return Classifier(name, as_prototypes(weight, name, transposed), notes)
 
-
+# %% ../nbs/study/40_inspect.ipynb #db2ffe35
 def _siblings(tensors, name):
     "The last parts of the names of what is in the same layer."
     stem = name[:len(name) - len(_parts(name)[-1])]
     return {n[len(stem):]: n for n in tensors if n.startswith(stem) and n != name
             and not set('./') & set(n[len(stem):])}
 
-
+# %% ../nbs/study/40_inspect.ipynb #35a9fe9b
 def _evidence(tensors, name, classes):
     "Whether the columns are the classes, and what says so, the surest first."
     a, b = tensors[name].shape
@@ -503,15 +503,15 @@ def _evidence(tensors, name, classes):
     if _is_width(a) != _is_width(b):
         yield _is_width(a), f'{max(a, b, key=_is_width)} is a usual number of features'
 
-
+# %% ../nbs/study/40_inspect.ipynb #54a96339
 def _is_width(n): return n >= 32 and n & (n - 1) == 0  # 32, 64, 128, …
 
 # %% ../nbs/study/40_inspect.ipynb #a1c40014
 def join_parts(
-    parts: list[dict[str, Tensor]],  # the tensors of each part, in order
-    key: str | None = None,  # of the classifier in each part; None: the obvious one
-) -> dict[str, Tensor]:  # those of all parts, the classifier's rows one after the other
-    "Put together a model, or a classifier whose classes are shared out over files."
+    parts: list[dict[str, Tensor]],  # tensors of each part, in order
+    key: str | None = None,  # name of the classifier; None: the obvious one
+) -> dict[str, Tensor]:  # tensors of all parts
+    "Join a model, or a classifier whose classes are split over files."
     names = [name for part in parts for name in part]
     if len(set(names)) == len(names):
         return {name: t for part in parts for name, t in part.items()}
@@ -529,52 +529,52 @@ def join_parts(
     layer = [name, *(n for x, n in _siblings(parts[0], name).items() if x == 'bias')]
     return parts[0] | {n: torch.cat([part[n] for part in parts]) for n in layer}
 
-
+# %% ../nbs/study/40_inspect.ipynb #89a48743
 def read_classifier(
-    path: str | Path,  # a file of safetensors, `torch.save`, NumPy or ONNX; a folder
-    key: str | None = None,  # the tensor's name, or how it ends; None: the obvious one
+    path: str | Path,  # a file of safetensors, torch.save, NumPy or ONNX
+    key: str | None = None,  # the tensor's name or the end of it; None: the obvious
     *,
-    transposed: bool | None = None,  # whether it is [d, k]; None: as all else says
+    transposed: bool | None = None,  # whether it is [d, k]; None: decide by the layers
 ) -> Tensor:  # in at least float32, [k, d]
-    "The weight of a saved classifier, one row for each class."
+    "Read the weight of a saved classifier, one row for each class."
     return choose_classifier(read_tensors(path), key, transposed=transposed).weight
 
 # %% ../nbs/study/40_inspect.ipynb #2b2b6e21
 @dataclass(frozen=True, eq=False)
 class Inspection:
-    "What a classifier's weight says about its classes."
-    k: int  # classes
-    d: int  # dimensions
-    bound: Bound  # no k prototypes in d dimensions have a larger class margin
-    pairs: list[tuple[int, int, float]]  # the closest classes and their angle, radians
-    centroid_norm: float  # of the normalised prototypes, 0 to 1
+    "Measures of a classifier's weight."
+    k: int  # number of classes
+    d: int  # dimension
+    bound: Bound  # upper bound on the class margin of k prototypes
+    pairs: list[tuple[int, int, float]]  # closest classes with their angle, radians
+    centroid_norm: float  # norm of the mean unit prototype, 0 to 1
     norm_ratio: float  # largest over smallest norm of a prototype
-    nearest: Tensor = field(repr=False)  # each class's smallest angle, radians, [k]
-    angles: Tensor = field(repr=False)  # between all pairs of some classes, radians
-    sampled: int  # how many classes those are: all, or a random choice
+    nearest: Tensor = field(repr=False)  # smallest angle of each class, radians, [k]
+    angles: Tensor = field(repr=False)  # of all sampled pairs, radians
+    sampled: int  # number of sampled classes
     classes: list[str] | None = field(default=None, repr=False)  # names of the classes
-    notes: list[str] = field(default_factory=list, repr=False)  # what is not sure
+    notes: list[str] = field(default_factory=list, repr=False)  # doubts
 
     @property
     def class_margin(self) -> float:
-        "The smallest angle between two prototypes, radians."
+        "Return the smallest angle between two prototypes, radians."
         return self.pairs[0][2]
 
     @property
     def gap(self) -> float:
-        "What is left between the class margin and the bound, radians, ≥ 0."
+        "Return bound minus class margin, radians, ≥ 0."
         return max(0., self.bound.radians - self.class_margin)
 
     def name(
         self,
-        i: int,  # a class, 0 … k − 1
+        i: int,  # class number, 0 … k − 1
     ) -> str:
-        "What the class is called; its number if no names are known."
+        "Return the name of a class, or its number."
         return self.classes[i] if self.classes else str(i)
 
     @property
     def verdict(self) -> str:
-        "All of it in a sentence."
+        "Summarize the inspection in a sentence."
         i, j, _ = self.pairs[0]
         closest = f'The closest classes, {self.name(i)} and {self.name(j)},'
         room = f'{self.k} prototypes in {self.d} dimensions'
@@ -588,24 +588,24 @@ class Inspection:
         return f'{closest} are {apart} apart; {room} {can} {best} apart.'
 
     def numbers(self) -> dict[str, str]:
-        "What a table shows, by its label."
+        "Return the rows of the table: label -> text."
         nearest = [f'{what} {_degrees(value)}' for what, value in
                    zip(('mean', 'median'), self._nearest(), strict=True)]
         best = f'{_degrees(self.bound.radians)} ({self.bound.method})'
         return {'classes, dimensions': f'{self.k}, {self.d}',
                 'class margin': _degrees(self.class_margin),
                 'best possible': best if self.bound.attained else f'at most {best}',
-                'gap': _degrees(self.gap), 'nearest neighbour': ', '.join(nearest),
+                'gap': _degrees(self.gap), 'nearest neighbor': ', '.join(nearest),
                 'centroid norm': f'{self.centroid_norm:.4f}',
                 'norm ratio': f'{self.norm_ratio:.3f}'}
 
     def closest(self) -> list[tuple[str, str, str]]:
-        "The closest pairs: two names, and their angle in degrees."
+        "Return the closest pairs: two names and their angle in degrees."
         return [(self.name(i), self.name(j), _degrees(radians))
                 for i, j, radians in self.pairs]
 
     def record(self) -> dict:
-        "Everything that is measured, for JSON; angles in degrees."
+        "Return all measures for JSON, angles in degrees."
         mean, median = map(math.degrees, self._nearest())
         pairs = [dict(classes=[i, j], names=[self.name(i), self.name(j)],
                       degrees=math.degrees(radians)) for i, j, radians in self.pairs]
@@ -619,7 +619,7 @@ class Inspection:
                     closest_pairs=pairs, notes=self.notes)
 
     def _nearest(self):
-        "Mean and median of the angles to the nearest neighbour, radians."
+        "Return mean and median angle to the nearest neighbor, radians."
         return self.nearest.mean().item(), self.nearest.quantile(.5).item()
 
     def __str__(self):
@@ -636,7 +636,7 @@ def _degrees(radians): return f'{math.degrees(radians):.2f}°'
 # %% ../nbs/study/40_inspect.ipynb #4fb9f1d5
 @torch.no_grad()
 def _closest(prototypes, pairs, progress, size=512):
-    "Each class's largest cosine with another, [k], and the closest pairs, [n, 2]."
+    "Return each class's largest cosine, [k], and the closest pairs, [n, 2]."
     k = len(prototypes)
     starts = range(0, k, size)
     largest = torch.full((k,), -torch.inf, dtype=torch.float64)
@@ -664,16 +664,16 @@ def _closest(prototypes, pairs, progress, size=512):
             if progress: progress(done, tiles)
     return largest, found
 
-
+# %% ../nbs/study/40_inspect.ipynb #e69e340e
 def inspect_prototypes(
-    weight: Tensor,  # one row for each class, of any norm, [k, d], k ≥ 2
+    weight: Tensor,  # one row of any norm for each class, [k, d], k ≥ 2
     *,
-    pairs: int = 5,  # how many of the closest pairs to name, ≥ 1
+    pairs: int = 5,  # number of closest pairs to report, ≥ 1
     classes: list[str] | None = None,  # names of the k classes
-    notes: list[str] = (),  # what is not sure, in sentences, to be said with the result
-    progress: Callable[[int, int], None] | None = None,  # told about tiles: done, all
-) -> Inspection:  # the numbers, and a verdict
-    "How far apart the classes of a classifier are, and how far they could be."
+    notes: list[str] = (),  # doubts to print with the result
+    progress: Callable[[int, int], None] | None = None,  # told tiles done, all tiles
+) -> Inspection:  # measures and a verdict
+    "Measure how far apart classes are and how far apart they could be."
     check_prototypes(weight, 'weight')
     weight, (k, d) = weight.detach().cpu(), weight.shape
     if not isinstance(pairs, int) or pairs < 1:
@@ -690,7 +690,7 @@ def inspect_prototypes(
         torch.linalg.vector_norm(sum(blocks) / k).item(), norm_ratio(weight).item(),
         largest.clamp(-1, 1).acos(), *_angles(weight), classes, list(notes))
 
-
+# %% ../nbs/study/40_inspect.ipynb #03d55099
 def _angles(weight, most=1500, seed=0):
     "The angles between all pairs of all classes, or of `most` drawn at random."
     generator = torch.Generator().manual_seed(seed)
@@ -701,10 +701,10 @@ def _angles(weight, most=1500, seed=0):
 
 # %% ../nbs/study/40_inspect.ipynb #74b6ccf7
 def plot_angles(
-    found: Inspection,
-    axes=None,  # two axes; None makes a figure
+    found: Inspection,  # from `inspect_prototypes`
+    axes=None,  # two axes; None: a new figure
 ):  # the two axes
-    "Histograms of the angles between classes, with the class margin and its bound."
+    "Draw histograms of the angles, with the class margin and its bound."
     import matplotlib.pyplot as plt
 
     from largest_margins.plots import BLUE, GREEN, GREY, ORANGE, axes_for
@@ -727,48 +727,44 @@ def plot_angles(
                             loc='lower center', bbox_to_anchor=(.5, 1))
     return axes
 
-
+# %% ../nbs/study/40_inspect.ipynb #d182b055
 def inspection_page(
-    found: Inspection,
-    title: str,  # heading of the page, say the name of the file
-    note: str = '',  # what stands at its foot, say the command
-) -> str:  # HTML, with everything inside
-    "The inspection as one self-contained page."
+    found: Inspection,  # from `inspect_prototypes`
+    title: str,  # heading of the page, such as the file's name
+    note: str = '',  # text at its foot, such as the command
+) -> str:  # HTML with everything inside
+    "Make one self-contained page of an inspection."
     import matplotlib.pyplot as plt
 
-    from largest_margins.study.pages import inline_image, page
-    def plain(text): return escape(text, 'html')
-    def row(texts): return ''.join(f'<td>{plain(text)}</td>' for text in texts)
-    def table(rows):
-        lines = ''.join(f'<tr>{row(texts)}</tr>' for texts in rows)
-        return f'<div class="scroll"><table><tbody>{lines}</tbody></table></div>'
+    from largest_margins.study.pages import Table, html_page, inline_image
+    def cells(rows): return [[(text, False) for text in texts] for texts in rows]
     figure = plt.figure(figsize=(11, 3.2), facecolor='none', layout='constrained')
     plot_angles(found, figure.subplots(1, 2))
     seen = 'all classes' if found.sampled == found.k else (
         f'{found.sampled} of the {found.k} classes, drawn at random')
-    doubts = ''.join(f'<p>Note: {plain(text)}</p>' for text in found.notes)
-    return page(title, f'''<p>{plain(found.verdict)}</p>{doubts}
-{table(found.numbers().items())}
-<h2>Angles</h2><figure>{inline_image(figure, 'Histograms of the angles')}
-<figcaption>Left: all pairs of {seen}. Right: every class and the class nearest to
-it.</figcaption></figure>
-<h2>Closest pairs</h2>{table(found.closest())}
-<p class="soft">Angles are those between the rows of the weight, whatever their norms.
-No {found.k} rows in {found.d} dimensions can all be further apart than the best
-possible angle.<br>{plain(note)}</p>''')
+    caption = (f'Left: all pairs of {seen}. Right: every class and the class nearest to '
+               'it.')
+    return html_page(Table(
+        title, [('', [], cells(found.numbers().items())),
+                ('Closest pairs', [], cells(found.closest()))],
+        ['Angles are those between the rows of the weight, whatever their norms. '
+         f'No {found.k} rows in {found.d} dimensions can all be further apart than the '
+         'best possible angle.', note],
+        lead=[found.verdict, *(f'Note: {text}' for text in found.notes)],
+        figures=[('Angles', inline_image(figure, 'Histograms of the angles'), caption)]))
 
 # %% ../nbs/study/40_inspect.ipynb #1f98268e
 def write_prototypes(
-    path: str | Path,  # .safetensors, complete when it appears; or a pipe, '-'
+    path: str | Path,  # a .safetensors file; '-': standard output
     k: int,  # number of prototypes, ≥ 2
     d: int,  # dimension, ≥ 2
     *,
-    seed: int = 0,  # of the search; the same seed gives the same points
-    seconds: float | None = None,  # how long to search; None: until it is done
-    force: bool = False,  # replace files that are there
-    progress: Callable[[int, int, float], None] | None = None,  # of `best_packing`
-) -> Packing:  # what was written
-    "The best packing as fixed prototypes, with its bound in the header of the file."
+    seed: int = 0,  # random seed of the search
+    seconds: float | None = None,  # time for the search; None: no limit
+    force: bool = False,  # whether to replace existing files
+    progress: Callable[[int, int, float], None] | None = None,  # as in `best_packing`
+) -> Packing:  # the packing that was written
+    "Write the best packing as prototypes, with its bound in the file's header."
     path, safetensors = Path(path), _safetensors()
     stream = str(path) == '-' or (path.exists() and not path.is_file())
     if not stream and path.suffix != '.safetensors':
@@ -789,7 +785,7 @@ def write_prototypes(
     if certificate: write_file(beside, json.dumps(certificate))
     return packing
 
-
+# %% ../nbs/study/40_inspect.ipynb #50d62ff0
 def _header(packing):
     "What the file says about its prototypes, in words and radians."
     (k, d), bound = packing.points.shape, class_margin_bound(*packing.points.shape)

@@ -143,7 +143,7 @@ class _Reduction(_Options):
         return shares / torch.where(total > 0, total, 1)
 
     def aggregate(self, losses, shares):
-        "The losses of a batch, [N], as the reduction wants them, [] or, for 'none', [N]."
+        "The losses of a batch as the reduction wants them, [] or, for 'none', [N]."
         if self.reduction == 'none': return losses * shares
         if isinstance(shares, Tensor): return (losses * shares).sum()
         return losses.mean() if self.reduction == 'mean' else losses.sum()
@@ -232,7 +232,7 @@ class _Terms(_Hooks):
     "What the engine asks of a loss."
 
     def terms(self, own, rest, given, wanted=()):
-        "Losses, [n], and, if any are wanted, slopes by 'own', 'rest' and what is given."
+        "Losses, [n]; if any are wanted, slopes by 'own', 'rest' and what is given."
         if not wanted:
             given = self._filled(given, own.targets, rest.dtype)
             return self.per_sample(own, rest, **given), {}
@@ -254,7 +254,7 @@ class _Terms(_Hooks):
         return losses.detach(), dict(zip(leaves, slopes))
 
     def log_shares(self, targets, valid, num_classes, dtype):
-        "log a_i, [N], if samples are summed up by (1/t)·log Σ a_i·exp(t·L_i); else None."
+        "log a_i, [N], if the loss is (1/t)·log Σ a_i·exp(t·L_i); else None."
         return None
 
     def total(self, losses, leads, shares, logs=None):
@@ -317,10 +317,13 @@ class _OnCosines(_OfMatrix):
         return self.of_cosines(wide, Own(targets, own, theta), valid, given)
 
 # %% ../nbs/losses/12_losses.ipynb #95195c78
+_LAMBDA = dict(at_least=0, at_most=1e6)
+
+
 @dataclass(eq=False, repr=False, kw_only=True)
 class CosineLoss(_OnCosines):
     "A loss of each sample's own cosine and one reduction over the others."
-    sample_margin: float = Number(0., at_least=0, at_most=1e6)  # λ of the added λ·R_sm
+    sample_margin: float = Number(0., **_LAMBDA)  # λ ≥ 0 of the λ·R_sm that is added
 
     def linear(
         self,
@@ -416,25 +419,25 @@ def _smoothed(loss, cosines, own, valid, num):
 # %% ../nbs/losses/12_losses.ipynb #64fb0eee
 class _Smoothed(_Softmax):
     def __post_init__(self):
-        if self.label_smoothing and self.prior is not None:
-            raise ValueError('label_smoothing must be 0 with a prior, '
-                             f'got {self.label_smoothing:g}')
+        if (x := self.label_smoothing) and self.prior is not None:
+            raise ValueError(f'label_smoothing must be 0 with a prior, got {x:g}')
 
     def of_cosines(self, cosines, own, valid, given):
-        if not self.label_smoothing: return super().of_cosines(cosines, own, valid, given)
+        if not self.label_smoothing:
+            return super().of_cosines(cosines, own, valid, given)
         _Smoothed.__post_init__(self)
         numbers = self._filled(given, own.targets, cosines.dtype)
         num, den, *_ = self.curves(own, **numbers)
         weighted = self.weight is not None and self.reduction == 'class-mean'
         if den is not num or weighted:
-            raise ValueError('label_smoothing needs num = den and no weighted class-mean')
+            raise ValueError('label_smoothing needs num = den, no weighted class-mean')
         return _smoothed(self, cosines, own, valid, num)
 
 # %% ../nbs/losses/12_losses.ipynb #64fb0eef
 @dataclass(eq=False, repr=False)
 class MarginSoftmaxLoss(_Smoothed):
     "A margin softmax: the `curves` of the target's cosine, one reduction of the rest."
-    scale: float = Number(20., **_SCALE)  # s > 0, the inverse temperature of the cosines
+    scale: float = Number(20., **_SCALE)  # s > 0, inverse temperature of the cosines
     _: KW_ONLY
     label_smoothing: float = Number(0., at_least=0, below=1)  # ε in [0, 1); dense only
 
@@ -739,7 +742,7 @@ class LMSoftmaxLoss(MarginSoftmaxLoss):
 @dataclass(eq=False, repr=False)
 class SampleMarginLoss(CosineLoss):
     "R_sm, the negative sample margin, max_{j≠y} c_j − c_y (Zhou et al. 2022, §3.3)."
-    sample_margin: float = field(default=1., init=False)
+    sample_margin: float = field(default=Number(1., **_LAMBDA), init=False)
     prior: None = field(default=None, init=False)
 
 # %% ../nbs/losses/12_losses.ipynb #bd76fbce

@@ -25,7 +25,7 @@ def row_norms(x: Tensor) -> Tensor:
 
 
 def _scaled(x):
-    "Rows, divided by their largest entries (None: by 1) where squares ask for it; norms."
+    "Rows, norms and, where squares ask for it, what rows were divided by, or None."
     norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     if moderate(norms): return x, norms, None
     peaks = x.detach().abs().amax(-1, keepdim=True)
@@ -56,7 +56,7 @@ def angle(x: Tensor, y: Tensor) -> Tensor:
 
 # %% ../nbs/theory/01_margins.ipynb #c81d2f47
 def row_blocks(x: Tensor, numbers: int = 2**18) -> list[slice]:
-    "Slices of so many numbers, which fit into a CPU's cache; all rows at once elsewhere."
+    "Slices of so many numbers, which fit into a CPU's cache; elsewhere all rows."
     step = max(1, numbers // x.shape[1]) if values_are_cheap(x) else len(x)
     return [slice(a, a + step) for a in range(0, len(x), step)]
 

@@ -11,7 +11,6 @@ __all__ = ['zero_centroid']
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.autograd.function import once_differentiable
 
 from .checks import at_least_float32, check_prototypes, is_traced, plain
 from .margins import precise, row_blocks, row_norms, unit_rows
@@ -31,37 +30,28 @@ def _to_prototypes(prototypes, slope):
 
 # %% ../nbs/losses/13_regularizers.ipynb #2c7ea6f2
 class _Centroid(torch.autograd.Function):
-    "The mean of the unit rows, a block of rows at a time, forward and backward."
+    "The mean of all ranks' unit rows, a block of rows at a time, there and back."
 
     @staticmethod
-    def forward(ctx, prototypes):
-        ctx.save_for_backward(prototypes)
-        total = prototypes.new_zeros(prototypes.shape[1], dtype=precise(prototypes))
+    def forward(ctx, prototypes, group):
+        k, d = prototypes.shape
+        sums = prototypes.new_full((d + 1,), k, dtype=precise(prototypes))  # k at the end
+        sums[:d] = 0
         for rows in row_blocks(prototypes):
-            total += unit_rows(at_least_float32(prototypes[rows])).sum(0)
+            sums[:d] += unit_rows(at_least_float32(prototypes[rows])).sum(0)
+        if group is not None: dist.all_reduce(sums, group=group)
+        ctx.save_for_backward(prototypes, sums[d])
+        ctx.shared = group is not None
         dtype = torch.promote_types(prototypes.dtype, torch.float32)
-        return (total / len(prototypes)).to(dtype)
+        return (sums[:d] / sums[d]).to(dtype)
 
     @staticmethod
     def backward(ctx, slope):
-        prototypes, = ctx.saved_tensors
-        return _to_prototypes(prototypes, slope / len(prototypes))
-
-# %% ../nbs/losses/13_regularizers.ipynb #8888a491
-class _CentroidOfRanks(torch.autograd.Function):
-    "The centroid of all ranks' classes, from each rank's own."
-
-    @staticmethod
-    def forward(ctx, centroid, num_local, group):
-        wide = centroid.to(precise(centroid))
-        total = torch.cat([wide, wide.new_ones(1)]) * num_local
-        dist.all_reduce(total, group=group)
-        ctx.share = num_local / total[-1]
-        return (total[:-1] / total[-1]).to(centroid.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, slope): return slope * ctx.share, None, None
+        if ctx.shared and torch.is_grad_enabled():
+            raise RuntimeError('create_graph=True: classes shared out among processes '
+                               'have no second derivatives; use one process')
+        prototypes, count = ctx.saved_tensors
+        return _to_prototypes(prototypes, slope / count), None
 
 # %% ../nbs/losses/13_regularizers.ipynb #8888a492
 def zero_centroid(
@@ -70,8 +60,6 @@ def zero_centroid(
 ) -> Tensor:  # in [0, 1], []
     "‖(1/k) Σ_j w_j/‖w_j‖‖², the squared norm of the centroid (Zhou et al. 2022, §3.4)."
     check_prototypes(prototypes, least=2 if group is None else 1)
-    if is_traced(): centroid = unit_rows(at_least_float32(prototypes)).mean(0)
-    else: centroid = _Centroid.apply(plain(prototypes))
-    if group is not None:
-        centroid = _CentroidOfRanks.apply(centroid, len(prototypes), group)
-    return centroid.square().sum()
+    if is_traced() and group is None:
+        return unit_rows(at_least_float32(prototypes)).mean(0).square().sum()
+    return _Centroid.apply(plain(prototypes), group).square().sum()

@@ -1,4 +1,4 @@
-"""Folders read strictly, rankings judged exactly, and the network between them
+"""Read a data set of persons and cameras, train on identities, and evaluate rankings
 
 Docs: https://largest-margins.github.io/largest-margins/evaluation/reid.html.md"""
 
@@ -44,9 +44,9 @@ _NAME = re.compile(r'(-1|\d{1,9})_c(\d{1,9})(?:s\d+)?_(f?)\d+(?:_\d+)?'
 
 
 def parse_market_name(
-    filename: str | Path,  # such as 0002_c1s1_000451_03.jpg; folders before it are cut
-) -> tuple[int, int]:  # person (−1 is junk, 0 a distractor) and camera
-    "Who is on a picture and which camera took it, by its base name."
+    filename: str | Path,  # such as 0002_c1s1_000451_03.jpg, with or without folders
+) -> tuple[int, int]:  # person (−1: junk, 0: distractor) and camera
+    "Read person and camera from a picture's base name."
     found = _NAME.fullmatch(Path(filename).name)
     if not found:
         raise ValueError('filename must look like 0002_c1s1_000451_03.jpg, '
@@ -56,20 +56,20 @@ def parse_market_name(
 # %% ../nbs/evaluation/34_reid.ipynb #36fc98f9
 @dataclass(frozen=True, eq=False)
 class ReIDImages:
-    "Pictures with the person on each and the camera that took it."
+    "Pictures with their persons and cameras."
     paths: list[Path]  # image files, [N]
-    persons: Tensor  # who is on it, int64, [N]
-    cameras: Tensor  # which camera took it, int64, [N]
+    persons: Tensor  # person on each picture, int64, [N]
+    cameras: Tensor  # camera of each picture, int64, [N]
 
     def __len__(self): return len(self.paths)
 
     def pixels(
         self,
         size: tuple[int, int] = (256, 128),  # height and width, pixels
-        channels: int = 3,  # 3 for RGB, 1 for grey
-        budget: int = 2**31,  # bytes up to which all pictures are kept in memory
+        channels: int = 3,  # 3 for RGB, 1 for gray
+        budget: int = 2**31,  # largest size of all pictures to keep in memory, bytes
     ) -> Tensor | ImageFiles:  # bytes, [N, c, h, w]
-        "The pictures, decoded at once if they fit the budget, else when asked for."
+        "Return the pictures, decoded now if they fit the budget, else on demand."
         files = ImageFiles(self.paths, size, channels, crop=False)
         if math.prod(files.shape) > budget: return files
         return files[torch.arange(len(files))]
@@ -78,12 +78,12 @@ class ReIDImages:
 @dataclass(frozen=True, eq=False)
 class ReIDData:
     "Training, query and gallery pictures, checked against each other."
-    name: str  # what it is called
-    train: ReIDImages  # of other persons than the query and the gallery
-    query: ReIDImages  # what is searched for
-    gallery: ReIDImages  # where, with distractors and without junk
-    junk: int = 0  # pictures of person −1 that were left out of the gallery
-    shared_ids: bool = True  # a number is one person in training and test
+    name: str  # name of the data set
+    train: ReIDImages  # training pictures, of other persons
+    query: ReIDImages  # pictures to search for
+    gallery: ReIDImages  # pictures to search, with distractors, without junk
+    junk: int = 0  # number of junk pictures left out of the gallery
+    shared_ids: bool = True  # whether train and test use the same person numbers
 
     def __post_init__(self):
         for split in ('train', 'query', 'gallery'):
@@ -103,7 +103,7 @@ class ReIDData:
                           'camera of the gallery', stacklevel=3)
 
     def unmatched(self) -> list[int]:
-        "The queries whose person no other camera of the gallery shows."
+        "Return the queries without a match on another camera."
         seen = {}
         gallery = self.gallery.persons.tolist(), self.gallery.cameras.tolist()
         for person, camera in zip(*gallery): seen.setdefault(person, set()).add(camera)
@@ -113,16 +113,16 @@ class ReIDData:
 
     @property
     def labels(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        "Query persons and cameras, gallery persons and cameras: what `evaluate` takes."
+        "Return query persons and cameras, then those of the gallery, for `evaluate`."
         query, gallery = self.query, self.gallery
         return query.persons, query.cameras, gallery.persons, gallery.cameras
 
     def training(
         self,
         size: tuple[int, int] = (256, 128),  # height and width, pixels
-        channels: int = 3,  # 3 for RGB, 1 for grey
-    ) -> ImageData:  # classes are the persons, in order of their numbers
-        "The training pictures for a classifier; it is validated on one of each person."
+        channels: int = 3,  # 3 for RGB, 1 for gray
+    ) -> ImageData:  # its classes are the persons
+        "Return the training pictures; one of each person is for validation."
         images = self.train.pixels(size, channels)
         persons, targets = self.train.persons.unique(return_inverse=True)
         first = torch.from_numpy(np.unique(targets.numpy(), return_index=True)[1])
@@ -147,15 +147,15 @@ _VERI = dict(train='image_train', query='image_query', gallery='image_test')
 
 
 def market_folder(
-    root: str | Path,  # holds bounding_box_train, query and bounding_box_test
+    root: str | Path,  # folder with bounding_box_train, query, …
     *,
-    cameras: int | None = None,  # how many there are, numbered from 1; None: any
-    shared_ids: bool = True,  # False if training and test have numbers of their own
-) -> ReIDData:  # printed, a table of ids, images and cameras
-    "A folder in the form of Market-1501, VeRi or MSMT17; what does not fit is refused."
+    cameras: int | None = None,  # number of cameras, counted from 1; None: any
+    shared_ids: bool = True,  # False: train and test number persons separately
+) -> ReIDData:  # prints as a table of ids, images and cameras
+    "Read a folder laid out like Market-1501, VeRi or MSMT17."
     return _read_folder(Path(root), cameras, shared_ids, duke=False)
 
-
+# %% ../nbs/evaluation/34_reid.ipynb #550e96bd
 def _read_folder(root, cameras, shared_ids, duke):
     if (root/'list_train.txt').is_file():
         splits, shared_ids = {s: _read_msmt(root, s) for s in _MARKET}, False
@@ -175,14 +175,14 @@ def _read_folder(root, cameras, shared_ids, duke):
     return ReIDData(root.resolve().name, **splits, junk=len(kept) - len(paths),
                     shared_ids=shared_ids)
 
-
+# %% ../nbs/evaluation/34_reid.ipynb #d24ca03d
 def _layout(root):
-    "The layout whose training folder is there, or None."
+    "Return the layout whose training folder exists, or None."
     return next((x for x in (_MARKET, _VERI) if (root/x['train']).is_dir()), None)
 
-
+# %% ../nbs/evaluation/34_reid.ipynb #5c3f7e8e
 def _read_split(folder, duke):
-    "The pictures of one folder, in the order of their names."
+    "Read the pictures of one folder, sorted by name."
     if not folder.is_dir(): raise FileNotFoundError(_no_split(folder))
     paths = sorted(p for p in folder.iterdir() if not is_clutter(p.name))
     _refuse(folder, [p for p in paths if not _NAME.fullmatch(p.name)],
@@ -190,11 +190,11 @@ def _read_split(folder, duke):
     if not duke:
         _refuse(folder, [p for p in paths if _NAME.fullmatch(p.name)[3]],
                 'are named as in DukeMTMC-reID, see duke_folder')
-    return _labelled(paths, map(parse_market_name, paths))
+    return _labeled(paths, map(parse_market_name, paths))
 
-
+# %% ../nbs/evaluation/34_reid.ipynb #0c546108
 def _no_split(folder):
-    "What is said when a split is missing, with the folders below that have one."
+    "Return the error message for a missing split."
     root = folder.parent
     below = sorted(root.iterdir()) if root.is_dir() else []
     fit = [p.name for p in below if p.is_dir() and (
@@ -202,12 +202,12 @@ def _no_split(folder):
     return f'{folder} is not a directory' + (
         f'; in {root}, these have one: {", ".join(fit)}' if fit else '')
 
-
+# %% ../nbs/evaluation/34_reid.ipynb #2d0e0993
 _MSMT = re.compile(r'(\S*?\d+_\d+_(\d{1,9})_[^/\s]+)\s+(\d{1,9})', re.ASCII)
 
 
 def _read_msmt(root, split):
-    "The pictures of a list of MSMT17, in its order."
+    "Read the pictures of a list of MSMT17, in its order."
     file = root/f'list_{split}.txt'
     kind = 'train' if split == 'train' else 'test'
     folder = root/(kind if (root/kind).is_dir() else f'mask_{kind}_v2')
@@ -222,14 +222,14 @@ def _read_msmt(root, split):
         labels.append((int(found[3]), int(found[2])))
     missing = [path for path in paths if not path.is_file()]
     _refuse(folder, missing, f'of {file.name} are missing')
-    return _labelled(paths, labels)
+    return _labeled(paths, labels)
 
-
-def _labelled(paths, labels):
+# %% ../nbs/evaluation/34_reid.ipynb #025330ab
+def _labeled(paths, labels):
     persons, cameras = torch.tensor(list(labels), dtype=torch.long).view(-1, 2).T
     return ReIDImages(paths, persons.contiguous(), cameras.contiguous())
 
-
+# %% ../nbs/evaluation/34_reid.ipynb #0692f869
 def _refuse(folder, paths, why):
     if paths:
         names = ', '.join(p.name for p in paths[:3])
@@ -240,9 +240,9 @@ def _refuse(folder, paths, why):
 def duke_folder(
     root: str | Path,  # holds bounding_box_train, query and bounding_box_test
     *,
-    despite_withdrawal: bool = False,  # True says that you hold the data lawfully
+    despite_withdrawal: bool = False,  # True: you hold the data lawfully
 ) -> ReIDData:
-    "DukeMTMC-reID, for those who hold it lawfully; withdrawn in 2019, do not use it."
+    "Read DukeMTMC-reID, which was withdrawn in 2019: do not use it for new work."
     if despite_withdrawal is not True:
         raise ValueError(
             'DukeMTMC-reID was withdrawn by its authors in June 2019, after it was '
@@ -254,14 +254,14 @@ def duke_folder(
 # %% ../nbs/evaluation/34_reid.ipynb #8a8fd619
 @dataclass(frozen=True, eq=False)
 class ReIDResult:
-    "How good rankings are; shares in 0..1, printed in percent."
+    "Measures of a ranking, in 0..1; printed in percent."
     mAP: float  # mean average precision
-    mINP: float  # mean of the matches over the rank of the last one
-    cmc: Tensor  # share of queries with a match within rank 1, 2, …, [max_rank]
-    valid_queries: int  # queries that have a match
-    average_precisions: Tensor  # of each query, nan without a match, float64, [Q]
-    ap: str  # 'step' or 'trapezoid'
-    unmatched: str  # 'skip' or 'zero'
+    mINP: float  # mean inverse negative penalty
+    cmc: Tensor  # share of queries with a match up to rank 1, 2, …, [max_rank]
+    valid_queries: int  # number of queries with a match
+    average_precisions: Tensor  # one for each query, nan without a match, [Q]
+    ap: str  # kind of average precision, 'step' or 'trapezoid'
+    unmatched: str  # what queries without a match count, 'skip' or 'zero'
 
     def __repr__(self):
         ranks = [r for r in (1, 5, 10, 20, 50) if r <= len(self.cmc)]
@@ -275,7 +275,7 @@ class ReIDResult:
 
 # %% ../nbs/evaluation/34_reid.ipynb #572e66e9
 def _ranks(distances, matches, left_out):
-    "The ranks of the matches of one query, from near to far, ties by gallery index."
+    "Return the ranks of one query's matches; ties by gallery index."
     near = matches[np.argsort(distances[matches], kind='stable')]
     at, n, size = distances[near], len(near), len(distances)
     passed = np.searchsorted(at, distances, side='right')  # matches that stand before
@@ -288,18 +288,18 @@ def _ranks(distances, matches, left_out):
 
 # %% ../nbs/evaluation/34_reid.ipynb #e1c84e8b
 def evaluate(
-    distances: Tensor,  # of queries and gallery, finite, [Q, G]
-    query_ids: Tensor,  # persons, integers, [Q]
-    query_cameras: Tensor,  # integers, [Q]
-    gallery_ids: Tensor,  # persons, integers, [G]
-    gallery_cameras: Tensor,  # integers, [G]
+    distances: Tensor,  # distance of each query to each gallery picture, finite, [Q, G]
+    query_ids: Tensor,  # person of each query, integers, [Q]
+    query_cameras: Tensor,  # camera of each query, integers, [Q]
+    gallery_ids: Tensor,  # person of each gallery picture, integers, [G]
+    gallery_cameras: Tensor,  # camera of each gallery picture, integers, [G]
     *,
-    ap: str = 'step',  # average precision by 'step' or by 'trapezoid'
-    unmatched: str = 'skip',  # queries without a match: 'skip' them or count 'zero'
-    junk: int | Iterable[int] = (-1,),  # persons that are neither right nor wrong
+    ap: str = 'step',  # average precision by 'step' or 'trapezoid'
+    unmatched: str = 'skip',  # queries without a match: 'skip' or count as 'zero'
+    junk: int | Iterable[int] = (-1,),  # persons to leave out of the gallery
     max_rank: int = 10,  # length of the CMC curve, ≥ 1
 ) -> ReIDResult:
-    "mAP, mINP and CMC of rankings by distance, other cameras only."
+    "Compute mAP, mINP and CMC of rankings by distance, other cameras only."
     distances, labels = _check_rankings(distances, query_ids, query_cameras,
                                         gallery_ids, gallery_cameras)
     for name, value, known in (('ap', ap, ('step', 'trapezoid')),
@@ -311,9 +311,9 @@ def evaluate(
     rows, ranks = _match_ranks(distances, labels, _junk(junk))
     return _judge(rows, ranks.double(), len(distances), ap, unmatched, max_rank)
 
-
+# %% ../nbs/evaluation/34_reid.ipynb #b9afeede
 def _match_ranks(distances, labels, junk):
-    "The query and the rank of every match, [n] each, sorted by both."
+    "Return query and rank of every match, [n] each, sorted by both."
     query_ids, query_cameras, gallery_ids, gallery_cameras = (x.numpy() for x in labels)
     kept = np.flatnonzero(~np.isin(gallery_ids, junk))
     gallery_ids, gallery_cameras = gallery_ids[kept], gallery_cameras[kept]
@@ -330,15 +330,15 @@ def _match_ranks(distances, labels, junk):
         rows.append(np.full(len(ranks[-1]), i))
     return tuple(torch.from_numpy(np.concatenate(x)) for x in (rows, ranks))
 
-
+# %% ../nbs/evaluation/34_reid.ipynb #fb0c2aa2
 def _junk(junk):
-    "The persons that are junk, int64."
+    "Return the junk persons as int64."
     junk = [junk] if isinstance(junk, Integral) else junk
     return np.array([] if junk is None else as_int64('junk', list(junk)), np.int64)
 
-
+# %% ../nbs/evaluation/34_reid.ipynb #b8046965
 def _judge(rows, ranks, Q, ap, unmatched, max_rank):
-    "The result, from the query and the rank of every match, sorted by both."
+    "Compute the result from query and rank of every match."
     n = torch.bincount(rows, minlength=Q)
     valid, last = n > 0, n.cumsum(0)
     if unmatched == 'skip' and not valid.any():
@@ -359,9 +359,9 @@ def _judge(rows, ranks, Q, ap, unmatched, max_rank):
                       inverse_penalty.sum().item() / total, hits.double() / total,
                       count, precisions, ap, unmatched)
 
-
+# %% ../nbs/evaluation/34_reid.ipynb #d7a85109
 def _check_rankings(distances, *labels):
-    "Tensors of the right shapes and types."
+    "Check rankings and labels; return tensors of the right types."
     distances = torch.as_tensor(distances).detach().cpu()
     if distances.is_complex() or distances.dtype == torch.bool:
         raise TypeError(f'distances must be real numbers, got {distances.dtype}')
@@ -384,14 +384,14 @@ def _check_rankings(distances, *labels):
 
 # %% ../nbs/evaluation/34_reid.ipynb #b668a988
 class PKSampler(Sampler):
-    "Batches of P persons with K images each: seeded, and of known length."
+    "Samples batches of P persons with K images each, seeded, of known length."
 
     def __init__(
         self,
-        persons: Tensor,  # who is on each image, integers, [N]
-        people: int = 16,  # P, different persons in a batch, ≥ 1
-        images: int = 4,  # K, images of each, ≥ 1
-        seed: int = 0,  # of the order, ≥ 0; each epoch has its own
+        persons: Tensor,  # person on each image, integers, [N]
+        people: int = 16,  # P ≥ 1, number of persons in a batch
+        images: int = 4,  # K ≥ 1, number of images of each person
+        seed: int = 0,  # random seed of the order, ≥ 0
     ):
         persons = as_int64('persons', persons)
         if persons.ndim != 1:
@@ -414,9 +414,9 @@ class PKSampler(Sampler):
 
     def set_epoch(
         self,
-        epoch: int,  # ≥ 0; counted on with each walk through the batches
+        epoch: int,  # ≥ 0; each pass through the batches adds 1
     ):
-        "Go to an epoch, as when a training is resumed."
+        "Set the epoch, for example to resume a training."
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -434,13 +434,13 @@ class PKSampler(Sampler):
 
 # %% ../nbs/evaluation/34_reid.ipynb #e01fbdd4
 class PKLoader(ImageLoader):
-    "An `ImageLoader` whose batches a `PKSampler` chooses."
+    "An `ImageLoader` that takes its batches from a `PKSampler`."
 
     def __init__(
         self,
-        dataset: ImageDataset,  # with targets
-        sampler: PKSampler,  # of the data set's images
-        **kwargs,  # as for `ImageLoader`: augment, seed, device
+        dataset: ImageDataset,  # images with targets
+        sampler: PKSampler,  # sampler of the data set's images
+        **kwargs,  # options of `ImageLoader`: augment, seed, device
     ):
         super().__init__(dataset, bs=sampler.people * sampler.images, shuffle=True,
                          drop_last=True, **kwargs)
@@ -452,25 +452,25 @@ class PKLoader(ImageLoader):
         for rows in self.sampler: yield self.batch(torch.tensor(rows))
 
     def one_batch(self):
-        "The first batch of the epoch to come."
+        "Return the first batch of the next epoch."
         epoch = self.sampler.epoch
         batch = super().one_batch()
         self.sampler.set_epoch(epoch)
         return batch
 
     def new(self, dataset=None, cls=ImageLoader, **kwargs):
-        "A plain loader, which shows every image once."
+        "Make a plain loader that shows every image once."
         return super().new(dataset, cls, **kwargs)
 
-
+# %% ../nbs/evaluation/34_reid.ipynb #7fe1b86d
 def pk_dataloaders(
     data: ImageData,  # training images and persons
-    people: int = 16,  # P, different persons in a batch, ≥ 1
-    images: int = 4,  # K, images of each, ≥ 1
-    seed: int = 0,  # of the order and the augmentation, ≥ 0
-    **kwargs,  # as for `ImageData.dataloaders`: augment, device
+    people: int = 16,  # P ≥ 1, number of persons in a batch
+    images: int = 4,  # K ≥ 1, number of images of each person
+    seed: int = 0,  # random seed of order and augmentation, ≥ 0
+    **kwargs,  # options of `ImageData.dataloaders`: augment, device
 ) -> DataLoaders:
-    "`data.dataloaders` with batches of P persons, K images each."
+    "Make DataLoaders with batches of P persons with K images each."
     dls = data.dataloaders(people * images, seed=seed, **kwargs)
     sampler = PKSampler(data.train_targets, people, images, seed)
     loader = PKLoader(dls.train_ds, sampler, augment=dls.train.augment, seed=seed,
@@ -479,7 +479,7 @@ def pk_dataloaders(
 
 # %% ../nbs/evaluation/34_reid.ipynb #90ea907d
 class BNNeck(nn.BatchNorm1d):
-    "A batch norm whose shift stays zero."
+    "A batch norm whose shift is fixed at zero."
 
     def __init__(
         self,
@@ -491,16 +491,16 @@ class BNNeck(nn.BatchNorm1d):
 
     def extra_repr(self): return f'{self.num_features}, eps={self.eps}'
 
-
+# %% ../nbs/evaluation/34_reid.ipynb #6d07823f
 def reid_learner(
     dls: DataLoaders,  # image batches [N, c, h, w] with targets 0..k−1
-    body: nn.Module,  # gives features [N, d] or [N, d, h, w]
+    body: nn.Module,  # returns features [N, d] or [N, d, h, w]
     loss_func: nn.Module,  # one of our losses, or any loss on logits
     *,
-    embedding: int | None = None,  # dimension of the features; None keeps the body's
-    **kwargs,  # passed to `margin_learner`: cbs, lr, wd, opt_func, path, …
+    embedding: int | None = None,  # dimension of the features; None: the body's
+    **kwargs,  # options of `margin_learner`: cbs, lr, wd, opt_func, …
 ) -> Learner:  # its model is Sequential(body, neck, head)
-    "A `margin_learner` with the neck and the head of re-identification."
+    "Build a `margin_learner` with the neck and head of re-identification."
     if not isinstance(body, nn.Module):
         raise TypeError(f'body must be an nn.Module, got {type(body).__name__}')
     learn = margin_learner(dls, body, loss_func, embedding=embedding, **kwargs)
@@ -511,9 +511,9 @@ def reid_learner(
 
 # %% ../nbs/evaluation/34_reid.ipynb #a2d69e8d
 def resnet50_body(
-    weights: str | Path | None = None,  # a state dict of torchvision's; None: random
+    weights: str | Path | None = None,  # file of torchvision's weights; None: random
 ) -> nn.Sequential:  # images [N, 3, h, w] to maps [N, 2048, h/16, w/16]
-    "ResNet-50 with last stride 1, as re-identification uses it; downloads nothing."
+    "Build ResNet-50 with last stride 1; download nothing."
     from torchvision.models import resnet50
     net = resnet50()
     net.fc = nn.Identity()
@@ -532,10 +532,10 @@ def resnet50_body(
 # %% ../nbs/evaluation/34_reid.ipynb #3917e010
 @torch.no_grad()
 def embed(
-    learn: Learner,  # whose model is Sequential(body, neck, head)
-    images: Tensor | ImageFiles,  # bytes, [N, c, h, w]
-) -> Tensor:  # unit vectors after the neck, [N, d]
-    "The features of images, normalised as in training."
+    learn: Learner,  # Learner from `reid_learner`
+    images: Tensor | ImageFiles,  # images as bytes, [N, c, h, w]
+) -> Tensor:  # unit features after the neck, [N, d]
+    "Compute the features of images."
     loader = learn.dls.valid.new(learn.dls.valid_ds.new(images))
     model = learn.model[:-1].eval()
     features = [plain(model(x)).float().cpu() for x, in loader]
@@ -543,21 +543,21 @@ def embed(
     check_alive(features)
     return features
 
-
+# %% ../nbs/evaluation/34_reid.ipynb #1533aa8d
 def cosine_distances(
-    query: Tensor,  # features of any norm, [Q, d]
-    gallery: Tensor,  # features of any norm, [G, d]
+    query: Tensor,  # query features of any norm, [Q, d]
+    gallery: Tensor,  # gallery features of any norm, [G, d]
 ) -> Tensor:  # 1 − cosine, in [0, 2], [Q, G]
-    "One minus the cosine of every query with every gallery feature."
+    "Compute one minus the cosine of every query and gallery feature."
     return 1 - cosine_matrix(unit_features(query, 'query'),
                              unit_features(gallery, 'gallery'))
 
 # %% ../nbs/evaluation/34_reid.ipynb #5655a668
 def plot_cmc(
-    results: dict[str, ReIDResult],  # by the name to print
-    ax: Axes | None = None,  # where to draw; None makes a figure
+    results: dict[str, ReIDResult],  # label -> result
+    ax: Axes | None = None,  # axes to draw into; None: a new figure
 ) -> Axes:
-    "Share of queries with a match within each rank, in percent."
+    "Draw the share of queries with a match up to each rank, percent."
     ax = axes_for(ax)
     looks = cycle(zip((GREY, BLUE, ORANGE, GREEN), 'os^D'))
     for (name, result), (color, marker) in zip(results.items(), looks):
@@ -570,12 +570,12 @@ def plot_cmc(
 
 # %% ../nbs/evaluation/34_reid.ipynb #e9a3e5fa
 def plot_ranked_gallery(
-    data: ReIDData,  # query and gallery
-    distances: Tensor,  # of every query and gallery picture, [Q, G]
-    queries: Iterable[int] = range(4),  # which to show, 0..Q−1
-    top: int = 8,  # how many gallery pictures, ≥ 1
+    data: ReIDData,  # data set with query and gallery
+    distances: Tensor,  # distance of each query to each gallery picture, [Q, G]
+    queries: Iterable[int] = range(4),  # queries to show, 0..Q−1
+    top: int = 8,  # number of gallery pictures to show, ≥ 1
 ) -> np.ndarray:  # axes, one row for each query, [n, 1 + top]
-    "Queries and what is nearest to them, right and wrong ones framed and marked."
+    "Show queries with their nearest gallery pictures, right and wrong ones framed."
     distances, (persons, cameras, others, their_cameras) = _check_rankings(
         torch.as_tensor(distances).cpu(), *data.labels)
     chosen = torch.tensor(list(queries))
@@ -600,7 +600,7 @@ def plot_ranked_gallery(
                   f'{look[0]} {others[j]}, c{their_cameras[j]}', *look[1:])
     return axes
 
-
+# %% ../nbs/evaluation/34_reid.ipynb #d7b47329
 def _show(ax, path, title, color, style):
     "One picture in a frame."
     ax.imshow(read_image(path))

@@ -1,4 +1,4 @@
-"""Two images: the same person or not?
+"""Decide whether two images show the same person: accuracy over ten folds, and TAR at a FAR
 
 Docs: https://largest-margins.github.io/largest-margins/evaluation/verification.html.md"""
 
@@ -44,19 +44,19 @@ from .margins import unit_rows
 class KFoldResult:
     "The accuracy on each fold, at the threshold that was best on the others."
     accuracies: Tensor  # share of right answers on each fold, float64, [folds]
-    thresholds: Tensor  # a pair is 'same' below it, float64, [folds]
+    thresholds: Tensor  # threshold of each fold; below it, pairs are the same
 
     @property
     def mean(self) -> float: return self.accuracies.mean().item()
 
     @property
     def std(self) -> float:
-        "The population standard deviation over the folds (divisor n)."
+        "Return the population standard deviation over the folds (divisor n)."
         return self.accuracies.std(correction=0).item()
 
     @property
     def sem(self) -> float:
-        "The standard error of the mean: the sample's deviation (n − 1) over √n."
+        "Return the standard error of the mean, with divisor n − 1."
         return self.accuracies.std().item() / math.sqrt(len(self.accuracies))
 
     def __str__(self):
@@ -65,7 +65,7 @@ class KFoldResult:
 
 # %% ../nbs/evaluation/35_verification.ipynb #b7804ea1
 def _numbers(name, values):
-    "Finite numbers [N], N ≥ 1, as an array of floats."
+    "Check for finite numbers [N], N ≥ 1; return an array of floats."
     if isinstance(values, Tensor):
         values = values.detach().cpu()
         if values.dtype == torch.bfloat16: values = values.float()
@@ -81,9 +81,9 @@ def _numbers(name, values):
                          f'at index {wrong[0]}')
     return values
 
-
+# %% ../nbs/evaluation/35_verification.ipynb #264f0bbf
 def _labels(same, count):
-    "For each of `count` pairs whether it is genuine, as an array of bools."
+    "Check one label for each pair; return an array of bools."
     same = np.asarray(same.detach().cpu() if isinstance(same, Tensor) else same)
     if same.dtype.kind not in 'biu':
         raise TypeError(f'same must be bools, or ints 0 and 1, [N], got {same.dtype}')
@@ -96,10 +96,10 @@ def _labels(same, count):
 
 # %% ../nbs/evaluation/35_verification.ipynb #66089b7d
 def as_int64(
-    name: str,  # what it is called
+    name: str,  # name of the argument, for error messages
     values,  # integers of any width, signed or not, any shape
 ) -> np.ndarray:  # int64, same shape
-    "Integers as int64; what does not fit is refused."
+    "Convert integers to int64; refuse what does not fit."
     if isinstance(values, Tensor): values = values.detach().cpu()
     values = np.asarray(values)
     if values.dtype.kind not in 'iu' and values.size:
@@ -111,12 +111,12 @@ def as_int64(
 # %% ../nbs/evaluation/35_verification.ipynb #8767eeec
 def kfold_accuracy(
     distances,  # squared distances of unit features, in [0, 4], [N]
-    same,  # whether each pair is genuine, bools, in the order of the file, [N]
+    same,  # whether each pair is genuine, in file order, [N]
     *,
-    folds: int = 10,  # contiguous blocks, in 2..N
-    thresholds: str = 'grid',  # 0, 0.01, …, 3.99; or 'midpoints' of the distances
+    folds: int = 10,  # number of contiguous blocks, 2..N
+    thresholds: str = 'grid',  # 'grid' (0, 0.01, …, 3.99) or 'midpoints'
 ) -> KFoldResult:  # `.accuracies`, `.mean`, `.std`, `.sem`, `.thresholds`
-    "Equation (eq-kfold): on each fold the threshold that is best on the others."
+    "Compute the accuracy on each fold at the best threshold of the others."
     distances = _numbers('distances', distances).astype(np.float64)
     same = _labels(same, len(distances))
     if not isinstance(folds, int) or not 2 <= folds <= len(distances):
@@ -139,25 +139,25 @@ def kfold_accuracy(
         chosen.append(best)
     return KFoldResult(*(torch.tensor(np.array(x)) for x in (accuracies, chosen)))
 
-
+# %% ../nbs/evaluation/35_verification.ipynb #fb921b44
 _GRID = np.arange(0, 4, .01)
 
 
 def _right(distances, same, thresholds):
-    "How many pairs each threshold gets right: genuine below it, impostors not."
+    "Count the pairs that each threshold gets right."
     genuine, impostors = np.sort(distances[same]), np.sort(distances[~same])
     accepted = np.searchsorted(impostors, thresholds)
     return np.searchsorted(genuine, thresholds) + len(impostors) - accepted
 
-
+# %% ../nbs/evaluation/35_verification.ipynb #2debba57
 def _midpoints(distances):
-    "Between any two neighbours one threshold; one below all, one above all."
+    "Return thresholds between neighbors, one below all and one above all."
     values = np.unique(distances)
     return np.concatenate([[-np.inf], _between(values[:-1], values[1:]), [np.inf]])
 
-
+# %% ../nbs/evaluation/35_verification.ipynb #2a0b22e2
 def _between(lower, upper):
-    "Numbers t with lower < t ≤ upper, the middle if it is not rounded to the lower."
+    "Return the middle of lower and upper, above lower even after rounding."
     middle = lower / 2 + upper / 2
     return np.where(middle > lower, middle, upper)
 
@@ -214,7 +214,7 @@ def tar_at_far(
     if not result.supported: warnings.warn(str(result), stacklevel=2)
     return result
 
-
+# %% ../nbs/evaluation/35_verification.ipynb #00c02e90
 def _genuine_and_impostors(scores, same):
     same = _labels(same, len(scores))
     if same.all() or not same.any():
@@ -222,7 +222,7 @@ def _genuine_and_impostors(scores, same):
                          f'{"genuine pairs" if same.all() else "impostors"}')
     return scores[same], scores[~same]
 
-
+# %% ../nbs/evaluation/35_verification.ipynb #51b35d95
 def _bound(impostors, far):
     "The largest impostor that must be kept out, so that at most far·N are above it."
     n = len(impostors)
@@ -234,10 +234,10 @@ def _bound(impostors, far):
 def plot_roc(
     scores,  # similarities, higher for the same person, [N]
     same,  # whether each pair is genuine, bools, [N]
-    ax=None,  # matplotlib axes; None makes a figure
-    label: str | None = None,  # of the curve, for the legend
+    ax=None,  # matplotlib axes; None: a new figure
+    label: str | None = None,  # label of the curve in the legend
 ):  # the axes
-    "TAR at every FAR, on a logarithmic axis, from 1/N on, which is marked."
+    "Draw TAR against FAR on a logarithmic axis, from 1/N on."
     from largest_margins.plots import GREY, axes_for
     genuine, impostors = _genuine_and_impostors(_numbers('scores', scores), same)
     n = len(impostors)
@@ -261,9 +261,9 @@ class Pair(NamedTuple):
 
 # %% ../nbs/evaluation/35_verification.ipynb #ab108711
 def read_pairs(
-    path_or_text: str | Path,  # a file, or its text (which has a line break)
+    path_or_text: str | Path,  # a file, or its text if it has a line break
 ) -> list[Pair]:  # in the order of the file, images as 'name/name_0001'
-    "The pairs of an LFW `pairs.txt`; a line that does not fit is named."
+    "Read the pairs of an LFW `pairs.txt`."
     lines = _lines(path_or_text)
     place, header = lines[0]
     if not re.fullmatch(r'[0-9]+(\s+[0-9]+)?', header):
@@ -277,9 +277,9 @@ def read_pairs(
     return [_lfw_pair(place, line, same=i % (2 * half) < half)
             for i, (place, line) in enumerate(lines[1:])]
 
-
+# %% ../nbs/evaluation/35_verification.ipynb #3fa53adc
 def _lines(path_or_text):
-    "The lines that are not blank, each with its place for error messages."
+    "Return nonblank lines with their places for error messages."
     text, source = path_or_text, 'the text'
     if not isinstance(text, str | os.PathLike):
         raise TypeError(f'path_or_text must be a str or a path, got {type(text)}')
@@ -293,9 +293,9 @@ def _lines(path_or_text):
     if not lines: raise ValueError(f'{source} holds no pairs')
     return lines
 
-
+# %% ../nbs/evaluation/35_verification.ipynb #da1b4042
 def _lfw_pair(place, line, same):
-    "One line as a pair, which must be genuine or an impostor as its place says."
+    "Parse one line as a genuine pair or an impostor, as its place requires."
     fields = line.split()
     if same: fields = [*fields[:2], fields[0], *fields[2:]]
     names, numbers = fields[::2], fields[1::2]
@@ -312,9 +312,9 @@ def _lfw_pair(place, line, same):
 def write_pairs(
     path: str | Path,  # the file to write
     pairs: Sequence[Pair],  # in each fold genuine pairs, then as many impostors
-    folds: int = 10,  # blocks of equal length, ≥ 1
+    folds: int = 10,  # number of blocks of equal length, ≥ 1
 ):
-    "Pairs as an LFW `pairs.txt`; `read_pairs` gives them back."
+    "Write pairs as an LFW `pairs.txt`."
     half, rest = divmod(len(pairs), 2 * folds)
     if rest or not half:
         raise ValueError(f'pairs must be a multiple of {2 * folds}, for {folds} folds '
@@ -330,7 +330,7 @@ def write_pairs(
         lines.append('\t'.join([name, number, *([] if same else [other]), second]))
     write_file(path, '\n'.join([*lines, '']))
 
-
+# %% ../nbs/evaluation/35_verification.ipynb #456286e3
 def _name_and_number(i, image):
     "'Ada/Ada_0012' as 'Ada' and '12'."
     found = re.fullmatch(r'(?!\.+/)([^/\\\s]+)/\1_([0-9]{4,9})', str(image))
@@ -341,9 +341,9 @@ def _name_and_number(i, image):
 
 # %% ../nbs/evaluation/35_verification.ipynb #f56f14c0
 def read_pair_list(
-    path_or_text: str | Path,  # a file, or its text (which has a line break)
+    path_or_text: str | Path,  # a file, or its text if it has a line break
 ) -> list[Pair]:  # in the order of the file
-    "Pairs as lines `first second label`, label 1 for genuine, 0 or −1 for impostors."
+    "Read lines `first second label`; label 1 is genuine, 0 or −1 an impostor."
     def pair(place, line):
         fields = line.split()
         if len(fields) != 3 or fields[2] not in ('1', '0', '-1'):
@@ -357,7 +357,7 @@ def read_cfp_pairs(
     root: str | Path,  # CFP's folder, which holds Protocol
     kind: str = 'FP',  # frontal with profile, or 'FF', frontal with frontal
 ) -> list[Pair]:  # fold after fold, images as '001/frontal/01.jpg' in Data/Images
-    "The pairs of CFP's own protocol: in each fold the genuine ones, then impostors."
+    "Read CFP's own protocol: in each fold genuine pairs, then impostors."
     if kind not in ('FP', 'FF'):
         raise ValueError(f"kind must be 'FP' or 'FF', got {kind!r}")
     protocol, pairs = Path(root)/'Protocol', []
@@ -374,9 +374,9 @@ def read_cfp_pairs(
                                     in zip(numbers, lists, strict=True)), same))
     return pairs
 
-
+# %% ../nbs/evaluation/35_verification.ipynb #e592d409
 def _cfp_images(file):
-    "CFP's list of images by number, as written."
+    "Read CFP's list of images by number."
     images = {}
     for place, line in _lines(file):
         number, _, path = line.partition(' ')
@@ -389,10 +389,10 @@ def _cfp_images(file):
 
 # %% ../nbs/evaluation/35_verification.ipynb #57bdf21d
 def identity_overlap(
-    images: Iterable[str | Pair],  # names, paths or pairs of one side
-    others: Iterable[str | Pair],  # of the other side
-) -> list[str]:  # identities of `others` that are also among `images`, sorted
-    "Who is on both sides, by name."
+    images: Iterable[str | Pair],  # names, paths or pairs, for example of training
+    others: Iterable[str | Pair],  # names, paths or pairs, for example of the test
+) -> list[str]:  # identities of `others` that are in `images`, sorted
+    "Find the people who are in both lists, by name."
     def names(items):
         if isinstance(items, str):
             raise TypeError(f'images must be a list of names, got the str {items!r}')
@@ -405,7 +405,7 @@ def identity_overlap(
     known, found = names(images), names(others)
     return sorted(found[key] for key in found.keys() & known.keys())
 
-
+# %% ../nbs/evaluation/35_verification.ipynb #d3cb1943
 def _identity(path):
     "The first folder, or the name of a file 'Ada_0001.jpg', or the whole."
     folder, *rest = path.split('/')
@@ -418,13 +418,13 @@ class _Name:
     "What a pickle refers to; it is never looked up."
     name: str
 
-
+# %% ../nbs/evaluation/35_verification.ipynb #e254cf6d
 class _Array:
     "An array or a dtype, in the making while the pickle is read."
 
     def __init__(self, value=None): self.value = value
 
-
+# %% ../nbs/evaluation/35_verification.ipynb #dfc2d3c2
 _CORES = 'numpy.core', 'numpy._core'
 _NAMES = {('numpy', 'ndarray'), ('numpy', 'dtype'), ('_codecs', 'encode'),
           *((module, name) for module in ('__builtin__', 'builtins')
@@ -433,7 +433,7 @@ _NAMES = {('numpy', 'ndarray'), ('numpy', 'dtype'), ('_codecs', 'encode'),
             for name in ('_reconstruct', 'scalar')),
           *((f'{core}.numeric', '_frombuffer') for core in _CORES)}
 
-
+# %% ../nbs/evaluation/35_verification.ipynb #e41880e0
 def _named(module, name):
     "A name that arrays and bytes are made of, or ValueError."
     if (module, name) not in _NAMES: raise ValueError(f'{module}.{name}')
@@ -458,7 +458,7 @@ def _call(function, arguments):
     raise ValueError(f'a call of {reprlib.repr(function)} with '
                      f'{reprlib.repr(arguments)}')
 
-
+# %% ../nbs/evaluation/35_verification.ipynb #4bbc60f9
 def _finish(part, state):
     "The second half of an array or a dtype; ValueError for anything else."
     match part, state:
@@ -469,17 +469,17 @@ def _finish(part, state):
             part.value = _array(raw, dtype.value, shape, 'F' if fortran else 'C')
         case _: raise ValueError(f'the state {reprlib.repr(state)}')
 
-
+# %% ../nbs/evaluation/35_verification.ipynb #bfda19fd
 def _text(text): return text.decode('latin1') if isinstance(text, bytes) else text
 
-
+# %% ../nbs/evaluation/35_verification.ipynb #b26da5cb
 def _dtype(code):
     "The dtype of bools, integers or floats; no objects, strings or records."
     if not re.fullmatch('b1|[iu][1248]|f[248]', _text(code)):
         raise ValueError(f'an array of dtype {reprlib.repr(code)}')
     return np.dtype(_text(code))
 
-
+# %% ../nbs/evaluation/35_verification.ipynb #9c231abf
 def _array(raw, dtype, shape, order):
     "An array over bytes that are there, and exactly as many as its shape needs."
     fits = (isinstance(raw, bytes) and isinstance(dtype, np.dtype)
@@ -499,7 +499,7 @@ _VALUES = {'INT', 'BININT', 'BININT1', 'BININT2', 'LONG', 'LONG1', 'LONG4',
 
 _OPCODES = {opcode.code: opcode for opcode in pickletools.opcodes}
 
-
+# %% ../nbs/evaluation/35_verification.ipynb #3fc1c3cf
 def _opcodes(content):
     "As `pickletools.genops`, but strings of Python 2 (protocol 0) are bytes."
     file = io.BytesIO(content)
@@ -512,14 +512,14 @@ def _opcodes(content):
         yield opcode, value, position
         if opcode.name == 'STOP': return
 
-
+# %% ../nbs/evaluation/35_verification.ipynb #4f51cf57
 def _python_2_string(line):
     "'caf\\xe9', with its quotes and its end of line, as bytes."
     found = re.fullmatch(rb"(['\"])(.*)\1\n", line, re.DOTALL)
     if not found: raise ValueError('a string has no end')
     return codecs.escape_decode(found[2])[0]
 
-
+# %% ../nbs/evaluation/35_verification.ipynb #b18d0d7f
 def _read_pickle(content):
     "What a pickle of arrays, bytes, lists, tuples, bools and ints holds."
     stack, marks, memo, left = [], [], {}, 2 * len(content)
@@ -584,9 +584,9 @@ def _read_pickle(content):
 
 # %% ../nbs/evaluation/35_verification.ipynb #f4371a67
 def read_bin(
-    path_or_content: str | Path | bytes,  # a file, or what it holds
-) -> list[Pair]:  # encoded images, in the order of the file
-    "The pairs of a `.bin` file; nothing in it is run, anything but data is refused."
+    path_or_content: str | Path | bytes,  # a file or its content
+) -> list[Pair]:  # pairs of encoded images, in the order of the file
+    "Read the pairs of a `.bin` file; run no code from it."
     given = path_or_content
     source = 'the content' if isinstance(given, bytes) else Path(given)
     content = given if isinstance(given, bytes) else source.read_bytes()
@@ -598,7 +598,7 @@ def read_bin(
     except ValueError as e:
         raise ValueError(f'{source} is no .bin file of image pairs: {e}') from e
 
-
+# %% ../nbs/evaluation/35_verification.ipynb #b70223a8
 def _bin_pairs(images, same):
     "Images and flags as pairs, after a look at each."
     if isinstance(same, _Array) and same.value is not None: same = same.value.tolist()
@@ -615,7 +615,7 @@ def _bin_pairs(images, same):
     return [Pair(*pair, bool(flag))
             for *pair, flag in zip(images[::2], images[1::2], same, strict=True)]
 
-
+# %% ../nbs/evaluation/35_verification.ipynb #e3fef72b
 def _bin_image(i, image):
     if isinstance(image, _Array):
         if isinstance(image.value, np.ndarray) and image.value.dtype == np.uint8:
@@ -629,10 +629,10 @@ def _bin_image(i, image):
 # %% ../nbs/evaluation/35_verification.ipynb #7f7048b9
 def write_bin(
     path: str | Path,  # the file to write
-    pairs: Iterable[Pair],  # paths below `root`, or encoded images
-    root: str | Path | None = None,  # folder that paths start from
+    pairs: Iterable[Pair],  # pairs of paths below `root` or of encoded images
+    root: str | Path | None = None,  # folder of the paths; None: the current one
 ):
-    "Pairs with their images as a `.bin` file, images as bytes."
+    "Write pairs with their images as a `.bin` file."
     pairs = list(pairs)
     images = [_content(image, root) for pair in pairs for image in pair[:2]]
     same = [bool(pair.same) for pair in pairs]
@@ -659,11 +659,11 @@ def _file(image, root):
 
 # %% ../nbs/evaluation/35_verification.ipynb #af28b6ab
 def decode_image(
-    image: str | bytes,  # a path below `root`, or an encoded image
-    root: str | Path | None = None,  # folder that paths start from
-    size: tuple[int, int] | None = (112, 112),  # height, width; None: as it is
+    image: str | bytes,  # a path below `root` or an encoded image
+    root: str | Path | None = None,  # folder of the paths; None: the current one
+    size: tuple[int, int] | None = (112, 112),  # height and width, pixels; None: keep
 ) -> Tensor:  # RGB in [−1, 1], float32, [3, h, w]
-    "An image as networks for faces take it; ValueError if it cannot be read."
+    "Decode an image for a face network."
     if size is not None and (len(size) != 2 or min(size) < 1):
         raise ValueError(f'size must be (height, width), each ≥ 1, got {size}')
     picture = read_image(image if isinstance(image, bytes) else _file(image, root))
@@ -674,10 +674,10 @@ def decode_image(
 
 # %% ../nbs/evaluation/35_verification.ipynb #370c2e07
 def unit_features(
-    features: Tensor,  # of any norm, [n, d]
-    name: str = 'features',  # what to call them
+    features: Tensor,  # rows of any norm, [n, d]
+    name: str = 'features',  # name of the argument, for error messages
 ) -> Tensor:  # unit rows, at least float32, [n, d]; zero rows stay zero
-    "Features of norm 1, however large or small they were; zeros are counted."
+    "Normalize features of any size; warn of zero rows."
     if not isinstance(features, Tensor) or not features.is_floating_point():
         raise TypeError(f'{name} must be floats [n, d], got '
                         f'{getattr(features, "dtype", type(features).__name__)}')
@@ -696,13 +696,13 @@ def unit_features(
 
 # %% ../nbs/evaluation/35_verification.ipynb #b2bb4aa3
 class DeadNetwork(ValueError):
-    "A network has one feature for all images."
+    "Raised if a network returns the same feature for all images."
 
 # %% ../nbs/evaluation/35_verification.ipynb #26eb53fb
 def check_alive(
     features: Tensor,  # unit rows of different images, or zeros, [n, d]
 ):
-    "`DeadNetwork` if three or more features are all the same, up to rounding."
+    "Raise `DeadNetwork` if three or more features are all equal up to rounding."
     if len(features) < 3: return  # an image and its mirror image, perhaps
     spread = (features - features[0]).abs().max()
     if spread <= 1e-6 * features[0].abs().max():
@@ -713,16 +713,16 @@ def check_alive(
 
 # %% ../nbs/evaluation/35_verification.ipynb #977e9216
 def embed_images(
-    images: Sequence[str | bytes],  # paths below `root`, or encoded images; n ≥ 1
-    embed: Callable[[Tensor], Tensor],  # images [b, 3, h, w] to features [b, d]
-    root: str | Path | None = None,  # folder that paths start from
+    images: Sequence[str | bytes],  # n ≥ 1 paths below `root` or encoded images
+    embed: Callable[[Tensor], Tensor],  # maps images [b, 3, h, w] to features [b, d]
+    root: str | Path | None = None,  # folder of the paths; None: the current one
     *,
-    size: tuple[int, int] | None = (112, 112),  # height, width; None: as they are
-    flip: bool = True,  # add the features of the mirrored images
-    batch_size: int = 64,  # images at a time, ≥ 1
-    device: torch.device | str | None = None,  # where batches go; None: the CPU
+    size: tuple[int, int] | None = (112, 112),  # height and width, pixels; None: keep
+    flip: bool = True,  # whether to add features of mirrored images
+    batch_size: int = 64,  # images in a batch, ≥ 1
+    device: torch.device | str | None = None,  # device of the batches; None: the CPU
 ) -> Tensor:  # unit features, on the CPU, [n, d]
-    "Equation (eq-flip) for images of files or of bytes, a batch at a time."
+    "Compute unit features of images, batch by batch, by equation (eq-flip)."
     if not len(images): raise ValueError('images must hold at least one, got none')
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f'batch_size must be an int ≥ 1, got {batch_size!r}')
@@ -744,7 +744,7 @@ def embed_images(
     if len(set(images)) > 1: check_alive(features)
     return features
 
-
+# %% ../nbs/evaluation/35_verification.ipynb #fe75cb1c
 def _batch(images):
     "Images of one size as one tensor."
     images = list(images)
@@ -754,7 +754,7 @@ def _batch(images):
                          f'{sizes[1]} in a batch')
     return torch.stack(images)
 
-
+# %% ../nbs/evaluation/35_verification.ipynb #0774c01e
 def _features(embed, x):
     "What `embed` makes of a batch, if it is one feature for each image."
     z = embed(x)
@@ -765,7 +765,7 @@ def _features(embed, x):
                          f'got shape {tuple(z.shape)}')
     return at_least_float32(z)
 
-
+# %% ../nbs/evaluation/35_verification.ipynb #27ee1f8e
 @contextmanager
 def _evaluating(embed):
     "A network in evaluation mode for the time; each layer's own mode comes back."
@@ -778,13 +778,13 @@ def _evaluating(embed):
 
 # %% ../nbs/evaluation/35_verification.ipynb #8b3ccc66
 def pair_distances(
-    features: Tensor,  # of any norm, [n, d]
-    first,  # row of each pair's first image, integers in 0..n−1, [N]
-    second,  # row of the second, [N]
+    features: Tensor,  # rows of any norm, [n, d]
+    first,  # row of the first image of each pair, integers 0..n−1, [N]
+    second,  # row of the second image, [N]
     *,
-    chunk_size: int = 4096,  # pairs at a time, ≥ 1
-) -> Tensor:  # squared distances of the unit features, in [0, 4], [N]
-    "Equation (eq-verification), a chunk of pairs at a time; 2 if a feature is zero."
+    chunk_size: int = 4096,  # pairs in a chunk, ≥ 1
+) -> Tensor:  # squared distances of unit features, in [0, 4], [N]
+    "Compute squared distances of pairs, chunk by chunk; 2 if a feature is zero."
     z = unit_features(features)
     rows = [torch.from_numpy(as_int64(name, x)).to(z.device)
             for name, x in (('first', first), ('second', second))]
@@ -805,12 +805,12 @@ def pair_distances(
 # %% ../nbs/evaluation/35_verification.ipynb #25d61371
 @dataclass(frozen=True, eq=False)
 class VerificationResult:
-    "The accuracy over folds, TAR at each FAR, and the distances that they come from."
-    accuracy: KFoldResult  # see `kfold_accuracy`
-    tar: list[TARResult]  # one for each FAR asked for; scores are cosines
+    "Accuracy over folds, TAR at each FAR, and the distances behind them."
+    accuracy: KFoldResult  # result of `kfold_accuracy`
+    tar: list[TARResult]  # one for each FAR; scores are cosines
     distances: Tensor  # squared distances of unit features, [N]
     same: Tensor  # whether each pair is genuine, bool, [N]
-    zeros: int = 0  # images whose feature is zero
+    zeros: int = 0  # number of images whose feature is zero
 
     @property
     def cosines(self) -> Tensor: return 1 - self.distances / 2
@@ -822,15 +822,15 @@ class VerificationResult:
 # %% ../nbs/evaluation/35_verification.ipynb #a95e73ab
 def evaluate_pairs(
     pairs: str | Path | Sequence[Pair],  # `pairs.txt`, a `.bin` file, or pairs
-    embed: Callable[[Tensor], Tensor],  # images [b, 3, h, w] to features [b, d]
+    embed: Callable[[Tensor], Tensor],  # maps images [b, 3, h, w] to features [b, d]
     root: str | Path | None = None,  # folder of the images; None: where `pairs` is
     *,
-    folds: int = 10,  # contiguous blocks of pairs, ≥ 2
+    folds: int = 10,  # number of contiguous blocks of pairs, ≥ 2
     thresholds: str = 'grid',  # or 'midpoints', see `kfold_accuracy`
     fars: Sequence[float] = (1e-3,),  # FARs in [0, 1] at which to measure TAR
-    **options,  # size, flip, batch_size and device, see `embed_images`
+    **options,  # size, flip, batch_size and device of `embed_images`
 ) -> VerificationResult:  # prints as a short summary
-    "Verification from pairs of images to accuracy and TAR@FAR."
+    "Compute accuracy and TAR@FAR from pairs of images."
     if isinstance(pairs, str | os.PathLike):
         path = Path(pairs)
         if root is None: root = path.parent
@@ -851,10 +851,10 @@ def evaluate_pairs(
 def plot_pair_distances(
     distances,  # squared distances of unit features, in [0, 4], [N]
     same,  # whether each pair is genuine, bools, [N]
-    threshold: float | None = None,  # drawn as a line
-    ax=None,  # matplotlib axes; None makes a figure
+    threshold: float | None = None,  # threshold to draw as a line
+    ax=None,  # matplotlib axes; None: a new figure
 ):  # the axes
-    "Histograms of the distances of genuine pairs and of impostors."
+    "Draw histograms of the distances of genuine pairs and impostors."
     from largest_margins.plots import BLUE, GREY, ORANGE, axes_for
     genuine, impostors = _genuine_and_impostors(_numbers('distances', distances), same)
     ax, bins = axes_for(ax), np.linspace(0, 4, 81)
@@ -869,21 +869,21 @@ def plot_pair_distances(
 
 # %% ../nbs/evaluation/35_verification.ipynb #a4a3c8e8
 class Templates(NamedTuple):
-    "Unit features of templates, by their numbers."
-    ids: np.ndarray  # numbers of the templates, ascending, int64, [T]
+    "Unit features of templates."
+    ids: np.ndarray  # template numbers, ascending, int64, [T]
     features: Tensor  # unit rows, [T, d]
 
-
+# %% ../nbs/evaluation/35_verification.ipynb #e2faa0cf
 def template_features(
-    features: Tensor,  # of the images, [M, d]
+    features: Tensor,  # features of the images, [M, d]
     templates,  # template of each image, integers, [M]
     media,  # medium of each image, integers, [M]
     *,
     flipped: Tensor | None = None,  # features of the mirrored images, added, [M, d]
-    norm_weights: bool = False,  # whether features keep their norms
-    detector_scores=None,  # a weight of each image, ≥ 0, [M]; None: 1
+    norm_weights: bool = False,  # whether to keep the norms of features
+    detector_scores=None,  # weight of each image, ≥ 0, [M]; None: 1
 ) -> Templates:  # `.ids` and `.features`
-    "Equation (eq-template): means over media, their sum, made a unit vector."
+    "Average features over media, add, and normalize, equation (eq-template)."
     count = len(features)
     if features.ndim != 2 or not count or not features.isfinite().all():
         raise ValueError('features must be [M, d], M ≥ 1, finite, '
@@ -914,7 +914,7 @@ def template_features(
     sums = _sums(means, template, len(ids))
     return Templates(ids, unit_features(sums, 'templates'))
 
-
+# %% ../nbs/evaluation/35_verification.ipynb #d339a5ef
 def _sums(rows, group, count):
     "The sum of the rows of each group."
     group = torch.as_tensor(group, device=rows.device)
@@ -924,7 +924,7 @@ def _sums(rows, group, count):
 def read_template_media(
     path: str | Path,  # such as ijbc_face_tid_mid.txt
 ) -> tuple[list[str], np.ndarray, np.ndarray]:  # images, templates, media, [M] each
-    "The lines `name template medium` of IJB, one for each image."
+    "Read IJB's lines `name template medium`, one for each image."
     lines = [(place, line.split()) for place, line in _lines(path)]
     for place, fields in lines:
         if not re.fullmatch(r'\S+ [0-9]{1,18} [0-9]{1,18}', ' '.join(fields)):
@@ -933,11 +933,11 @@ def read_template_media(
     names, *numbers = zip(*(fields for _, fields in lines), strict=True)
     return list(names), *(np.array(x, dtype=np.int64) for x in numbers)
 
-
+# %% ../nbs/evaluation/35_verification.ipynb #e5b78533
 def read_template_pairs(
     path: str | Path,  # such as ijbc_template_pair_label.txt
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # first, second, same, [N] each
-    "The lines `t1 t2 label` of IJB, one for each pair of templates."
+    "Read IJB's lines `t1 t2 label`, one for each pair of templates."
     try: table = np.loadtxt(path, dtype=np.int32, ndmin=2)
     except ValueError as e:
         raise ValueError(f'{path}: wanted lines "t1 t2 label": {e}') from e
@@ -953,11 +953,11 @@ def read_template_pairs(
 # %% ../nbs/evaluation/35_verification.ipynb #27864a71
 def template_scores(
     templates: Templates,  # from `template_features`
-    first,  # number of each pair's first template, integers, [N]
-    second,  # of the second, [N]
-    **options,  # chunk_size, see `pair_distances`
+    first,  # number of the first template of each pair, integers, [N]
+    second,  # number of the second template, [N]
+    **options,  # chunk_size of `pair_distances`
 ) -> Tensor:  # cosines, in [−1, 1], [N]
-    "The cosine of each pair of templates, found by their numbers, in chunks."
+    "Compute the cosine of each pair of templates, chunk by chunk."
     rows = []
     for wanted in (as_int64('first', first), as_int64('second', second)):
         row = np.searchsorted(templates.ids, wanted).clip(max=len(templates.ids) - 1)

@@ -54,6 +54,12 @@ def test_closed_forms(k, d, degrees, method, attained):
     assert named.attained is attained and named.radians == pytest.approx(bound.radians, abs=1e-14)
 
 
+@pytest.mark.parametrize('k', range(3, 15))
+def test_which_bounds_of_fejes_toth_are_reached(k):
+    "By the triangle, the tetrahedron, the octahedron and the icosahedron, and by nothing else."
+    assert class_margin_bound(k, 3, 'fejes-toth').attained is (True if k in (3, 4, 6, 12) else None)
+
+
 def test_rounded_outwards():
     "The bound as a number is not below the true value, compared in forty digits."
     mp.dps = 40

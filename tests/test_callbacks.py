@@ -667,6 +667,15 @@ def test_meaningless_arguments():
         with pytest.raises((TypeError, ValueError), match=f'^{name} must be'): setattr(cb, name, wrong)
 
 
+def test_the_class_margin_is_left_out_above_most_classes():
+    for most, measured in ((K, True), (K - 1, False)):
+        learn = Learner(data(), network(), CosFaceLoss(20., .1), cbs=[MarginRecorder(most_classes=most)])
+        quiet(learn, learn.validate)
+        seen = learn.margin_recorder.latest
+        assert np.isfinite([seen['class_margin'], seen['bound']]).tolist() == 2 * [measured]
+        assert np.isfinite(seen['mean_sample_margin']) and len(seen['class_sample_margins']) == K
+
+
 # Classes shared out over processes
 
 def _sharded(rank):

@@ -9,7 +9,7 @@ import pytest
 
 from largest_margins import claims as ledger
 from largest_margins.claims import Check, Claim, claims, descend, dot, prove, rational_points, register
-from largest_margins.ledger import energy, imbalance, optima, softmax
+from largest_margins.ledger import codes, energy, imbalance, optima, softmax
 from largest_margins.ledger import generalization as general
 from largest_margins.ledger import gm_softmax as gm
 from largest_margins.ledger import lm_softmax as lm
@@ -126,26 +126,26 @@ def check_of(claim, run):
 
 # each check with a wrong constant, a flipped sign, or the wrong side of its boundary; never with another relation
 WRONG = [
-    ('L1', ledger._l1_exact, dict(cosine=lambda k: Fraction(-1, k))),
-    ('L1', ledger._l1_certified, dict(cosine=lambda k: -1 / k)),
-    ('L1', ledger._l1_optimised, dict(cosine=lambda k: 1 / (k - 1), exponents=(1,))),
-    ('L1', ledger._l1_boundary, dict(k=3)),
-    ('BP', ledger._bp_exact, dict(fewest=3)),
-    ('BP', ledger._bp_optimised, dict(root=lambda t: 1)),
-    ('BP', ledger._bp_optimised, dict(root=lambda t: 2 / t)),
-    ('BP', ledger._bp_boundary, dict(half=1)),
-    ('BP', ledger._bp_boundary, dict(height=Fraction(1, 2))),
-    ('P3', ledger._p3_exact, dict(total=lambda k, square: k**3 + k * square)),
-    ('P3', ledger._p3_exact, dict(total=lambda k, square: k**3 - square)),
-    ('P3', ledger._p3_optimised, dict(largest=lambda k: (k + 1) / k)),
-    ('P3', ledger._p3_boundary, dict(k=4)),
-    ('T2', ledger._t2_boundary, dict(square=Fraction(1))),
-    ('T2', ledger._t2_exact, dict(margin=Fraction(9, 10))),
-    ('T2b', ledger._t2b_exact, dict(factor=lambda S, g: (4 - S) * (2 * g + S))),
-    ('T2b', ledger._t2b_pair, dict(share=Fraction(51, 100))),
-    ('T2b', ledger._t2b_pair, dict(reflect=False)),
-    ('T2b', ledger._t2b_certified, dict(margin=lambda delta: 1 - math.cos(delta) / 2)),
-    ('T2b', ledger._t2b_optimised, dict(margin=lambda delta: 1 - math.cos(1.01 * delta))),
+    ('L1', codes._l1_exact, dict(cosine=lambda k: Fraction(-1, k))),
+    ('L1', codes._l1_certified, dict(cosine=lambda k: -1 / k)),
+    ('L1', codes._l1_optimised, dict(cosine=lambda k: 1 / (k - 1), exponents=(1,))),
+    ('L1', codes._l1_boundary, dict(k=3)),
+    ('BP', codes._bp_exact, dict(fewest=3)),
+    ('BP', codes._bp_optimised, dict(root=lambda t: 1)),
+    ('BP', codes._bp_optimised, dict(root=lambda t: 2 / t)),
+    ('BP', codes._bp_boundary, dict(half=1)),
+    ('BP', codes._bp_boundary, dict(height=Fraction(1, 2))),
+    ('P3', codes._p3_exact, dict(total=lambda k, square: k**3 + k * square)),
+    ('P3', codes._p3_exact, dict(total=lambda k, square: k**3 - square)),
+    ('P3', codes._p3_optimised, dict(largest=lambda k: (k + 1) / k)),
+    ('P3', codes._p3_boundary, dict(k=4)),
+    ('T2', codes._t2_boundary, dict(square=Fraction(1))),
+    ('T2', codes._t2_exact, dict(margin=Fraction(9, 10))),
+    ('T2b', codes._t2b_exact, dict(factor=lambda S, g: (4 - S) * (2 * g + S))),
+    ('T2b', codes._t2b_pair, dict(share=Fraction(51, 100))),
+    ('T2b', codes._t2b_pair, dict(reflect=False)),
+    ('T2b', codes._t2b_certified, dict(margin=lambda delta: 1 - math.cos(delta) / 2)),
+    ('T2b', codes._t2b_optimised, dict(margin=lambda delta: 1 - math.cos(1.01 * delta))),
     ('T4', softmax._t4_exact, dict(sign=1)),
     ('T4', softmax._t4_optimised, dict(degrees=45.)),
     ('T4', softmax._t4_flow, dict(time=20.)),

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from largest_margins.data import load
-from largest_margins.learner import ConvBody, margin_learner
+from largest_margins.learner import margin_learner
 from largest_margins.losses import LMSoftmaxLoss
+from largest_margins.training.bodies import ConvBody
 
 example = Path(__file__).parent.parent/'examples'/'fastai_distributed.py'
 

@@ -4,14 +4,13 @@ import io
 import json
 import math
 import os
-import pickle
 import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -19,10 +18,13 @@ import torch
 
 import largest_margins
 from largest_margins import cli
-from largest_margins.cli import _compare, main
+from largest_margins.callbacks import load_file
+from largest_margins.cli import main
 from largest_margins.margins import class_margin, sample_margins
-from largest_margins.study.experiments import LOSSES, Configuration, Result, train
-from largest_margins.study.pages import report, table
+from largest_margins.study.configurations import LOSSES, ClassifierFields
+from largest_margins.study.experiments import Configuration, train
+from largest_margins.study.recipes import DEMO, single
+from largest_margins.study.tables import make_table, plan, summarise
 
 QUICK = Configuration(loss='cosface', epochs=2, sample_margin=.5, embedding=12)
 
@@ -41,6 +43,7 @@ def result(): return train(QUICK)
     (dict(batch_size=1), 'batch_size'),
     (dict(embedding=2.5), 'embedding'), (dict(learning_rate=0), 'learning_rate'), (dict(ratio=.1), 'ratio'),
     (dict(sample_margin=-.5), 'sample_margin'), (dict(zero_centroid=math.nan), 'zero_centroid'),
+    (dict(loss='ce', scale=0.), 'scale has no meaning'), (dict(schedule='never'), 'schedule must be one of one-cycle'),
     (dict(kind='x'), 'kind'), (dict(rotate=-1.), 'rotate must be ≥ 0'), (dict(fixed='no'), 'fixed must be True'),
     (dict(batch_size=2.5), 'batch_size'), (dict(batch_size=-5), 'batch_size'), (dict(seed=-1), 'seed'),
     (dict(margin=35.), 'margin'), (dict(reduction='sum'), 'reduction'), (dict(loss='ldam', margin=50.), 'margin')])
@@ -91,63 +94,41 @@ def test_progress_is_told():
     assert [epoch for epoch, _ in seen] == [1, 2]
 
 
-def test_saved_and_loaded(result, tmp_path):
-    path = tmp_path/'new'/'row.pt'
-    result.save(path)
-    loaded = Result.load(path)
-    assert loaded.configuration == result.configuration and torch.equal(loaded.cosines, result.cosines)
-    assert loaded.history == result.history and [p.name for p in path.parent.iterdir()] == ['row.pt']
-
-
-class Malice:
-    def __reduce__(self): return (exec, ('raise SystemExit("harmed")',))
-
-
-@pytest.mark.parametrize('content', [b'', b'nonsense', pickle.dumps(Malice()), pickle.dumps([1])],
-                         ids=['empty', 'nonsense', 'malice', 'a list'])
-def test_what_we_did_not_write_is_not_opened(content, tmp_path):
-    (tmp_path/'x.pt').write_bytes(content)
-    with pytest.raises(ValueError, match='not a saved Result'): Result.load(tmp_path/'x.pt')
-    torch.save({'a': 1}, tmp_path/'y.pt')
-    with pytest.raises(ValueError, match='not a saved Result'): Result.load(tmp_path/'y.pt')
-
-
-def test_a_diverged_training_is_a_result(tmp_path):
+def test_a_diverged_training_is_a_result():
     for loss in ('ce', 'cosface'):
         lost = train(Configuration(loss=loss, learning_rate=1e25, epochs=1))
-        assert lost.diverged and math.isnan(lost.class_margin)
-        row = table([lost]).splitlines()[1]
-        assert "(diverged)" in row and row.count("—") == 4
-        lost.save(tmp_path/'lost.pt')
-        assert Result.load(tmp_path/'lost.pt').diverged
-        report([lost], tmp_path/'lost.html')
+        assert lost.diverged and math.isnan(lost.class_margin) and all(map(math.isnan, lost.measured.values()))
+        assert math.isnan(lost.test_margins['mean']) and math.isnan(lost.class_accuracies.mean())
+        with pytest.raises(AttributeError, match='accurracy'): _ = lost.accurracy
 
 
-# Reports
+# What one run and six leave
 
-def test_table(result):
-    lines = table([result, replace(result, configuration=Configuration(loss='ce'))]).splitlines()
-    assert len(lines) == 3 and 'class margin°' in lines[0] and 'best possible°' in lines[0]
-    assert lines[1].startswith('CosFace s=20 m=0.1 + 0.5 R_sm') and '96.38' in lines[1]
-    assert f'{result.class_margin:.2f}' in lines[1] and len(set(map(len, lines))) == 1
+def text_of(page): return html.unescape(re.sub('<[^>]+>', ' ', page))
 
 
-def test_report_is_one_readable_page(result, tmp_path):
-    page = report([result], tmp_path/'a'/'report.html', 'A <title>', ['a note & more'], 'the command').read_text()
-    text = html.unescape(re.sub('<[^>]+>', ' ', page))
-    assert 'A <title>' in text and 'a note & more' in text and 'the command' in text
-    assert f'{result.accuracy:.2f}' in text and 'torch' in text and 'digits' in text
+def test_one_training_is_a_table_of_one_row(result, tmp_path):
+    heard = []
+    assert make_table(single(QUICK), out=tmp_path, seeds=[0], tell=heard.append)
+    assert f'| CosFace s=20 m=0.1 + 0.5 R_sm | **{result.accuracy:.2f} ± –** |' in (tmp_path/'table.md').read_text()
+    page = (tmp_path/'table.html').read_text()
+    text = text_of(page)
+    assert f'{result.class_margin:.2f}' in text and '96.38' in text and 'torch' in text and 'digits' in text
     sources = re.findall(r'(?:src|href)="([^"]*)"', page)
     assert len(sources) == 2 and all(s.startswith('data:image/png;base64,') for s in sources)
     assert page.count('alt="') == 2 and 'http' not in page and 'color-scheme: light dark' in page
-    assert [p.name for p in (tmp_path/'a').iterdir()] == ['report.html']
+    run, = tmp_path.rglob('seed-0.json')
+    assert torch.equal(load_file(run.with_suffix('.pt'))['cosines'], result.cosines)
 
 
-def test_the_words_follow_the_numbers(result):
-    larger = {**result.test_margins, 'mean': result.mean_sample_margin + .25}
-    worse = replace(result, class_margin=result.class_margin - 1.5, test_margins=larger)
-    note, = _compare([result, worse])
-    assert '-1.50°' in note and '+0.250' in note and note.startswith('CosFace s=20 m=0.1:')
+def test_the_words_follow_the_numbers():
+    runs = plan(DEMO)[2:4]
+    record = dict(diverged=False, bound=96.38, machine={}, classes=[0], measured=dict(class_margin=80., accuracy=98.,
+                                                                                     mean_sample_margin=.5))
+    worse = record | dict(measured=dict(class_margin=78.5, accuracy=98., mean_sample_margin=.75))
+    note = summarise(DEMO, list(zip(runs, (record, worse)))).notes[0]
+    assert '-1.50°' in note and '+0.250' in note and note.startswith('CosFace:')
+    assert 'changes' not in summarise(DEMO, [(runs[0], record)]).notes[0]
 
 
 # The command line
@@ -188,27 +169,38 @@ def test_usage_errors_are_one_line_and_2(argv, message, capsys):
     assert message in err and err.startswith('largest-margins: ') and err.count('\n') == 1
 
 
-def test_train_writes_table_result_and_report(tmp_path, capsys):
-    assert run('train', '--loss', 'lm-softmax', '--sample-margin', '0.5', '--epochs', '2', '--rotate', '10',
-               '--out', tmp_path) == 0
+def test_train_writes_a_table_and_a_record(tmp_path, capsys):
+    argv = ('train', '--loss', 'lm-softmax', '--sample-margin', '0.5', '--epochs', '2', '--rotate', '10')
+    assert run(*argv, '--out', tmp_path) == 0
     out = capsys.readouterr().out
-    assert 'LM-Softmax s=20 + 0.5 R_sm' in out and 'class margin°' in out and 'report:' in out
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['1.pt', 'report.html']
-    trained = Result.load(tmp_path/'1.pt').configuration
-    assert trained.epochs == 2 and trained.rotate == 10
+    assert 'LM-Softmax s=20 + 0.5 R_sm' in out and 'class margin°' in out and 'table.html' in out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['runs', 'table.csv', 'table.html', 'table.md', 'table.tex']
+    path, = tmp_path.rglob('seed-0.json')
+    before, kept = path.stat().st_mtime_ns, json.loads(path.read_text())
+    assert kept['asked']['epochs'] == 2 and kept['asked']['rotate'] == 10
+    assert run(*argv, '--out', tmp_path) == 2 and 'finished or begun' in capsys.readouterr().err
+    assert run(*argv, '--scale', 30, '--resume', '--out', tmp_path) == 2
+    assert 'scale was None, is now 30.0' in capsys.readouterr().err
+    assert run(*argv, '--resume', '--out', tmp_path) == 0 and path.stat().st_mtime_ns == before
+    assert run('inspect', path.with_suffix('.pt')) == 0
+    assert f'{kept["measured"]["class_margin"]:.2f}°' in capsys.readouterr().out
+
+
+def test_options_are_the_fields_of_a_configuration():
+    args = cli._parser().parse_args(['train'])
+    for f in fields(ClassifierFields): assert getattr(args, f.name) == f.default
 
 
 def test_demo(tmp_path, capsys):
     assert run('demo', '--epochs', '3', '--out', tmp_path) == 0
     out = capsys.readouterr().out
-    rows = [line for line in out.splitlines() if '96.38' in line]
+    rows = [line for line in out.splitlines() if '| 96.38' in line]
     assert len(rows) == 6 and sum('+ 0.5 R_sm' in row for row in rows) == 3
     assert 'checks passed' in out and out.count('0.5 R_sm changes the class margin') == 3
-    assert sorted(p.name for p in tmp_path.iterdir()) == [*(f'{i}.pt' for i in range(1, 7)), 'report.html']
-    results = [Result.load(tmp_path/f'{i}.pt') for i in (1, 2, 3, 4)]
-    for without, regularised in zip(results[::2], results[1::2], strict=True):
-        assert regularised.class_margin > without.class_margin
-        assert regularised.mean_sample_margin > without.mean_sample_margin
+    assert (tmp_path/'table.html').read_text().count('<img') == 12
+    found = {p.parent.name: json.loads(p.read_text())['measured'] for p in tmp_path.rglob('seed-0.json')}
+    for loss in ('ce', 'cosface'):
+        for name in ('class_margin', 'mean_sample_margin'): assert found[f'{loss}+rsm'][name] > found[loss][name]
 
 
 def command(*argv, **kwargs):
@@ -318,18 +310,16 @@ def test_a_full_disk_under_train(tmp_path):
     "No file may be larger than 20 kB: one line, and nothing half."
     codes, _, err = shell(f'ulimit -f 20; lm train --epochs 1 --out {tmp_path}/out')
     assert codes == 'codes 2' and err.count('\n') == 0 and 'File too large' in err
-    assert not [p for p in (tmp_path/'out').iterdir()]
+    assert not [p for p in (tmp_path/'out').rglob('*') if p.is_file()]
 
 
 def test_ctrl_c_keeps_the_finished_rows(tmp_path):
     process = command('demo', '--epochs', '4', '--out', str(tmp_path))
-    deadline = time.monotonic() + 120
-    while not (tmp_path/'2.pt').exists() and time.monotonic() < deadline: time.sleep(.05)
+    while len(list(tmp_path.rglob('seed-0.json'))) < 2 and process.poll() is None: time.sleep(.05)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate()
     assert process.returncode == 130 and 'Traceback' not in err
-    assert 'rows complete' in out and (tmp_path/'report.html').exists()
-    assert Result.load(tmp_path/'1.pt').accuracy > 0
+    assert 'of 6 runs complete' in out and (tmp_path/'table.html').exists()
 
 
 def test_help_is_quick_and_prove_needs_no_fastai(tmp_path):
@@ -340,5 +330,5 @@ def test_help_is_quick_and_prove_needs_no_fastai(tmp_path):
                              (['prove', 'ME'], 0, '1 of 1'),
                              (['train', '--epochs', '1'], 2, 'largest_margins[fastai]')):
         process = command(*argv, env=env, cwd=tmp_path)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate()
         assert process.returncode == code and said in out + err and 'Traceback' not in err

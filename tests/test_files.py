@@ -21,9 +21,8 @@ from largest_margins import files
 from largest_margins.callbacks import Checkpoint, load_file, save_file
 from largest_margins.files import check_output, escape, read_torch, remove_file, replace_folder, write_file
 from largest_margins.inspection import write_prototypes
-from largest_margins.study.experiments import Configuration, Result, train
+from largest_margins.study.experiments import Configuration, train
 from largest_margins.study.glyphs import write_glyph_pairs
-from largest_margins.study.pages import report
 from largest_margins.verification import Pair, read_bin, read_pairs, write_bin, write_pairs
 
 
@@ -194,15 +193,11 @@ def test_folders_are_whole_too(tmp_path):
     assert os.listdir(tmp_path) == ['folder'] and (folder/'file').read_text() == '3'
 
 
-@pytest.fixture(scope='module')
-def result(): return train(Configuration(epochs=1, embedding=4))
-
-
-def test_every_writer_writes_so(tmp_path, result):
+def test_every_writer_writes_so(tmp_path):
     "The new file has the mode of the old, the link stays, nothing is left beside it."
     pairs = [Pair('A/A_0001', 'A/A_0002', True), Pair('A/A_0001', 'B/B_0001', False)]
-    writers = {'save_file': lambda path: save_file({'x': 1}, path), 'result': result.save,
-               'report': lambda path: report([result], path), 'pairs': lambda path: write_pairs(path, pairs, folds=1),
+    writers = {'save_file': lambda path: save_file({'x': 1}, path),
+               'pairs': lambda path: write_pairs(path, pairs, folds=1),
                'bin': lambda path: write_bin(path, [Pair(b'a', b'b', True)]),
                'p.safetensors': lambda path: write_prototypes(path, 3, 3, force=True)}
     for name, write in writers.items():
@@ -229,7 +224,7 @@ def test_only_files_writes_aside():
 
 # Reading
 
-def test_what_save_file_wrote(tmp_path, result):
+def test_what_save_file_wrote(tmp_path):
     content = {'x': torch.rand(3, 4), 'n': [1, 2.5, None, True, 'ä', (1, 2)], 'b': {'c': torch.arange(3)}, 7: 8}
     save_file(content, tmp_path/'a.pt')
     found = load_file(tmp_path/'a.pt')
@@ -238,11 +233,11 @@ def test_what_save_file_wrote(tmp_path, result):
     assert torch.equal(load_file(tmp_path/'a.pt')['x'], content['x'])
 
 
-@pytest.mark.parametrize('kind', ['result', 'checkpoint'])
+@pytest.mark.parametrize('kind', ['tensors', 'checkpoint'])
 def test_every_flipped_bit_is_refused_or_without_effect(tmp_path, kind, result):
     "Wherever it flips: another number never comes out."
     path = tmp_path/'file.pt'
-    if kind == 'result': result.save(path)
+    if kind == 'tensors': save_file({'x': torch.rand(9, 9), 'n': [1, 2.5, None]}, path)
     else: train(Configuration(epochs=1, embedding=4), checkpoint=path)
     whole, content = path.read_bytes(), load_file(path)
     def same(a, b):
@@ -262,7 +257,7 @@ def test_every_flipped_bit_is_refused_or_without_effect(tmp_path, kind, result):
     flipped[len(whole) // 2] ^= 1
     path.write_bytes(flipped)
     with pytest.raises(ValueError, match='checksum'):
-        if kind == 'result': Result.load(path)
+        if kind == 'tensors': load_file(path)
         else: Checkpoint(path).read()
 
 

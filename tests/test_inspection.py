@@ -36,6 +36,7 @@ from safetensors.torch import load_file, save, save_file
 from torch import nn
 from torch.nn.utils import parametrizations, weight_norm
 
+from largest_margins import callbacks
 from largest_margins.bounds import class_margin_bound
 from largest_margins.certificates import verify
 from largest_margins.cli import main
@@ -52,10 +53,11 @@ from largest_margins.inspection import (
     read_tensors,
     write_prototypes,
 )
-from largest_margins.learner import ConvBody, margin_learner
+from largest_margins.learner import margin_learner
 from largest_margins.losses import CosFaceLoss
 from largest_margins.margins import class_margin
-from largest_margins.study.experiments import Configuration, Result, train
+from largest_margins.study.experiments import Configuration, train
+from largest_margins.training.bodies import ConvBody
 
 K, D = 5, 7
 W = torch.randn(K, D, generator=torch.Generator().manual_seed(0))
@@ -122,9 +124,10 @@ def test_what_fastai_saves(tmp_path, with_opt):
 
 def test_what_experiments_save(tmp_path):
     found = train(Configuration(epochs=1, embedding=6))
-    found.save(tmp_path/'run.pt')
+    kept = {name: getattr(found, name) for name in ('prototypes', 'cosines', 'targets')}
+    callbacks.save_file(kept, tmp_path/'run.pt')
     seen = inspect_prototypes(read_classifier(tmp_path/'run.pt'))
-    torch.testing.assert_close(read_classifier(tmp_path/'run.pt'), Result.load(tmp_path/'run.pt').prototypes)
+    torch.testing.assert_close(read_classifier(tmp_path/'run.pt'), found.prototypes)
     assert math.degrees(seen.class_margin) == pytest.approx(found.class_margin, abs=1e-4)
     assert seen.norm_ratio == pytest.approx(found.norm_ratio, rel=1e-5)
     assert seen.centroid_norm == pytest.approx(found.centroid_norm, rel=1e-4)
@@ -325,11 +328,11 @@ def matrices(**shapes): return {name.replace('__', '.'): torch.rand(shape) for n
 
 @pytest.mark.parametrize('tensors,said', [
     (matrices(conv__weight=(9, 3, 3, 3), fc__scale=(11, 1), fc__weight=(11, 7)) | {
-        'fc.weight': torch.zeros(11, 7).char()}, 'quantised, int8'),
+        'fc.weight': torch.zeros(11, 7).char()}, 'quantized, int8'),
     ({'fc.weight': torch.zeros(11 * 7, 1).byte(), 'fc.absmax': torch.rand(11), 'neck.weight': torch.rand(7, 3)},
-     'quantised, uint8'),
+     'quantized, uint8'),
     ({'lm_head.qweight': torch.zeros(4, 9).int(), 'lm_head.scales': torch.rand(2, 9).half()}, 'lm_head.scales'),
-    ({'fc.weight': torch.rand(9, 4).to(torch.float8_e4m3fn), 'fc.weight_scale': torch.rand(())}, 'quantised'),
+    ({'fc.weight': torch.rand(9, 4).to(torch.float8_e4m3fn), 'fc.weight_scale': torch.rand(())}, 'quantized'),
     (matrices(model__layers__30__self_attn__k_proj__weight=(8, 64)), 'inside the network'),
     (matrices(model__layers__30__self_attn__out_proj__weight=(8, 64)), 'inside the network'),
     (matrices(model__embed_tokens__weight=(320, 64)), 'inside the network'),
@@ -352,7 +355,7 @@ def test_a_doubt_is_a_question(tmp_path, capsys, tensors, said, kind):
         save_file(tensors, path)  # which keeps no order
     code, out, err = run(capsys, 'inspect', path)
     assert (code, out, err.count('\n')) == (2, '', 1) and said in err and ('--key' in err or 'transposed' in err
-                                                                         or 'quantised' in err)
+                                                                         or 'quantized' in err)
 
 
 @pytest.mark.parametrize('tensors,name,notes', [
@@ -481,7 +484,7 @@ def test_damaged_files(tmp_path, name):
 
 
 def test_tensors_without_values(tmp_path, capsys):
-    "Sparse, on meta, quantised, nested, and larger than the file: a sentence each."
+    "Sparse, on meta, quantized, nested, and larger than the file: a sentence each."
     zeros = torch.zeros(1).as_strided((10**6, 10**6), (0, 0))
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
@@ -491,7 +494,7 @@ def test_tensors_without_values(tmp_path, capsys):
         torch.save({'fc.weight': t, 'name': 'x'}, tmp_path/'file.pth')
         code, out, err = run(capsys, 'inspect', tmp_path/'file.pth')
         assert (code, out, err.count('\n')) == (2, '', 1)
-        assert re.search('no values that can be read|quantised|no named tensors', err)
+        assert re.search('no values that can be read|quantized|no named tensors', err)
     torch.save({'fc.weight': W, 'big': zeros}, tmp_path/'file.pth')
     assert run(capsys, 'inspect', tmp_path/'file.pth')[0] == 0
     packed = torch.zeros(K, D, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)

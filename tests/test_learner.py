@@ -51,7 +51,7 @@ from largest_margins.callbacks import (
 from largest_margins.codes import simplex
 from largest_margins.data import imbalanced_indices, load
 from largest_margins.heads import CosineLinear, MarginHead
-from largest_margins.learner import ConvBody, class_counts, margin_learner, margin_neck, recommended_loss
+from largest_margins.learner import class_counts, margin_learner, margin_neck, recommended_loss
 from largest_margins.losses import (
     AdaFaceLoss,
     ArcFaceLoss,
@@ -64,6 +64,7 @@ from largest_margins.losses import (
     SampleMarginLoss,
 )
 from largest_margins.margins import class_margin, sample_margins
+from largest_margins.training.bodies import ConvBody
 
 DIGITS = load('digits')
 

@@ -173,7 +173,7 @@ def test_no_value_is_read_on_a_gpu():
         assert value.device.type == 'cuda'
         node = next(f for f, _ in value.grad_fn.next_functions[0][0].next_functions)  # its sum, square, centroid
         assert node.name() == '_CentroidBackward'
-        slope = node.apply(torch.rand(3, device='cuda'))  # autograd's own engine wants a real GPU
+        slope, _ = node.apply(torch.rand(3, device='cuda'))  # autograd's own engine wants a real GPU
         assert slope.shape == (5, 3) and slope.device.type == 'cuda'
 
 

@@ -19,7 +19,6 @@ from torchvision.models import resnet18, resnet50
 from largest_margins.data import RandomAffine
 from largest_margins.heads import MarginHead
 from largest_margins.images import ImageFiles
-from largest_margins.learner import ConvBody
 from largest_margins.losses import CosFaceLoss, LMSoftmaxLoss, NormFaceLoss
 from largest_margins.plots import BLUE, ORANGE
 from largest_margins.reid import (
@@ -38,6 +37,7 @@ from largest_margins.reid import (
     resnet50_body,
 )
 from largest_margins.study.glyphs import write_glyph_market
+from largest_margins.training.bodies import ConvBody
 from largest_margins.verification import DeadNetwork
 
 
@@ -91,6 +91,17 @@ def rankings(draw):
     distances = [draw(st.lists(st.sampled_from(values), min_size=G, max_size=G)) for _ in range(Q)]
     query, gallery = (numbers(Q, 1, 4), numbers(Q, 1, 3)), (numbers(G, -1, 4), numbers(G, 1, 3))
     return distances, query, gallery
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+@pytest.mark.parametrize('around', [-1., -1e-30, 0., 1.])
+def test_distances_that_differ_in_their_last_bits_are_ranked(around, dtype):
+    "Negative ones too, whose bits are in the opposite order."
+    distances = [torch.tensor(around, dtype=dtype)]
+    for _ in range(5): distances.append(torch.nextafter(distances[-1], torch.tensor(torch.inf, dtype=dtype)))
+    for right in range(6):
+        found = evaluate(torch.stack(distances)[None], [1], [1], [1 if i == right else 2 for i in range(6)], [2] * 6)
+        assert found.mAP == pytest.approx(1 / (right + 1)) and found.cmc[right] == 1 and not found.cmc[:right].any()
 
 
 OPTIONS = dict(ap=st.sampled_from(['step', 'trapezoid']), unmatched=st.sampled_from(['skip', 'zero']),

@@ -128,7 +128,7 @@ def test_tampered_certificates_are_refused():
 
 @pytest.mark.parametrize('k,d', [(4, 3), (5, 3), (6, 3), (7, 4), (5, 2), (8, 2)])
 def test_few_classes_and_classes_on_the_circle_have_no_optimum_but_best_packings(k, d):
-    from largest_margins.claims import largest_margin
+    from largest_margins.ledger.codes import largest_margin
     from largest_margins.margins import class_margin
     best = best_packing(k, d).class_margin
     for seed in range(3):

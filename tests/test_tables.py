@@ -21,24 +21,22 @@ import torch
 
 from largest_margins.cli import main
 from largest_margins.data import imbalanced_indices, load
-from largest_margins.study.experiments import LOSSES, Configuration, train
+from largest_margins.study.configurations import LOSSES
+from largest_margins.study.experiments import Configuration, train
+from largest_margins.study.pages import comma_separated, html_page, latex, markdown
 from largest_margins.study.recipes import TABLES, choose, printed, printed_numbers
 from largest_margins.study.tables import (
-    COLUMNS,
     _shown,
     aggregate,
-    comma_separated,
     execute,
-    html_page,
-    latex,
     make_table,
-    markdown,
     plan,
     read_record,
     run_one,
     summarise,
 )
 from largest_margins.training.bodies import BODIES, make_body
+from largest_margins.training.measures import MEASURES
 
 ONE, TWO = TABLES['1'], TABLES['2']
 CHOICE = dict(rows=['ce*'], seeds=2, epochs=1)
@@ -72,7 +70,8 @@ def timeless(found): return {k: v for k, v in found.items() if k not in ('second
 # Configurations that tables brought
 
 @pytest.mark.parametrize('given,message', [
-    (dict(reduction='median'), 'reduction must be'), (dict(loss='sample-margin', logit_adjustment=1.), 'no meaning'),
+    (dict(reduction='median'), 'reduction must be one of mean, class-mean'),
+    (dict(loss='sample-margin', logit_adjustment=1.), 'no meaning'),
     (dict(logit_adjustment=-1.), 'logit_adjustment'), (dict(reweighted=1.), 'reweighted must be'),
     (dict(loss='focal', fixed=True), 'fixed has no meaning'), (dict(schedule='never'), 'schedule must be one of'),
     (dict(body='resent'), 'body must be one of conv3'), (dict(shift=-1), 'shift'), (dict(weight_decay=-1.), 'weight')])
@@ -130,10 +129,9 @@ def test_classes_by_loops():
     assert found.class_accuracies.tolist() == pytest.approx(by_class)
     assert found.balanced_accuracy == pytest.approx(np.mean(by_class))
     assert min(found.counts[:5]) > 100 and found.counts[5:] == [6] * 5
-    shots = found.shots()
-    assert shots['many'] == pytest.approx(np.mean(by_class[:5])) and math.isnan(shots['medium'])
-    assert shots['few'] == pytest.approx(np.mean(by_class[5:]))
-    assert found.shots(few=6, many=200)['medium'] == pytest.approx(np.mean(by_class))
+    assert found.many == pytest.approx(np.mean(by_class[:5])) and math.isnan(found.medium)
+    assert found.few == pytest.approx(np.mean(by_class[5:])) and found.rare_accuracy == pytest.approx(found.few)
+    assert found.shots(6, 6).tolist() == 5 * [False] + 5 * [True]
     for truth, guess in ((0, 0), (7, 1), (9, 9)):
         both = (found.targets == truth) & (found.predictions == guess)
         assert found.confusion[truth, guess] == both.sum()
@@ -187,8 +185,15 @@ def test_a_record_answers_one_question(whole, tmp_path):
     one = plan(ONE, **CHOICE)[0]
     assert read_record(whole/one.path, one.configuration)
     assert read_record(whole/one.path, replace(one.configuration, data='elsewhere'))
-    for other in (dict(seed=1), dict(epochs=2), dict(loss='focal')):
-        assert read_record(whole/one.path, replace(one.configuration, **other)) is None
+    for name, other in dict(seed=1, epochs=2, loss='focal').items():
+        with pytest.raises(ValueError, match=f'is of another training.*{name} was .*, is now {other!r}'):
+            read_record(whole/one.path, replace(one.configuration, **{name: other}))
+    newer = json.loads((whole/one.path).read_text())
+    newer['asked']['temperature'] = 3
+    for content in (newer, {'asked': 3}, {}, [1], 7):
+        (tmp_path/'foreign.json').write_text(json.dumps(content))
+        with pytest.raises(ValueError, match='foreign.json is'):
+            read_record(tmp_path/'foreign.json', one.configuration)
     (tmp_path/'half.json').write_text('{"asked": {')
     with pytest.raises(ValueError, match='half.json is not the record of a run: remove it'):
         read_record(tmp_path/'half.json', one.configuration)
@@ -224,13 +229,13 @@ def test_resume_trains_what_is_missing(whole, tmp_path):
 
 def test_killed_and_resumed(whole, tmp_path):
     argv = ('table', '1', '--rows', 'ce*', '--seeds', 2, '--epochs', 1, '--jobs', 2, '--out', tmp_path)
-    process, deadline = command(*argv), time.monotonic() + 120
-    while not list(tmp_path.rglob('seed-*.json')) and time.monotonic() < deadline: time.sleep(.01)
+    process = command(*argv)
+    while not list(tmp_path.rglob('seed-*.json')) and process.poll() is None: time.sleep(.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert 1 <= len(records(tmp_path)) < 4 and not (tmp_path/'table.md').exists()
     process = command(*argv, '--resume')
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate()
     assert process.returncode == 0 and 'Traceback' not in err and 'FutureWarning' not in err
     assert 'of 4 runs are there already' in out
     assert {k: timeless(v) for k, v in records(tmp_path).items()} == {k: timeless(v) for k, v in records(whole).items()}
@@ -238,10 +243,10 @@ def test_killed_and_resumed(whole, tmp_path):
 
 
 def test_ctrl_c_writes_the_table_of_what_is_there(tmp_path):
-    process, deadline = command('table', '1', '--epochs', 2, '--out', tmp_path), time.monotonic() + 120
-    while not list(tmp_path.rglob('seed-*.json')) and time.monotonic() < deadline: time.sleep(.01)
+    process = command('table', '1', '--epochs', 2, '--out', tmp_path)
+    while not list(tmp_path.rglob('seed-*.json')) and process.poll() is None: time.sleep(.01)
     os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate()
     assert process.returncode == 130 and 'Traceback' not in err
     assert 'of 26 runs complete' in out and (tmp_path/'table.md').exists()
 
@@ -266,8 +271,8 @@ def made_up(whole):
     kept, rng, finished = next(iter(records(whole).values())), np.random.default_rng(0), []
     for run in plan(TWO, rows=['ce', 'cosface*', 'lm-class-mean'], seeds=3):
         lost = run.row.name == 'ce' and run.configuration.seed == 1
-        numbers = {name: None if lost or name == 'few' else float(rng.uniform(10, 90)) for name in COLUMNS}
-        finished.append((run, {**kept, 'diverged': lost, 'measured': numbers}))
+        numbers = {name: None if lost or name == 'few' else float(rng.uniform(10, 90)) for name in MEASURES}
+        finished.append((run, {**kept, 'diverged': lost, 'measured': numbers, 'bound': numbers['bound']}))
     return finished
 
 
@@ -278,7 +283,7 @@ def test_mean_and_std_are_numpy_s(made_up):
         for r in ('ce', 'cosface', 'cosface+rw', 'lm-class-mean')]
     for x in lines:
         ours = [f['measured'] for run, f in made_up if (run.setting, run.row) == (x.setting, x.row)]
-        for name in COLUMNS:
+        for name in MEASURES:
             numbers = [m[name] for m in ours if m[name] is not None]
             if not numbers: assert math.isnan(x.mean(name)) and _shown(x, name) == '—'
             else:

@@ -12,10 +12,11 @@ import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import fmean, stdev
+from typing import Any
 
 from scipy.stats import t
 
-from .tables import Run
+
 
 # %% ../../nbs/study/42_comparisons.ipynb #6c9bedba
 @dataclass(frozen=True)
@@ -73,10 +74,11 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        "'raises', 'lowers', or 'no difference found', at 5 %, adjusted if p is."
-        if (self.p if self.adjusted is None else self.adjusted) >= .05:
-            return 'no difference found'
-        return 'raises' if self.mean > 0 else 'lowers'
+        "'raises' or 'lowers', at 5 %; 'may …' if not adjusted; else 'no difference found'."
+        if self.p >= .05: return 'no difference found'
+        may = self.adjusted is not None and self.adjusted >= .05
+        verbs = ('may raise', 'may lower') if may else ('raises', 'lowers')
+        return verbs[self.mean < 0]
 
     def brief(
         self,
@@ -112,10 +114,11 @@ def plot_comparisons(
     comparisons: dict[str, Comparison],  # by what to call them, from the top down
     ax=None,  # matplotlib axes; None makes a figure
 ):  # the axes
-    "Mean differences with intervals of 95 %; a ring if none is found; bars are cells."
+    "Mean differences with intervals of 95 %; a ring if none is sure; bars are cells."
     from largest_margins.plots import BLUE, GREY, ORANGE, axes_for
     ax = axes_for(ax)
     looks = {'raises': (BLUE, BLUE), 'lowers': (ORANGE, ORANGE),
+             'may raise': (BLUE, 'none'), 'may lower': (ORANGE, 'none'),
              'no difference found': (GREY, 'none')}
     for y, found in enumerate(comparisons.values()):
         color, inside = looks[found.verdict]
@@ -130,7 +133,7 @@ def plot_comparisons(
 
 # %% ../../nbs/study/42_comparisons.ipynb #15280b62
 def compare_rows(
-    finished: list[tuple[Run, dict]],  # runs and their records
+    finished: list[tuple[Any, dict]],  # runs and their records
     pairs: list[tuple[str, str]],  # names of rows: without and with
     name: str,  # what was measured, such as 'accuracy'
 ) -> Comparison:  # with − without
@@ -179,7 +182,7 @@ class Standing:
 
 
 def ranking(
-    finished: list[tuple[Run, dict]],  # runs and their records
+    finished: list[tuple[Any, dict]],  # runs and their records
     name: str,  # what was measured; more is better
     settings: list[str] | None = None,  # names; None takes all
 ) -> list[Standing]:  # the best first; rows that lack a setting are left out

@@ -1,4 +1,4 @@
-"""Pictures of letters that stand in for pictures of people
+"""Pictures of characters that replace pictures of people, to test pipelines
 
 Docs: https://largest-margins.github.io/largest-margins/study/glyphs.html.md"""
 
@@ -30,13 +30,13 @@ FACES = ('DejaVuSans', 'DejaVuSans-Bold', 'DejaVuSerif', 'DejaVuSerif-Italic',
 def _font_file(face):
     return str(Path(matplotlib.get_data_path(), 'fonts', 'ttf', f'{face}.ttf'))
 
-
+# %% ../../nbs/study/26_glyphs.ipynb #bbb2d6db
 def draw_glyphs(
-    characters: str,  # n characters that the face has
+    characters: str,  # n characters that the typeface has
     face: str,  # one of `FACES`
     size: int = 28,  # height and width of a picture, pixels, ≥ 8
 ) -> np.ndarray:  # bytes, white on black, [n, size, size]
-    "Each character in the middle of its own picture."
+    "Draw each character in the middle of a picture."
     if face not in FACES:
         raise ValueError(f'face must be one of {", ".join(FACES)}, got {face!r}')
     if not isinstance(size, int) or size < 8:
@@ -54,9 +54,9 @@ def draw_glyphs(
 # %% ../../nbs/study/26_glyphs.ipynb #fa725dc8
 @cache
 def glyph_characters(
-    categories: str = 'LN',  # first letters of Unicode categories: L letters, N numbers
-) -> str:  # in the order of their code points
-    "The characters that every face has, and that no face draws like another one."
+    categories: str = 'LN',  # first letters of Unicode categories, such as 'LN'
+) -> str:  # sorted by code point
+    "Return the characters that every typeface draws, each unlike all others."
     fonts = (FT2Font(_font_file(face)) for face in FACES)
     codes = set.intersection(*(set(font.get_charmap()) for font in fonts))
     found = ''.join(c for c in map(chr, sorted(codes))
@@ -74,10 +74,10 @@ def glyph_characters(
 
 # %% ../../nbs/study/26_glyphs.ipynb #5284ac7d
 def glyph_split(
-    seed: int = 0,  # of the draw
-    identities: int = 500,  # how many characters to use, even, ≥ 2
-) -> tuple[str, str]:  # training and test characters, half of them each
-    "Characters to train with, and others to test with."
+    seed: int = 0,  # random seed of the split
+    identities: int = 500,  # number of characters, even, ≥ 2
+) -> tuple[str, str]:  # training characters, test characters
+    "Split characters into training and test."
     found = glyph_characters()
     if not isinstance(identities, int) or not 2 <= identities <= len(found) \
        or identities % 2:
@@ -92,17 +92,18 @@ _NOTE = 'glyphs.json'  # says what wrote a folder, how, and what belongs to it
 
 
 def _is_ours(folder):
-    "Whether a folder holds what this module wrote, and nothing else."
+    "Return whether a folder holds only what this module wrote."
     try: note = json.loads((folder/_NOTE).read_text(encoding='utf-8'))
     except (OSError, ValueError): return False
-    ours = isinstance(note, dict) and note.get('made_by') == 'largest_margins.study.glyphs'
+    ours = isinstance(note, dict) and (
+        note.get('made_by') == 'largest_margins.study.glyphs')
     entries = note.get('entries', ()) if ours else ()
     return ours and {path.name for path in folder.iterdir()} <= {_NOTE, *entries}
 
 
 @contextmanager
 def _complete(folder, **settings):
-    "A new folder to fill, moved to its place when all went well."
+    "Yield a new folder to fill; move it to its place when it is complete."
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and (
             not any(folder.iterdir()) or _is_ours(folder))):
@@ -119,14 +120,14 @@ def _save(picture, path): Image.fromarray(picture).save(path)
 
 # %% ../../nbs/study/26_glyphs.ipynb #01d67ec6
 def write_glyph_market(
-    folder: str | Path,  # to write: new, empty, or written by this function before
+    folder: str | Path,  # folder to write: new, empty, or written before
     *,
-    seed: int = 0,  # of the split, the queries, the distractors and the junk
-    identities: int = 500,  # characters, half of them to train, even, ≥ 2
-    distractors: int = 60,  # symbols in the gallery, each in every face, ≥ 0
-    junk: int = 120,  # crops in the gallery, ≥ 0
+    seed: int = 0,  # random seed
+    identities: int = 500,  # number of characters, half for training, even, ≥ 2
+    distractors: int = 60,  # number of symbols in the gallery, ≥ 0
+    junk: int = 120,  # number of junk pictures in the gallery, ≥ 0
 ) -> Path:  # the folder
-    "Glyphs as a Market-1501-style folder: the same seed, the same files."
+    "Write glyphs as a folder like Market-1501."
     train, test = glyph_split(seed, identities)
     rng, symbols = np.random.RandomState(seed), glyph_characters('SP')
     for name, n, most in (('distractors', distractors, len(symbols)),
@@ -157,15 +158,15 @@ def write_glyph_market(
         _save_junk(new/'bounding_box_test', test, rng, junk)
     return Path(folder)
 
-
+# %% ../../nbs/study/26_glyphs.ipynb #8118e01d
 def _market_name(person, character, camera, box):
-    "`0002_c1s1_000451_03.png`: person, camera from 1, sequence 1, code point, box."
+    "Return a name such as 0002_c1s1_000451_03.png."
     person = f'{person:04d}' if person >= 0 else person
     return f'{person}_c{camera + 1}s1_{ord(character):06d}_{box:02d}.png'
 
-
+# %% ../../nbs/study/26_glyphs.ipynb #1b8fbba7
 def _save_junk(folder, characters, rng, n):
-    "Corners of `n` pictures, enlarged, as person −1."
+    "Save enlarged corners of `n` pictures as person −1."
     for i in sorted(rng.permutation(len(FACES) * len(characters))[:n]):
         camera, character = i // len(characters), characters[i % len(characters)]
         picture, = draw_glyphs(character, FACES[camera])
@@ -177,19 +178,19 @@ def _save_junk(folder, characters, rng, n):
 def glyph_name(
     character: str,  # one character
 ) -> str:  # such as 'LATIN_SMALL_LETTER_G'
-    "Its name in Unicode, with underscores, as LFW writes the names of people."
+    "Return the Unicode name with underscores, like names in LFW."
     return unicodedata.name(character).replace(' ', '_')
 
 # %% ../../nbs/study/26_glyphs.ipynb #1b73471c
 def write_glyph_pairs(
-    folder: str | Path,  # to write: new, empty, or written by this function before
+    folder: str | Path,  # folder to write: new, empty, or written before
     *,
-    seed: int = 0,  # of the split, the folds and the pairs
-    identities: int = 500,  # characters, half of them for pairs, even, ≥ 2
-    folds: int = 10,  # parts without a common character, ≥ 2
-    pairs: int = 300,  # of one character, and as many of two, in each fold, ≥ 1
+    seed: int = 0,  # random seed
+    identities: int = 500,  # number of characters, half for pairs, even, ≥ 2
+    folds: int = 10,  # number of folds, ≥ 2
+    pairs: int = 300,  # number of pairs of each kind in a fold, ≥ 1
 ) -> Path:  # the folder, with pairs.txt
-    "Pairs of glyphs in LFW's form: the same seed, the same files."
+    "Write pairs of glyphs in the format of LFW."
     _, test = glyph_split(seed, identities)
     if not isinstance(folds, int) or not 2 <= folds <= len(test) // 2:
         raise ValueError(f'folds must be an int in 2..{len(test) // 2} for {len(test)} '
@@ -211,9 +212,9 @@ def write_glyph_pairs(
                 _save(picture, new/name/f'{name}_{number:04d}.png')
     return Path(folder)
 
-
+# %% ../../nbs/study/26_glyphs.ipynb #f80ea904
 def _fold(characters, pairs, rng):
-    "The lines of one fold: pairs of one character, then pairs of two, drawn at random."
+    "Yield the lines of one fold: pairs of one character, then pairs of two."
     names, n = [glyph_name(c) for c in characters], len(FACES)
     faces = list(combinations(range(1, n + 1), 2))
     couples = list(combinations(names, 2))

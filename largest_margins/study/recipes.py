@@ -6,20 +6,20 @@ Docs: https://largest-margins.github.io/largest-margins/study/recipes.html.md"""
 
 # %% auto #0
 __all__ = ['BALANCED', 'IMBALANCED', 'TABLES', 'Row', 'Setting', 'Recipe', 'table1_rows', 'table2_rows', 'scale_rows',
-           'table3_rows', 'sphere_rows', 'printed_numbers', 'choose', 'printed']
+           'table3_rows', 'sphere_rows', 'printed_numbers', 'single', 'demo_rows', 'choose', 'printed']
 
 # %% ../../nbs/study/36_recipes.ipynb #dcca5363
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
 from functools import cache
+from importlib import import_module
 from importlib.resources import files
 from typing import Any
 
-from .experiments import LOSSES
-from .identities import RE_IDENTIFICATION, VERIFICATION
-from .tasks import CLASSIFICATION, FREE_FEATURES, Task
+from .configurations import LOSSES, TrainingFields
+
 
 # %% ../../nbs/study/36_recipes.ipynb #e977c960
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Row:
     "One row of a table."
     name: str  # what `--rows` calls it, without spaces
     label: str  # what the table calls it; a printed row of that label stands beside it
-    changes: dict  # fields of the task's configuration
+    changes: dict  # fields of the configuration
 
 
 @dataclass(frozen=True)
@@ -46,15 +46,25 @@ class Recipe:
     settings: tuple[Setting, ...]  # the parts of the table
     training: dict  # fields of the configuration by data set; '' for any other
     beside: dict  # whose printed numbers stand beside which data set; '' for others
-    columns: tuple[str, ...]  # the numbers shown, names in `tables.COLUMNS`
+    columns: tuple[str, ...]  # the numbers shown, names in `MEASURES`
     notes: str = ''  # what a reader of the table has to know
-    task: Task = CLASSIFICATION  # what a run does
-    dataset: str | None = 'digits'  # the usual data set; None: the task has no data
+    kind: str | type = 'experiments.Configuration'  # what knows what a run does
+    dataset: str | None = 'digits'  # the usual data set; None: there are no data
+    heading: str = ''  # of the table; '': what `printed_numbers` has
+    figures: bool = False  # whether the page shows each training
+    remarks: Callable | None = None  # from the lines of the table to further notes
 
     @property
     def title(self) -> str:
         "Heading of the table."
-        return printed_numbers()['titles'][self.name]
+        return self.heading or printed_numbers()['titles'][self.name]
+
+    @property
+    def configurations(self) -> type:
+        "The class of the configurations, imported on first use."
+        if not isinstance(self.kind, str): return self.kind
+        module, name = self.kind.split('.')
+        return getattr(import_module(f'largest_margins.study.{module}'), name)
 
     def configuration(
         self,
@@ -62,14 +72,13 @@ class Recipe:
         setting: Setting,  # part of the table
         row: Row,  # row of the table
         **changes,  # further fields, such as seed and epochs
-    ) -> Any:  # of the task's type
+    ) -> Any:  # a configuration
         "What one row trains in one setting; later changes win."
         if dataset is not None: changes['dataset'] = dataset
-        kind = self.task.configuration
-        for name in changes.keys() - {f.name for f in fields(kind)}:
+        for name in changes.keys() - {f.name for f in fields(self.configurations)}:
             raise ValueError(f'{name} has no meaning for the table {self.name}')
         training = self.training.get(dataset, self.training[''])
-        return kind(**{**training, **setting.changes, **row.changes, **changes})
+        return self.configurations(**{**training, **setting.changes, **row.changes, **changes})
 
 # %% ../../nbs/study/36_recipes.ipynb #b873be4a
 _SMALL = dict(body='conv3', embedding=32, epochs=20, batch_size=64, learning_rate=1e-2)
@@ -231,15 +240,62 @@ TABLES = {recipe.name: recipe for recipe in (
            {'glyphs': _GLYPHS, '': _PERSONS},
            {'dukemtmc': 'dukemtmc', '': 'market1501'},
            ('mAP', 'rank1', 'rank5', 'mINP', 'class_margin'),
-           task=RE_IDENTIFICATION, dataset='glyphs'),
+           kind='identities.ReIDConfiguration',
+           dataset='glyphs'),
     Recipe('verification', table3_rows, (Setting('pairs', 'Pairs'),),
            {'glyphs': _GLYPHS, '': _FACES}, {},
            ('fold_accuracy', 'standard_error', 'tar_at_0.1', 'tar_at_0.01',
             'tar_at_0.001', 'tar_at_0.0001', 'class_margin'),
-           task=VERIFICATION, dataset='glyphs'),
+           kind='identities.PairsConfiguration',
+           dataset='glyphs'),
     Recipe('sphere', sphere_rows, _SPHERES, {'': {}}, {},
            ('class_margin', 'gap', 'min_sample_margin', 'final_loss'),
-           _SPHERE + printed_numbers()['notes']['sphere'], FREE_FEATURES, None))}
+           _SPHERE + printed_numbers()['notes']['sphere'],
+           'free_features.FreeFeatures', None))}
+
+# %% ../../nbs/study/36_recipes.ipynb #69113d9f
+def single(
+    configuration: TrainingFields,  # what to train, say a `Configuration`
+) -> Recipe:
+    "The recipe of one training."
+    row = Row('trained', configuration.label, asdict(configuration))
+    return Recipe('train', lambda num_classes: [row], _BALANCED, {'': {}}, {}, _BRIEF,
+                  kind=type(configuration), heading=configuration.label, figures=True)
+
+
+_BALANCED = (Setting('single', 'One training'),)
+_BRIEF = ('accuracy', 'class_margin', 'bound', 'mean_sample_margin',
+          'min_sample_margin')
+
+# %% ../../nbs/study/36_recipes.ipynb #a9117224
+def demo_rows(
+    num_classes: int,  # k; nothing here depends on it
+) -> list[Row]:
+    "CE, CosFace and LM-Softmax, each without and with 0.5 R_sm."
+    return [Row(f'{loss}{name}', f'{LOSSES[loss].title}{label}',
+                dict(loss=loss, sample_margin=weight))
+            for loss in ('ce', 'cosface', 'lm-softmax')
+            for name, label, weight in (('', '', 0.), ('+rsm', ' + 0.5 R_sm', .5))]
+
+# %% ../../nbs/study/36_recipes.ipynb #985628d2
+def _compare(lines):
+    "Say in words what R_sm did to each loss."
+    notes, by_name = [], {line.row.name: line for line in lines}
+    for name, plain in by_name.items():
+        if (added := by_name.get(f'{name}+rsm')) is None: continue
+        angle, margin = (added.mean(measure) - plain.mean(measure)
+                         for measure in ('class_margin', 'mean_sample_margin'))
+        notes.append(f'{plain.row.label}: 0.5 R_sm changes the class margin by '
+                     f'{angle:+.2f}° and the mean sample margin by {margin:+.3f}.')
+        if name == 'lm-softmax':
+            notes.append('LM-Softmax is R_sm up to log(k−1)/s, so the term has next to '
+                         'nothing to add.')
+    return notes
+
+
+DEMO = Recipe('demo', demo_rows, (Setting('balanced', 'Balanced'),), {'': {}}, {},
+              _BRIEF, heading='Learning towards the largest margins', figures=True,
+              remarks=_compare)
 
 # %% ../../nbs/study/36_recipes.ipynb #e025a576
 def choose(

@@ -9,6 +9,7 @@ __all__ = ['adjusted_margins', 'TailConfiguration', 'noisy', 'classify_further',
 
 # %% ../../nbs/study/43_tails.ipynb #c171da50
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from .experiments import Configuration, loaded, train
 from ..margins import neural_collapse, unit_rows
 from .recipes import Recipe, Row, Setting
 from ..reliability import calibration, detection
-from .tasks import CLASSIFICATION, MEASURED
+
 
 # %% ../../nbs/study/43_tails.ipynb #7f0d3e6c
 def adjusted_margins(
@@ -74,6 +75,14 @@ class TailConfiguration(Configuration):
             parts.append(f'+ {self.adjusted_sample_margin:g} R_sm with prior')
         if self.noise: parts.append(f'noise {self.noise:g}')
         return ' '.join(parts)
+
+    def measure(
+        self,
+        checkpoint: Path | None = None,  # file to go on from
+        progress: Callable | None = None,  # not used
+    ) -> dict:  # the content of a record
+        "Train, and measure what this study is about."
+        return classify_further(self, checkpoint)
 
 # %% ../../nbs/study/43_tails.ipynb #3c49b155
 def noisy(
@@ -189,8 +198,8 @@ def classify_further(
         prior = torch.tensor(data.counts).float()
         cbs.append(_AdjustedTerm(c.adjusted_sample_margin, prior, c.scale or 20.))
     result = train(replace(c, ratio=1.), data, checkpoint=checkpoint, cbs=cbs)
-    numbers = {name: getattr(result, name) for name in MEASURED
-               if name != 'best_accuracy'} | result.shots()  # of some samples only
+    numbers = dict(result.measured)
+    del numbers['best_accuracy']  # it was measured on some samples only
     numbers['mean_train_margin'] = result.train_margins['mean']
     numbers['min_train_margin'] = result.train_margins['min']
     return dict(
@@ -249,8 +258,6 @@ def study(
     if dataset not in _STUDY:
         raise ValueError(f'dataset must be one of {", ".join(_STUDY)}, got {dataset!r}')
     settings, training = _STUDY[dataset]
-    task = replace(CLASSIFICATION, configuration=TailConfiguration,
-                   measure=classify_further)
     return Recipe('tails', tail_rows, settings, {'': training}, {},
                   ('balanced_accuracy', 'many', 'medium', 'few', 'class_margin'),
-                  task=task, dataset=dataset)
+                  kind=TailConfiguration, dataset=dataset)
