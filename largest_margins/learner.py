@@ -33,10 +33,9 @@ from .callbacks import (
     HeadCallback, MarginModel, MarginRecorder, bare, evaluate_once, find_loss,
     has_bfloat16, last_layers)
 from .checks import integer
-from .codes import simplex
 from .data import ImageDataset
 from .heads import MarginHead
-from .losses import AdaFaceLoss, CosineLoss, NormFaceLoss
+from .losses import AdaFaceLoss, CosineLoss, FocalLoss
 from .training.bodies import ConvBody as ConvBody
 
 # %% ../nbs/training/24_learner.ipynb #fa01a69f
@@ -153,12 +152,12 @@ def class_counts(
 # %% ../nbs/training/24_learner.ipynb #40bee3f8
 def recommended_loss(
     dls: DataLoaders,  # loaders whose training items give the class counts
-) -> NormFaceLoss:  # scale 20
-    "Build NormFace with logit adjustment by the training counts."
+) -> FocalLoss:  # with γ = 0, the cross-entropy of logits
+    "Build the cross-entropy with logit adjustment by the training counts."
     counts = class_counts(dls)
     if not all(counts): raise ValueError('dls must have a training item of each class, '
                                          f'class {counts.index(0)} has none')
-    return NormFaceLoss(20., prior=torch.tensor(counts, dtype=torch.float32))
+    return FocalLoss(0., prior=torch.tensor(counts, dtype=torch.float32))
 
 # %% ../nbs/training/24_learner.ipynb #b0d1e505
 def _body(model, images, known=None):
@@ -286,15 +285,13 @@ def margin_learner(
         elif known: split = known['split']
         if pretrained and normalize and stats: _normalize(dls, *stats, channels)
     if cut is not None: body = cut_model(body, cut)
-    recommended = loss_func is None
     if isinstance(loss_func, type):
         raise TypeError(f'loss_func must be a loss, got the class {loss_func.__name__}')
-    if recommended: loss_func = recommended_loss(dls)
+    if loss_func is None: loss_func = recommended_loss(dls)
     body.to(images.device)
     neck, d = margin_neck(evaluate_once(body, images[:2]).shape, embedding)
     loss = find_loss(loss_func, CosineLoss)
     head = MarginHead(d, classes, loss) if loss else nn.Linear(d, classes, bias=False)
-    if recommended and classes <= d + 1: head.fix(simplex(classes, d))
     if metrics is accuracy and loss and _is_large(head): metrics = _nearest_accuracy
     model = MarginModel(body, neck, head)
     if splitter is not None: _check_groups(splitter(model), model)
