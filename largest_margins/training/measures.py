@@ -42,6 +42,7 @@ def _prototype_measures():
         class_margin=Measure('class margin°', 2,
                              lambda x: math.degrees(class_margin(x.prototypes))),
         bound=Measure('bound°', 2, lambda x: _bound(*x.prototypes.shape), None),
+        less_optimum=Measure('less the optimum°', 2, _less_optimum, None),
         mean_sample_margin=Measure('mean sample margin', 3,
                                    lambda x: x.margins.mean().item()),
         min_sample_margin=Measure('min sample margin', 3,
@@ -49,6 +50,12 @@ def _prototype_measures():
         norm_ratio=Measure('norm ratio', 3, lambda x: norm_ratio(x.prototypes).item()),
         centroid_norm=Measure('centroid norm', 3,
                               lambda x: zero_centroid(x.prototypes).sqrt().item()))
+
+
+def _less_optimum(x):
+    "The class margin less that of the loss's own optimum, if it is known."
+    best = getattr(x, 'optimum', None)
+    return None if best is None else math.degrees(class_margin(x.prototypes)) - best
 
 
 @cache
