@@ -64,7 +64,7 @@ MEASURED = ('accuracy', 'best_accuracy', 'balanced_accuracy', 'rare_accuracy',
 @dataclass(frozen=True, eq=False)
 class Result:
     "One trained configuration, measured on both splits."
-    configuration: 'Configuration'
+    configuration: object  # what was trained, a `Configuration`
     bound: float  # the best possible class margin, degrees
     train_margins: dict  # of the training split, without augmentation
     seconds: float  # training and validation; epochs trained twice count once
