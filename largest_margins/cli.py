@@ -48,7 +48,7 @@ class _Parser(argparse.ArgumentParser):
         return super().parse_known_args(*args, **options)
 
     def learn(self):
-        "Add the arguments, once; those that are fields of a configuration load PyTorch."
+        "Add the arguments, once; the fields of a configuration load PyTorch."
         fill, self.fill = self.fill, None
         if fill is not None: fill(self)
 
@@ -249,7 +249,8 @@ def _field_arguments(p, kind, names=None):
     for f in fields(kind):
         if names and f.name not in names: continue
         name, words = f'--{f.name.replace("_", "-")}', [lines[f.name]]
-        if choices := f.metadata.get('choices'): words.append(f'one of {", ".join(choices)}')
+        if choices := f.metadata.get('choices'):
+            words.append(f'one of {", ".join(choices)}')
         kinds = get_args(f.type) or (f.type,)
         if bool in kinds:
             p.add_argument(name, action='store_true', help=words[0])
@@ -297,8 +298,8 @@ def _table_arguments(p):
     p.add_argument('--data', metavar='DIR', help='directory of the data set’s files')
     p.add_argument('--download', action='store_true',
                    help='allow a download into --data')
-    p.add_argument('--epochs', type=int, metavar='N', help='passes through the training '
-                   'images; default: what the recipe says')
+    p.add_argument('--epochs', type=int, metavar='N',
+                   help='passes through the images; default: what the recipe says')
     _run_arguments(p, None, threads=1)
     p.add_argument('--rows', nargs='+', metavar='ROW',
                    help='names like cosface-20, or patterns like "cosface*"; '
@@ -475,7 +476,7 @@ def _demo_arguments(p):
     _field_arguments(p, ClassifierFields, ('dataset', 'data', 'epochs', 'seed'))
     _run_arguments(p, 'runs/demo', threads=1)
     p.add_argument('--resume', action='store_true',
-                   help='keep the finished trainings in --out, and go on with the others')
+                   help='keep the finished trainings in --out, do the others')
 
 
 _COMMANDS['demo'] = _Command('quick proofs and six trainings', _demo_arguments, _demo)

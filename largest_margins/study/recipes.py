@@ -78,7 +78,8 @@ class Recipe:
         for name in changes.keys() - {f.name for f in fields(self.configurations)}:
             raise ValueError(f'{name} has no meaning for the table {self.name}')
         training = self.training.get(dataset, self.training[''])
-        return self.configurations(**{**training, **setting.changes, **row.changes, **changes})
+        return self.configurations(
+            **{**training, **setting.changes, **row.changes, **changes})
 
 # %% ../../nbs/study/36_recipes.ipynb #b873be4a
 _SMALL = dict(body='conv3', embedding=32, epochs=20, batch_size=64, learning_rate=1e-2)
