@@ -17,7 +17,7 @@ import torch
 from measure import RESULTS, medians, peak, peak_in_fresh_process, store
 from torch.nn import functional as F
 
-from largest_margins.engine.fused import margins_by_rows
+from largest_margins.losses import SampleMarginLoss
 from largest_margins.margins import class_margin, norm_ratio
 from largest_margins.regularizers import zero_centroid
 
@@ -92,7 +92,8 @@ def whole_product(n, d, k, size=1024):
     return step
 
 
-def our_sample_margins(features, prototypes, targets): return margins_by_rows(features, prototypes, targets)
+def our_sample_margins(features, prototypes, targets):
+    return -SampleMarginLoss(reduction='none').linear(features, prototypes, targets)
 
 
 def usual_sample_margins(features, prototypes, targets):

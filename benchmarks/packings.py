@@ -1,7 +1,8 @@
 """The best packings known at many sizes, for the margin calculator: `python benchmarks/packings.py`.
 
-Up to 50 classes have 400 starts of `best_packing` in space and 40 beyond, more have 4 to 1, all from seed 0. A size
-that `benchmarks/results/packings.json` has is not searched again, so that a broken run goes on; `--fresh` begins anew.
+Up to 50 classes have 400 starts of `best_packing` in space and 40 beyond, more have 4 to 1, in space as many as take a
+minute (66 for 100 points), all from seed 0. A size that `benchmarks/results/packings.json` has is not searched again,
+so that a broken run goes on; `--fresh` begins anew.
 Then each size gets the best of three: what its search found, the best construction that contains it, and the best
 entry for more points or fewer dimensions. Each construction is a size of its own, with at most 1000 of its points.
 """
@@ -39,7 +40,7 @@ def built_sizes():
 def search(k, d):
     "What was found at a size, and the bound beside it, in degrees."
     start, starts = process_time(), 40 if k <= 50 else min(4, max(1, 2000 // (k * d) + 1))
-    if d == 3 and k <= 50: starts = 400
+    if d == 3: starts = 400 if k <= 50 else max(1, 2_000_000 // (k * k * d))
     packing = best_packing(k, d, starts=starts)
     return {'k': k, 'd': d, 'starts': starts, 'class_margin': math.degrees(packing.class_margin),
             'how': packing.how, 'bound': math.degrees(packing.bound), 'seconds': round(process_time() - start, 2)}

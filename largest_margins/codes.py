@@ -179,8 +179,8 @@ _EXACT = dict.fromkeys(('primal_feasibility_tolerance', 'dual_feasibility_tolera
                        1e-10)
 _FEW = 400  # coordinates, up to which the dual simplex method is faster
 
-
-def _lift(points, deadline, steps=60):
+# %% ../nbs/theory/03_packing.ipynb #7a9c3e1g
+def _lift(points, deadline, steps=60, exact=True):
     "Sequential linear programming: lower the largest cosine while that is possible."
     top = _largest_cosine(points)
     radius = min(.01, .05 * math.sqrt(2 - 2 * top))
@@ -193,12 +193,13 @@ def _lift(points, deadline, steps=60):
         i, j = i[stressed], j[stressed]
         still = np.zeros_like(points)
         still[i], still[j] = moves[i], moves[j]
-        still, whole = _normalised(points + still), _normalised(points + moves)
-        moved = min((_newton(still, i, j), still, whole), key=_largest_cosine)
+        tries = [_normalised(points + still), _normalised(points + moves)]
+        if exact: tries.append(_newton(tries[0], i, j))
+        moved = min(tries, key=_largest_cosine)
         gain = top - _largest_cosine(moved)
         if gain > 0: points, top = moved, top - gain
         part = gain / promised
-        radius *= 2 if part > .9 else 1 if part > .5 else 1 / 2 if part > 0 else 1 / 4
+        radius = min(.2, radius * (2 if part > .5 else 1 / 2 if part > 0 else 1 / 4))
         if radius < 1e-10 or time.monotonic() > deadline: break
     return points
 
@@ -276,7 +277,7 @@ def _groups():
         found += [_generated(turn), _generated(turn, np.diag([1., -1, -1]))]
     return sorted(found, key=len, reverse=True)
 
-
+# %% ../nbs/theory/03_packing.ipynb #b6c0f2ag
 def _small_orbits(group):
     "The orbits of the points on the axes."
     axes = [np.linalg.svd(g - np.eye(3))[2][2] for g in group[1:] if np.linalg.det(g) > 0]
@@ -330,15 +331,17 @@ def _less_one(points):
 
 _TURNS = (('random', 0), ('symmetric', 2), ('random', 3), ('hop', 3), ('random', 3),
           ('crowded', 2), ('shaken', 3), ('symmetric', 2))  # and the first exponent
+_TURNS_IN_SPACE = (('symmetric', 2), ('random', 3), ('symmetric', 2), ('shaken', 3),
+                   ('crowded', 2), ('shaken', 3), ('hop', 3), ('shaken', 3))  # k > 40
 
-
+# %% ../nbs/theory/03_packing.ipynb #05d791bg
 def _start(kind, k, d, n, best, rng):
     "Where a search begins: points of one kind, the n-th."
     if kind == 'hop': return _hop(best, rng)
     noise = rng.standard_normal((k + (kind == 'crowded'), d))
     if kind == 'shaken':
         closest = math.sqrt(2 - 2 * _largest_cosine(best))
-        return _normalised(best + rng.choice((.05, .1, .2, .4)) * closest * noise)
+        return _normalised(best + rng.choice((.03, .06, .12, .24)) * closest * noise)
     if kind != 'symmetric': return _normalised(noise)
     group, fixed, free = _symmetries(k)[n % len(_symmetries(k))]
     turned = _normalised(noise[:free]) @ group
@@ -347,12 +350,13 @@ def _start(kind, k, d, n, best, rng):
 
 def _kind(m, k, d):
     "Which kind of start the m-th one is, and where in the exponents it begins."
-    kind, first = _TURNS[(m - 1) % len(_TURNS)]
+    turns = _TURNS if k <= 40 or d > 3 else _TURNS_IN_SPACE
+    kind, first = turns[(m - 1) % len(turns)]
     if kind == 'symmetric' and (d > 3 or not _symmetries(k)): kind, first = 'random', 3
-    if m <= len(_TURNS) and kind in ('hop', 'shaken'): kind, first = 'random', 1
+    if m <= len(turns) and kind in ('hop', 'shaken'): kind, first = 'random', 1
     return kind, first if k * d <= 10_000 else 2
 
-
+# %% ../nbs/theory/03_packing.ipynb #05d791bh
 def _search(k, d, rng, starts, deadline, bound, progress):
     "The best of many starts, each taken down the energies and polished."
     best, top, highest, ends = None, 2., 2., []
@@ -372,9 +376,10 @@ def _search(k, d, rng, starts, deadline, bound, progress):
             energies[p].append(energy)
         end = _largest_cosine(points)
         if end < top: best, top = points, end
-        if not known and all(abs(end - other) > 2e-6 for other in ends):
+        away = math.inf if not ends else min(abs(end - other) for other in ends)
+        if not known and away > 1e-7:
             ends.append(end)
-            distinct += kind in ('random', 'crowded')
+            distinct += away > 2e-6 and kind in ('random', 'crowded')
             highest = min(highest, end)
             if math.acos(end) > (.98 if d == 3 else .9995) * math.acos(highest):
                 points = _polish(points, deadline)
@@ -478,7 +483,7 @@ class Packing:
         margin = math.degrees(self.class_margin)
         return f'Packing(k={k}, d={d}, class margin {margin:.6f}° ≤ {bound})'
 
-
+# %% ../nbs/theory/03_packing.ipynb #f87e5b9g
 def _balances(points, slack=1e-9):
     "Whether the pushes of the contacts balance, to `slack` of the sum of all pushes."
     i, j, _ = _close_pairs(points, slack)
@@ -497,7 +502,7 @@ def _flexes(points, step=.05):
     points = points[np.unique(np.concatenate(_close_pairs(points, 1e-9)[:2]))]
     cosines = points @ points.T
     moved = _lift(_normalised(points + step * np.random.default_rng(0).standard_normal(
-        points.shape)), math.inf)
+        points.shape)), math.inf, exact=False)  # Newton's method would set it straight
     as_good = abs(_largest_cosine(moved) - _largest_cosine(points)) < 1e-9
     return bool(as_good and abs(moved @ moved.T - cosines).max() > step / 10)
 
@@ -535,7 +540,7 @@ _SMALL = 10**7  # multiplications for all pairs, up to which one thread is best
 
 def _is(value, kind): return isinstance(value, kind) and not isinstance(value, bool)
 
-
+# %% ../nbs/theory/03_packing.ipynb #2fbb860g
 def _closed_form(k, d):
     "A best packing if one is known in closed form, and what it is; else None."
     if k <= d + 1: return simplex(k, d), 'regular simplex'

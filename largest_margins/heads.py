@@ -15,13 +15,13 @@ from torch import distributed as dist
 from .checks import (
     Flag, as_one_node, check_prototypes, integer, is_symbol)
 from .engine.cosines import cosine_matrix
-from .engine.fused import margins_by_rows, nearest_classes
+from .engine.fused import nearest_classes
 from .engine.shards import ClassShards, TimesRanks
-from .losses import CosineLoss
+from .losses import CosineLoss, SampleMarginLoss
 
 # %% ../nbs/losses/16_heads.ipynb #1dddf264
-class CosineLinear(nn.Module):
-    "A linear layer of cosines between features and prototypes, both of any norm."
+class _Prototypes(nn.Module):
+    "A weight whose rows are prototypes."
 
     def __init__(
         self,
@@ -35,18 +35,22 @@ class CosineLinear(nn.Module):
         self.out_features = integer('out_features', out_features, at_least=1)
         if dtype is not None and not getattr(dtype, 'is_floating_point', False):
             raise TypeError(f'dtype must be a floating-point dtype, got {dtype}')
-        self.weight = nn.Parameter(torch.empty(self._rows(), self.in_features,
+        self.weight = nn.Parameter(torch.empty(self.out_features, self.in_features,
                                                device=device, dtype=dtype))
         self.reset_parameters()
-
-    def _rows(self): return self.out_features
 
     def reset_parameters(self):
         "Independent directions, uniform on the sphere, of norm 1; fixed ones stay."
         if not isinstance(self.weight, nn.Parameter) or self.weight.is_meta: return
         with torch.no_grad():
-            self.weight.normal_()
+            self.weight.normal_(generator=self._generator())
             self.weight /= torch.linalg.vector_norm(self.weight, dim=1, keepdim=True)
+
+    def _generator(self): return None
+
+# %% ../nbs/losses/16_heads.ipynb #698482db
+class CosineLinear(_Prototypes):
+    "A linear layer of cosines between features and prototypes, both of any norm."
 
     def forward(
         self,
@@ -63,9 +67,8 @@ class CosineLinear(nn.Module):
         "Fix the prototypes at given points, say a simplex: a buffer, not a parameter."
         check_prototypes(points, 'points')
         if points.shape != self.weight.shape:
-            raise ValueError(f'points must be [{self.out_features}, '
-                             f'{self.in_features}], '
-                             f'got shape {tuple(points.shape)}')
+            raise ValueError(f'points must be [{self.out_features}, {self.in_features}]'
+                             f', got shape {tuple(points.shape)}')
         if 'weight' not in self._parameters | self._buffers:
             raise RuntimeError('weight must be a parameter to be fixed, here it is '
                                'computed from others: remove the parametrization first')
@@ -76,12 +79,12 @@ class CosineLinear(nn.Module):
 
     def extra_repr(self):
         fixed = ', fixed' if 'weight' in self._buffers else ''
-        sizes = f'in_features={self.in_features}, out_features={self.out_features}'
-        return f'{sizes}{fixed}'
+        return f'in_features={self.in_features}, out_features={self.out_features}{fixed}'
 
 # %% ../nbs/losses/16_heads.ipynb #fc7e4dc6
-class MarginHead(CosineLinear):
+class _WithLoss(CosineLinear):
     "A `CosineLinear` that owns its loss: given targets it returns the loss."
+    shards: ClassShards | None = None  # which classes are here; None: all
 
     def __init__(
         self,
@@ -113,8 +116,12 @@ class MarginHead(CosineLinear):
         "The loss, and nothing of size N×k is kept; without targets the cosines."
         if is_symbol(features): return as_one_node(self, features, targets, given=given)
         if targets is None and not given: return cosine_matrix(features, self.weight)
-        return self.loss.linear(features, self.weight, targets,
+        return self.loss.linear(features, self.weight, targets, group=self.shards,
                                 chunk_size=self.chunk_size, **given)
+
+# %% ../nbs/losses/16_heads.ipynb #9dae9c1e
+class MarginHead(_WithLoss):
+    "A `CosineLinear` that owns its loss: given targets it returns the loss."
 
     def top(
         self,
@@ -122,19 +129,22 @@ class MarginHead(CosineLinear):
         n: int = 1,  # how many classes, 1..k
     ) -> tuple[Tensor, Tensor]:  # cosines, largest first, and classes, [N, n] each
         "The nearest classes of each feature, found chunk by chunk; no gradient."
-        return nearest_classes(features, self.weight, n)
+        return nearest_classes(features, self.weight, n, self.shards)
 
+    @torch.no_grad()
     def sample_margins(
         self,
         features: Tensor,  # features of any norm, [N, d]
         targets: Tensor,  # class of each sample, integers in 0..k−1, [N]
     ) -> Tensor:  # c_y − max_{j≠y} c_j in [−2, 2], [N]
         "The sample margins, found chunk by chunk; no gradient."
-        return margins_by_rows(features, self.weight, targets)
+        if not len(features): return features.new_zeros(0)
+        lead = SampleMarginLoss(reduction='none', ignore_index=-2**62)  # all count
+        return -lead.linear(features, self.weight, targets, group=self.shards)
 
 # %% ../nbs/losses/16_heads.ipynb #d9130309
-class ShardedMarginHead(MarginHead):
-    "A `MarginHead` whose classes are shared out over a process group."
+class _Shard(MarginHead):
+    "A `MarginHead` of the classes of one rank."
     averaged = Flag()
 
     def __init__(
@@ -150,70 +160,26 @@ class ShardedMarginHead(MarginHead):
         dtype: torch.dtype | None = None,  # their dtype
     ):
         group = dist.group.WORLD if group is None else group
-        out_features = integer('out_features', out_features, at_least=2)
+        k = integer('out_features', out_features, at_least=2)
         ranks = dist.get_world_size(group)
-        most = -(-out_features // ranks)
-        sizes = [min(most, out_features - rank * most) for rank in range(ranks)]
+        most = -(-k // ranks)
+        sizes = [min(most, k - rank * most) for rank in range(ranks)]
         if min(sizes) < 1:
             raise ValueError(f'out_features must leave classes to each of {ranks} '
-                             f'ranks, {out_features} in shards of {most} do not')
-        self._shards = ClassShards(sizes, group)
-        super().__init__(in_features, out_features, loss, chunk_size=chunk_size,
+                             f'ranks, {k} in shards of {most} do not')
+        self.shards = ClassShards(sizes, group)
+        super().__init__(in_features, self.shards.size, loss, chunk_size=chunk_size,
                          device=device, dtype=dtype)
-        self.averaged = averaged
+        self.out_features, self.averaged = k, averaged
 
-    def __setattr__(self, name, value):
-        "The shards are no part of the module's state."
-        if name == '_shards': object.__setattr__(self, name, value)
-        else: super().__setattr__(name, value)
-
-    @property
-    def shards(self) -> ClassShards:
-        "Which classes are this rank's."
-        return self._shards
-
-    def _rows(self): return self._shards.size
-
-    def reset_parameters(self):
-        "Independent directions, uniform on the sphere; each rank draws its own."
-        if not isinstance(self.weight, nn.Parameter) or self.weight.is_meta: return
+    def _generator(self):
+        "Each rank draws its own prototypes, also where all have the same seed."
         generator = torch.Generator(self.weight.device)
-        generator.manual_seed(torch.randint(2**62, ()).item() + self.shards.first)
-        with torch.no_grad():
-            self.weight.normal_(generator=generator)
-            self.weight /= torch.linalg.vector_norm(self.weight, dim=1, keepdim=True)
+        return generator.manual_seed(torch.randint(2**62, ()).item() + self.shards.first)
 
-    def forward(
-        self,
-        features: Tensor,  # this rank's features, of any norm, [n, d]
-        targets: Tensor | None = None,  # integers in 0..k−1, [n]; None: cosines
-        **given: float | Tensor,  # what the loss takes for each sample, a number or [n]
-    ) -> Tensor:  # the loss of all ranks' samples; without targets cosines, [n, k]
-        "The loss of the whole batch, on every rank; every rank must bring the same n."
-        if is_symbol(features): return as_one_node(self, features, targets, given=given)
-        _refuse_ddp(self.weight)
-        if targets is None and not given:
-            return cosine_matrix(features.detach(), self.full_weight())
-        ranks = len(self.shards.sizes)
-        if self.averaged: features = TimesRanks.apply(features, ranks)
-        return self.loss.linear(features, self.weight, targets, group=self.shards,
-                                chunk_size=self.chunk_size, **given)
-
-    def top(self, features, n=1):
-        return nearest_classes(features, self.weight, n, self.shards)
-
-    def sample_margins(self, features, targets):
-        return margins_by_rows(features, self.weight, targets, self.shards)
-
-    def fix(
-        self,
-        points: Tensor,  # prototypes of all classes to keep, of any norm, [k, d]
-    ) -> 'ShardedMarginHead':  # this layer
-        "Fix the prototypes at given points, of which this rank keeps its own."
-        if isinstance(points, Tensor) and points.shape == (self.out_features,
-                                                           self.in_features):
-            points = self.shards.own_classes(points)
-        return super().fix(points)
+# %% ../nbs/losses/16_heads.ipynb #064902d2
+class _SavedShard(_Shard):
+    "What a shard saves, and what it loads."
 
     def full_weight(self) -> Tensor:  # [k, d]
         "All ranks' prototypes, on every rank; every rank must call it."
@@ -221,12 +187,11 @@ class ShardedMarginHead(MarginHead):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         "The weight as a tensor shared out over the ranks, and which classes these are."
-        classes = torch.arange(self.shards.first, self.shards.first + self.shards.size,
-                               device=self.weight.device)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        classes = torch.arange(self.out_features, device=self.weight.device)[:, None]
         destination[f'{prefix}weight'] = self.shards.distributed(self.weight.detach())
-        destination[f'{prefix}classes'] = self.shards.distributed(classes[:, None])
-        for name, value in self.named_buffers(recurse=False):
-            if name != 'weight': destination[prefix + name] = value
+        destination[f'{prefix}classes'] = self.shards.distributed(
+            self.shards.own_classes(classes))
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         "Takes the whole weight [k, d], or what `state_dict` gave on this very rank."
@@ -249,9 +214,33 @@ class ShardedMarginHead(MarginHead):
         first, last = self.shards.first, self.shards.first + self.shards.size - 1
         return f'classes {first} to {last} of {self.out_features}'
 
+# %% ../nbs/losses/16_heads.ipynb #60c0c35f
+class ShardedMarginHead(_SavedShard):
+    "A `MarginHead` whose classes are shared out over a process group."
+
+    def forward(
+        self,
+        features: Tensor,  # this rank's features, of any norm, [n, d]
+        targets: Tensor | None = None,  # integers in 0..k−1, [n]; None: cosines
+        **given: float | Tensor,  # what the loss takes for each sample, a number or [n]
+    ) -> Tensor:  # the loss of all ranks' samples; without targets cosines, [n, k]
+        "The loss of the whole batch, on every rank; every rank must bring the same n."
+        if is_symbol(features): return as_one_node(self, features, targets, given=given)
+        _refuse_ddp(self.weight)
+        if targets is None and not given:
+            return cosine_matrix(features.detach(), self.full_weight())
+        if self.averaged: features = TimesRanks.apply(features, len(self.shards.sizes))
+        return super().forward(features, targets, **given)
+
+    def fix(self, points):
+        "Fix the prototypes of all classes at given points; this rank keeps its own."
+        if isinstance(points, Tensor) and len(points) == self.out_features:
+            points = self.shards.own_classes(points)
+        return super().fix(points)
+
     def extra_repr(self): return f'{super().extra_repr()}, {self._described()} here'
 
-
+# %% ../nbs/losses/16_heads.ipynb #15ae354d
 def _refuse_ddp(weight):
     "DDP would broadcast rank 0's classes to all, and average what must differ."
     wrapper = nn.parallel.DistributedDataParallel._get_active_ddp_module()

@@ -325,7 +325,7 @@ def _parts(name): return re.split(r'[./]', name)
 
 # %% ../nbs/study/40_inspect.ipynb #46873754
 def _is_packed(name, t):
-    "Whether these are quantised numbers, by their type and name."
+    "Whether these are quantized numbers, by their type and name."
     return t.dtype in (torch.int8, torch.uint8) or (
         t.dtype == torch.int32 and re.search('qweight|qzeros|packed', name) is not None)
 
@@ -421,7 +421,7 @@ def as_prototypes(
     "Return a classifier's weight with one row for each class."
     if weight.is_meta:
         raise ValueError(f'{name} has no values that can be read: it is sparse, '
-                         'quantised, empty, or larger than its file')
+                         'quantized, empty, or larger than its file')
     if weight.ndim == 4 and weight.shape[2:] == (1, 1): weight = weight.flatten(1)
     if transposed is None: transposed = _is_kernel(name)
     if transposed and weight.ndim == 2: weight = weight.T.contiguous()
@@ -456,8 +456,8 @@ def choose_classifier(
     weight = tensors[name]
     scaled = any('scale' in n for n in _siblings(tensors, name))
     if _is_packed(name, weight) or (weight.element_size() < 2 and scaled):
-        raise ValueError(f'{name} is quantised, {str(weight.dtype)[6:]}: save its '
-                         'dequantised values')
+        raise ValueError(f'{name} is quantized, {str(weight.dtype)[6:]}: save its '
+                         'dequantized values')
     if transposed is None and weight.ndim == 2 and not _is_kernel(name):
         columns, what = next(_evidence(tensors, name, classes), (False, None))
         if columns:

@@ -1,4 +1,7 @@
-"torch.compile and torch.export of a model with each loss, and saving what was trained."
+"torch.compile, torch.export and ONNX of a model with each loss, and saving what was trained."
+import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 from loss_family import FAMILY, ON_COSINES, ignoring
@@ -6,7 +9,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from largest_margins.heads import CosineLinear, MarginHead
-from largest_margins.losses import AdaFaceLoss, ArcFaceLoss, ElasticFaceLoss, GMSoftmaxLoss
+from largest_margins.losses import AdaFaceLoss, ArcFaceLoss, CosFaceLoss, ElasticFaceLoss, GMSoftmaxLoss
 from largest_margins.margins import class_margin, class_sample_margins, min_sample_margin, sample_margins
 from largest_margins.regularizers import zero_centroid
 
@@ -180,3 +183,42 @@ def test_the_exported_graph_holds_no_double(head):
     if not isinstance(head, MarginHead): return
     program = torch.export.export(Model(None, head), (x, TARGETS))
     assert torch.float64 not in dtypes(program)
+
+
+# --- ONNX: a real file, run by another program ---
+
+class Nearest(nn.Module):
+    "What a recogniser with many classes returns: the nearest ones."
+
+    def __init__(self, head):
+        super().__init__()
+        self.head = head
+
+    def forward(self, features): return self.head.top(features, 2)
+
+
+MODELS = {'CosineLinear': lambda: CosineLinear(16, 4), 'MarginHead': lambda: MarginHead(16, 4, ArcFaceLoss()),
+          'fixed': lambda: CosineLinear(16, 4).fix(torch.eye(4, 16) + 1),
+          'top': lambda: Nearest(MarginHead(16, 40, CosFaceLoss()))}
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_onnx(name, tmp_path):
+    "Any batch size, the same numbers, and no double anywhere."
+    model = nn.Sequential(nn.Linear(6, 16), MODELS[name]()).eval()
+    program = torch.onnx.export(model, (torch.randn(5, 6),), dynamo=True, dynamic_shapes=({0: 'rows'},),
+                                input_names=['images'], verbose=False)
+    program.save(tmp_path/'model.onnx')
+    graph = onnx.shape_inference.infer_shapes(onnx.load(tmp_path/'model.onnx'), strict_mode=True).graph
+    known = {x.name: x.type.tensor_type.elem_type for x in [*graph.input, *graph.output, *graph.value_info]}
+    known |= {x.name: x.data_type for x in graph.initializer}
+    assert onnx.TensorProto.FLOAT in known.values() and onnx.TensorProto.DOUBLE not in known.values()
+    assert {output for node in graph.node for output in node.output} <= set(known)
+    session = onnxruntime.InferenceSession(tmp_path/'model.onnx', providers=['CPUExecutionProvider'])
+    for rows in (1, 2, 64):
+        images = torch.randn(rows, 6)
+        with torch.no_grad(): expected = model(images)
+        expected = expected if name == 'top' else (expected,)
+        for got, true in zip(session.run(None, {'images': images.numpy()}), expected, strict=True):
+            assert got.shape == true.shape and got.dtype == true.numpy().dtype
+            assert np.abs(got - true.numpy()).max() <= (1e-6 if got.dtype == np.float32 else 0)

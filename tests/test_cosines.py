@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from largest_margins.engine.cosines import angle_from_cosine, cosine_matrix, log_sum_exp_of_others
 from largest_margins.heads import CosineLinear
-from largest_margins.losses import ArcFaceLoss, CosFaceLoss, MarginSoftmaxLoss
+from largest_margins.losses import ArcFaceLoss, CosFaceLoss, CosineLoss
 from largest_margins.margins import sample_margins
 
 mp.dps = 40
@@ -138,9 +138,9 @@ def test_no_gradient_appears_that_was_not_asked_for():
     with pytest.raises(RuntimeError, match='does not require grad'): CosFaceLoss()(out, targets).backward()
 
 
-class Angle(MarginSoftmaxLoss):
+class Angle(CosineLoss):
     "A user's loss that shows what the engine says of the target's angle."
-    angular = True
+    angular, scale = True, 1.
 
     def per_sample(self, own, rest): return own.angle + 0 * rest
 
@@ -148,7 +148,7 @@ class Angle(MarginSoftmaxLoss):
 def target_angles(features, prototypes, targets):
     "The angles and their gradients, as the fused engine makes them."
     leaves = [x.clone().requires_grad_() for x in (features, prototypes)]
-    angles = Angle(1., reduction='none').linear(*leaves, targets)
+    angles = Angle(reduction='none').linear(*leaves, targets)
     return angles.detach(), torch.autograd.grad(angles.sum(), leaves)
 
 

@@ -328,11 +328,11 @@ def matrices(**shapes): return {name.replace('__', '.'): torch.rand(shape) for n
 
 @pytest.mark.parametrize('tensors,said', [
     (matrices(conv__weight=(9, 3, 3, 3), fc__scale=(11, 1), fc__weight=(11, 7)) | {
-        'fc.weight': torch.zeros(11, 7).char()}, 'quantised, int8'),
+        'fc.weight': torch.zeros(11, 7).char()}, 'quantized, int8'),
     ({'fc.weight': torch.zeros(11 * 7, 1).byte(), 'fc.absmax': torch.rand(11), 'neck.weight': torch.rand(7, 3)},
-     'quantised, uint8'),
+     'quantized, uint8'),
     ({'lm_head.qweight': torch.zeros(4, 9).int(), 'lm_head.scales': torch.rand(2, 9).half()}, 'lm_head.scales'),
-    ({'fc.weight': torch.rand(9, 4).to(torch.float8_e4m3fn), 'fc.weight_scale': torch.rand(())}, 'quantised'),
+    ({'fc.weight': torch.rand(9, 4).to(torch.float8_e4m3fn), 'fc.weight_scale': torch.rand(())}, 'quantized'),
     (matrices(model__layers__30__self_attn__k_proj__weight=(8, 64)), 'inside the network'),
     (matrices(model__layers__30__self_attn__out_proj__weight=(8, 64)), 'inside the network'),
     (matrices(model__embed_tokens__weight=(320, 64)), 'inside the network'),
@@ -355,7 +355,7 @@ def test_a_doubt_is_a_question(tmp_path, capsys, tensors, said, kind):
         save_file(tensors, path)  # which keeps no order
     code, out, err = run(capsys, 'inspect', path)
     assert (code, out, err.count('\n')) == (2, '', 1) and said in err and ('--key' in err or 'transposed' in err
-                                                                         or 'quantised' in err)
+                                                                         or 'quantized' in err)
 
 
 @pytest.mark.parametrize('tensors,name,notes', [
@@ -484,7 +484,7 @@ def test_damaged_files(tmp_path, name):
 
 
 def test_tensors_without_values(tmp_path, capsys):
-    "Sparse, on meta, quantised, nested, and larger than the file: a sentence each."
+    "Sparse, on meta, quantized, nested, and larger than the file: a sentence each."
     zeros = torch.zeros(1).as_strided((10**6, 10**6), (0, 0))
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
@@ -494,7 +494,7 @@ def test_tensors_without_values(tmp_path, capsys):
         torch.save({'fc.weight': t, 'name': 'x'}, tmp_path/'file.pth')
         code, out, err = run(capsys, 'inspect', tmp_path/'file.pth')
         assert (code, out, err.count('\n')) == (2, '', 1)
-        assert re.search('no values that can be read|quantised|no named tensors', err)
+        assert re.search('no values that can be read|quantized|no named tensors', err)
     torch.save({'fc.weight': W, 'big': zeros}, tmp_path/'file.pth')
     assert run(capsys, 'inspect', tmp_path/'file.pth')[0] == 0
     packed = torch.zeros(K, D, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)

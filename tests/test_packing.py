@@ -94,6 +94,31 @@ def test_a_packing_says_what_it_has_reached():
     assert Packing(torch.cat([square, torch.tensor([[0, 0, 1.]])]), 3.).rigidity == 'flexible'
 
 
+@pytest.mark.parametrize('k,d', [(150, 3), (60, 8)])
+def test_hundreds_of_coordinates_reach_a_certified_local_optimum(k, d):
+    packing = best_packing(k, d, starts=1)
+    assert packing.optimum == 'local' and packing.rigidity == 'jammed'
+    i, j = packing.contacts(1e-9).T
+    cosines = (packing.points[i] * packing.points[j]).sum(1)
+    assert (cosines - cosines.max()).abs().max() < 1e-13  # the contacts are equal to rounding
+    worse = unit_rows(packing.points + 1e-4 * torch.randn(k, d, generator=torch.Generator().manual_seed(0)).double())
+    assert Packing(worse, 3.).optimum == 'none'
+
+
+def test_symmetric_starts_find_the_best_known_120_points():
+    assert math.degrees(best_packing(120, 3, starts=4).class_margin) == pytest.approx(19.3240201, abs=1e-7)
+
+
+@pytest.mark.parametrize('k', [43, 60, 100, 120])
+def test_symmetric_starts_have_their_symmetry(k):
+    rng = np.random.default_rng(0)
+    for n, (group, fixed, free) in enumerate(codes._symmetries(k)):
+        points = codes._start('symmetric', k, 3, n, None, rng)
+        assert points.shape == (k, 3) and free * len(group) + len(fixed) == k
+        for turn in group:  # every turned point is one of the points
+            assert np.abs(points @ turn.T @ points.T - 1).min(1).max() < 1e-9
+
+
 class Clock:
     "Time that passes by a little each time that one looks."
     def __init__(self, tick): self.now, self.tick = 0., tick

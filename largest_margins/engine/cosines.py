@@ -19,9 +19,7 @@ from ..checks import check_features, plain
 from ..margins import unit_rows
 
 # %% ../../nbs/engine/11_cosines.ipynb #1597cc0f
-def full_precision(
-    device_type: str,  # 'cpu', 'cuda', …
-):
+def full_precision(device_type):
     "A context without autocast."
     known = torch.amp.is_autocast_available(device_type)
     if not known or not torch.is_autocast_enabled(device_type): return nullcontext()
@@ -29,11 +27,8 @@ def full_precision(
 
 # %% ../../nbs/engine/11_cosines.ipynb #e9e69c0c
 @cache
-def work_dtype(
-    first: torch.dtype,  # of features or cosines
-    second: torch.dtype,  # of prototypes
-) -> torch.dtype:  # at least float32
-    "Half precision is for storage; sums are formed in float32."
+def work_dtype(first, second):
+    "At least float32: half precision is for storage, sums are formed in float32."
     return torch.promote_types(torch.promote_types(first, second), torch.float32)
 
 # %% ../../nbs/engine/11_cosines.ipynb #7141e365
@@ -60,13 +55,8 @@ def angle_from_cosine(
     return theta + (by_chords(cosine.detach().clamp(-1, 1)) - theta).detach()
 
 # %% ../../nbs/engine/11_cosines.ipynb #072f42a6
-def log_sum_exp_of_others(
-    cosines: Tensor,  # cosines [N, k], float32 or float64
-    targets: Tensor,  # class of each sample, int64, [N]
-    scale: float,  # s > 0
-    log_prior: Tensor | None = None,  # log π_j, up to a constant, [k]; None: all equal
-) -> Tensor:  # log Σ_{j≠y} (π_j/π_y) exp(s·c_j), [N]
-    "The reduction over the other classes that every margin softmax shares."
+def log_sum_exp_of_others(cosines, targets, scale, log_prior=None):
+    "log Σ_{j≠y} (π_j/π_y) exp(s·c_j) of each sample, [N]; with a log-prior, [k], or none."
     others = (scale * cosines).scatter(1, targets[:, None], -torch.inf)
     if log_prior is None: return others.logsumexp(1)
     return (others + log_prior).logsumexp(1) - log_prior[targets]

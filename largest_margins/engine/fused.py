@@ -14,12 +14,11 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-from largest_margins.checks import (
-    check_features, check_finite, check_integers, check_range, integer, plain,
-    values_are_cheap)
+from ..checks import (
+    check_features, check_finite, integer, plain, values_are_cheap)
 from ..margins import moderate, row_blocks, row_norms, unit_rows
 from .cosines import full_precision, work_dtype
-from .shards import ClassShards, OwnRows, all_ranks, one_process
+from .shards import OwnRows, all_ranks, one_process
 
 # %% ../../nbs/engine/14_fused.ipynb #dfffc24d
 class Own:
@@ -84,10 +83,11 @@ class _Angle:
     "The part for angular losses: θ_y, and what changes it."
 
     def __init__(self, unit, own, cosine):
-        self.sign = torch.copysign(cosine.new_ones(()), cosine)[:, None]
+        one = cosine.new_ones(())
+        self.sign = torch.copysign(one, cosine)[:, None]
         self.chord = own.addcmul_(unit, self.sign, value=-1)
         length = torch.linalg.vector_norm(self.chord, dim=1)
-        sine = torch.rsub(length.square(), 4).sqrt_().mul_(length).div_(2)
+        sine = torch.addcmul(one, length, length, value=-1 / 4).sqrt_().mul_(length)
         self.value = torch.atan2(sine, cosine)
         self.per_chord = torch.hypot(sine, cosine).div_(
             sine.clamp_min_(torch.finfo(sine.dtype).tiny))  # 1/sin θ, also for zero rows
@@ -136,10 +136,14 @@ class _Job:
         else: self.by_prototypes.addmm_(g.T, unit)
 
 # %% ../../nbs/engine/14_fused.ipynb #93cf9292
-def _exponentials(g, at, here, job):
+def _exponentials(g, at, here, job, wanted):
     "Take the target out of some rows, and leave the exponentials of the others there."
     own = _take_out(g.mul_(job.to_logits), at, here)
-    largest, place = g.max(1) if job.lead else (None, None)
+    largest = place = None
+    if job.lead: largest, place = g.max(1) if wanted else (g.amax(1), None)
+    if job.loss.scale is None:  # R_sm alone
+        g.zero_()
+        return own, torch.ones_like(own), None, largest, place
     if job.prior is not None: g.add_(job.shards.own_classes(job.prior))
     shift = None if job.bounded else g.amax(1)
     if shift is not None: g.sub_(shift[:, None])
@@ -180,7 +184,7 @@ def _terms(job, own, rest, numbers, wanted):
     if job.prior is not None: rest = rest - job.prior[own.targets]
     return job.loss.terms(own, rest, numbers, wanted)
 
-# %% ../../nbs/engine/14_fused.ipynb #ae32b3ff
+# %% ../../nbs/engine/14_fused.ipynb #07d6ea2a
 def _chunk(unit, targets, logs, share, lead_share, job, wanted, *numbers):
     "Losses of a chunk, its negative margins, and the slopes of what is wanted."
     loss, w, shards, s = job.loss, job.w, job.shards, job.scale
@@ -188,7 +192,7 @@ def _chunk(unit, targets, logs, share, lead_share, job, wanted, *numbers):
     at, numbers = columns[:, None], dict(zip(job.names, numbers))
     g = job.products(unit)                                                # products
     own, total, shift, largest, place = _by_parts(
-        _exponentials, job.block, g, at, here, job)
+        _exponentials, job.block, g, at, here, job, wanted)
     rest, own = total.log() if shift is None else total.log() + shift, own / s
     angle = _Angle(unit, w.unit(columns), own) if loss.angular else None  # angles
     own, rest, largest, wins = shards.combine(                            # all ranks
@@ -216,17 +220,16 @@ def _chunk(unit, targets, logs, share, lead_share, job, wanted, *numbers):
     return losses, leads, by_features, *(
         slopes[name] * share for name in numbers if name in wanted)
 
-# %% ../../nbs/engine/14_fused.ipynb #888cd5c9
+# %% ../../nbs/engine/14_fused.ipynb #c2a64b65
 def _gradients(job, wanted, by_features=None, *by_numbers):
     "From the slopes by unit rows to gradients, by name."
     found = dict(zip((name for name in job.names if name in wanted), by_numbers))
-    if 'features' in wanted:
-        found['features'], x = by_features, job.x
-        _to_rows(by_features, x.x, x.norms, x.divided)
-    if 'prototypes' in wanted:
-        found['prototypes'], w = job.by_prototypes, job.w
-        size = max(1, 2**17 // w.x.shape[1]) if w.x.is_cpu else len(w.x)
-        _by_parts(_to_rows, size, job.by_prototypes, w.x, w.norms, w.divided)
+    for name, rows, gradient in (('features', job.x, by_features),
+                                 ('prototypes', job.w, job.by_prototypes)):
+        if gradient is None: continue
+        size = max(1, 2**17 // rows.x.shape[1]) if rows.x.is_cpu else len(rows.x)
+        _by_parts(_to_rows, size, gradient, rows.x, rows.norms, rows.divided)
+        found[name] = gradient
     return found
 
 # %% ../../nbs/engine/14_fused.ipynb #cbd40aaf
@@ -308,28 +311,17 @@ def _many_at_once(slope):
 BUFFER_BYTES = 72 * 2**20  # what chunk_size='auto' allows the buffer
 
 
-def rows_at_once(
-    samples: int,  # N
-    num_classes: int,  # k
-) -> int:  # rows of a chunk, in 1..N
-    "The chunk size that `chunk_size='auto'` stands for."
+def rows_at_once(samples, num_classes):
+    "The chunk size that `chunk_size='auto'` stands for, rows in 1..N."
     most = max(1, BUFFER_BYTES // (num_classes * 4))
     chunks = max(1, -(-samples // most))
     even = -(-samples // chunks)
     return min(samples, most, -(-even // 16) * 16)
 
 # %% ../../nbs/engine/14_fused.ipynb #298f5f42
-def fused_loss(
-    loss,  # a loss of cosines
-    features: Tensor,  # features of any norm, [N, d]
-    prototypes: Tensor,  # prototypes of any norm, this rank's, [k, d]
-    targets: Tensor,  # class of each sample, int64, [N]
-    numbers: dict,  # further numbers for each sample, [N] each
-    chunk_size: int | str = 'auto',  # rows at a time, or 'auto': up to 72 MiB of them
-    group=None,  # process group, or `ClassShards`, that shares classes and batch
-) -> Tensor:  # the loss, [] (or [N] for reduction='none')
-    "What `loss.linear` returns."
-    if chunk_size != 'auto': chunk_size = integer('chunk_size', chunk_size, at_least=1)
+def fused_loss(loss, features, prototypes, targets, numbers, chunk_size='auto',
+               group=None):
+    "What `loss.linear` returns for its arguments, with `numbers` for each sample, [N]."
     features, prototypes = plain(features), plain(prototypes)
     shards = one_process(prototypes.shape[0])
     if group is not None:
@@ -337,8 +329,8 @@ def fused_loss(
             loss, features, prototypes, targets, numbers, group)
     targets, valid = loss.split_ignored(targets, shards.num_classes)
     loss.check_classes(shards.num_classes, features.device)
-    if chunk_size == 'auto':
-        chunk_size = rows_at_once(features.shape[0], shards.largest_size)
+    if chunk_size != 'auto': chunk_size = integer('chunk_size', chunk_size, at_least=1)
+    else: chunk_size = rows_at_once(features.shape[0], shards.largest_size)
     dtype = work_dtype(features.dtype, prototypes.dtype)
     tensors = (x if x.dtype == dtype else x.to(dtype)
                for x in (features, prototypes, *numbers.values()))
@@ -347,64 +339,25 @@ def fused_loss(
     if shards.alone or value.ndim == 0: return value
     return OwnRows.apply(value, shards.group)
 
-# %% ../../nbs/engine/14_fused.ipynb #d957e554
-def _by_cosines(function, features, prototypes, shards, *others):
-    "What a function makes of the cosines of some features at a time."
-    w = prototypes.to(work_dtype(features.dtype, prototypes.dtype))
-    norms = torch.linalg.vector_norm(w, dim=1, keepdim=True)
-    usual = moderate(norms)
-    if not usual and shards.alone: check_finite('prototypes', w)
-    check_finite('features', features)
-    w = _Rows(w, norms, usual, divided=False)
-    size = rows_at_once(len(features), shards.largest_size)
-    buffer = w.x.new_empty(size, len(w.x))
-
-    def some(features, *others):
-        unit = unit_rows(features.to(w.x.dtype))
-        with full_precision(unit.device.type):
-            cosines = torch.mm(unit, w.x.T, out=buffer[:len(unit)])
-        return function(cosines if w.divided else cosines.div_(w.norms[:, 0]), *others)
-    return _by_parts(some, size, features, *others)
-
 # %% ../../nbs/engine/14_fused.ipynb #ab5c7fdf
 @torch.no_grad()
-def nearest_classes(
-    features: Tensor,  # features of any norm, [N, d]
-    prototypes: Tensor,  # prototypes of any norm, this rank's, [k, d]
-    n: int = 1,  # how many classes, 1..k
-    shards: ClassShards | None = None,  # where the prototypes stand among all
-) -> tuple[Tensor, Tensor]:  # cosines, largest first, and their classes, [N, n] each
-    "The nearest classes of each feature, some rows at a time."
+def nearest_classes(features, prototypes, n=1, shards=None):
+    "Cosines of the n nearest classes, largest first, and their numbers, [N, n] each."
     check_features(features, prototypes)
-    features, prototypes = plain(features), plain(prototypes)
-    shards = shards or one_process(len(prototypes))
+    dtype = work_dtype(features.dtype, prototypes.dtype)
+    features, w = plain(features), plain(prototypes).to(dtype)
+    shards = shards or one_process(len(w))
     n = integer('n', n, at_least=1, at_most=shards.num_classes)
-    cosines, classes = _by_cosines(lambda c: c.topk(min(n, len(prototypes))),
-                                   shards.all_rows(features), prototypes, shards)
-    return shards.nearest(cosines, classes, n)
+    norms = torch.linalg.vector_norm(w, dim=1, keepdim=True)
+    usual = moderate(norms)
+    check_finite('features', features)
+    if not usual and shards.alone: check_finite('prototypes', w)
+    w = _Rows(w, norms, usual, divided=False)
 
-# %% ../../nbs/engine/14_fused.ipynb #8ddfaf0a
-@torch.no_grad()
-def margins_by_rows(
-    features: Tensor,  # features of any norm, [N, d]
-    prototypes: Tensor,  # prototypes of any norm, this rank's, [k, d]
-    targets: Tensor,  # class of each sample, integers in 0..k−1, [N]
-    shards: ClassShards | None = None,  # where the prototypes stand among all
-) -> Tensor:  # margins in [−2, 2], [N]
-    "The sample margin of each feature, some rows at a time."
-    check_features(features, prototypes)
-    features, prototypes = plain(features), plain(prototypes)
-    shards = shards or one_process(len(prototypes))
-    if shards.num_classes < 2:
-        raise ValueError('prototypes must be [k, d] with k ≥ 2 for margins, got k = 1')
-    targets = shards.all_rows(check_integers(targets, len(features), features.device))
-    check_range(targets, shards.num_classes)
-
-    def margins(cosines, targets):
-        columns, here = shards.place(targets)
-        own = _take_out(cosines, columns[:, None], here)
-        own, _, largest, _ = shards.combine(here, own, None, cosines.amax(1))
-        return own - largest,
-    found, = _by_cosines(margins, shards.all_rows(features), prototypes, shards,
-                         targets)
-    return shards.own_rows(found)
+    def nearest(features):
+        unit = unit_rows(features.to(dtype))
+        with full_precision(unit.device.type): cosines = torch.mm(unit, w.x.T)
+        if not w.divided: cosines.div_(w.norms[:, 0])
+        return cosines.topk(min(n, len(w.x)))
+    size = rows_at_once(len(features), shards.largest_size)
+    return shards.nearest(*_by_parts(nearest, size, shards.all_rows(features)), n)

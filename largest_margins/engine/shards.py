@@ -8,7 +8,6 @@ Docs: https://largest-margins.github.io/largest-margins/engine/shards.html.md"""
 __all__ = []
 
 # %% ../../nbs/engine/15_shards.ipynb #5de02a0f
-from collections.abc import Sequence
 from functools import cache
 from zlib import crc32
 
@@ -28,7 +27,7 @@ def _all_gather(x, group):
     gather(every.view(-1), x.contiguous().view(-1), group=group)
     return every
 
-
+# %% ../../nbs/engine/15_shards.ipynb #eae5364e
 def _sum_of_own_rows(x, group):
     "The sum over ranks of what each says of this rank's rows, [n, …]."
     mine = x.new_empty(len(x) // dist.get_world_size(group), *x.shape[1:])
@@ -45,11 +44,8 @@ def _own_rows(x, group):
 class _Shares:
     "Which classes are this rank's."
 
-    def __init__(
-        self,
-        sizes: Sequence[int],  # classes of each rank, in rank order
-        group=None,  # a process group; None: this process has all classes
-    ):
+    def __init__(self, sizes, group=None):
+        "Numbers of classes in rank order; without a group this process has all."
         self.group, rank = group, 0 if group is None else dist.get_rank(group)
         self.sizes, self.size, self.first = list(sizes), sizes[rank], sum(sizes[:rank])
         self.num_classes, self.largest_size = sum(sizes), max(sizes)
@@ -66,18 +62,16 @@ class _Shares:
         here = (columns >= 0) & (columns < self.size)
         return torch.where(here, columns, 0), here
 
-# %% ../../nbs/engine/15_shards.ipynb #84462dba
+# %% ../../nbs/engine/15_shards.ipynb #afde5679
 class _Exchange(_Shares):
     "What ranks tell each other about samples."
 
-    def combine(
-        self,
-        here: Tensor | None,  # whether the own prototype is of this shard, bool, [n]
-        own: Tensor,  # own cosine or angle, where it is here, [n]
-        rest: Tensor | None,  # log Σ exp(s·c_j) over the others of this shard, [n]
-        largest: Tensor | None,  # the largest of them, [n]
-    ) -> tuple:  # own, rest and largest of all; and whether the largest is here, [n]
-        "One exchange, of one number per sample for each quantity that is asked for."
+    def combine(self, here, own, rest, largest):
+        """From this shard's numbers for each sample, [n], to those of all classes.
+
+        The own cosine or angle counts where it is `here`; `rest` and `largest` may be
+        None. Last comes whether the largest is in this shard.
+        """
         if self.alone: return own, rest, largest, None
         asked = [v for v in (rest, largest) if v is not None]
         ours = torch.stack([torch.where(here, own, 0), *asked])
@@ -131,11 +125,9 @@ class ClassShards(_Exchange):
             shape=torch.Size([self.num_classes, prototypes.shape[1]]),
             stride=(prototypes.shape[1], 1))
 
-# %% ../../nbs/engine/15_shards.ipynb #3d313e97
+# %% ../../nbs/engine/15_shards.ipynb #0a1d562f
 @cache
-def one_process(
-    num_classes: int,  # k
-) -> ClassShards:
+def one_process(num_classes):
     "All classes in this process."
     return ClassShards([num_classes])
 
@@ -185,32 +177,20 @@ def _gather_batch(group, *columns):
 
 # %% ../../nbs/engine/15_shards.ipynb #c5b4750a
 class _AllRows(torch.autograd.Function):
-    "All ranks' features; backward sums what all shards want of this rank's rows."
+    "All ranks' rows; `back` says what of their slopes is this rank's."
 
     @staticmethod
-    def forward(ctx, features, every, group, wanted):
-        ctx.group, ctx.dtype, ctx.wanted = group, features.dtype, wanted
+    def forward(ctx, rows, every, group, back):
+        ctx.group, ctx.dtype, ctx.back = group, rows.dtype, back
         return every.to(torch.promote_types(every.dtype, torch.float32), copy=True)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, slope):
-        if not ctx.wanted: return None, None, None, None
-        return _sum_of_own_rows(slope, ctx.group).to(ctx.dtype), None, None, None
+        if ctx.back is None: return None, None, None, None
+        return ctx.back(slope, ctx.group).to(ctx.dtype), None, None, None
 
-
-class _EveryNumber(torch.autograd.Function):
-    "All ranks' numbers; every rank knows their slopes, so backward takes its own rows."
-
-    @staticmethod
-    def forward(ctx, numbers, every, group):
-        ctx.group = group
-        return every.clone()
-
-    @staticmethod
-    def backward(ctx, slope): return _own_rows(slope, ctx.group), None, None
-
-# %% ../../nbs/engine/15_shards.ipynb #16c6a231
+# %% ../../nbs/engine/15_shards.ipynb #7a7e82ab
 class OwnRows(torch.autograd.Function):
     "This rank's rows of what all ranks computed; backward asks all for their slopes."
 
@@ -223,7 +203,7 @@ class OwnRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, slope): return _all_gather(slope, ctx.group).flatten(), None
 
-
+# %% ../../nbs/engine/15_shards.ipynb #bd143f23
 class TimesRanks(torch.autograd.Function):
     "The same features; backward multiplies, because DDP or FSDP will divide."
 
@@ -235,16 +215,19 @@ class TimesRanks(torch.autograd.Function):
     @staticmethod
     def backward(ctx, slope): return slope * ctx.ranks, None
 
-# %% ../../nbs/engine/15_shards.ipynb #52233fe5
-def all_ranks(
-    loss,  # a loss of cosines; every rank brings the same
-    features: Tensor,  # this rank's, [n, d]; the same n on every rank
-    prototypes: Tensor,  # this rank's, [k_r, d]
-    targets: Tensor,  # this rank's, among all classes, int64, [n]
-    numbers: dict[str, Tensor],  # further numbers for each sample, [n] each
-    group,  # a process group, or its `ClassShards`
-) -> tuple[Tensor, Tensor, dict[str, Tensor], ClassShards]:
-    "The batch of all ranks, with the way back for its gradients."
+# %% ../../nbs/engine/15_shards.ipynb #8b5531c2
+def _own_error(prototypes, sizes, group):
+    "What is wrong with this rank's prototypes, if anything."
+    size = len(prototypes) if sizes is None else sizes[dist.get_rank(group)]
+    if len(prototypes) != size:
+        return ValueError(f'prototypes must be [{size}, d] on this rank, '
+                          f'got shape {tuple(prototypes.shape)}')
+    if values_are_cheap(prototypes) and not prototypes.detach().isfinite().all():
+        return NotFinite('prototypes must be finite')
+
+# %% ../../nbs/engine/15_shards.ipynb #56c3a84b
+def all_ranks(loss, features, prototypes, targets, numbers, group):
+    "The batch of all ranks, with the way back for its gradients, and all shards."
     wanted = wants = 2 if features.requires_grad else int(any(
         x.requires_grad for x in (prototypes, *numbers.values())))
     sizes = None
@@ -258,18 +241,8 @@ def all_ranks(
         group, features.detach(), targets, *(v.detach() for v in numbers.values()))
     if wants < wanted:  # every rank goes the way back if one does
         features = features.detach().requires_grad_()
-    features = _AllRows.apply(features, every, group, wanted == 2)
-    numbers = {name: _EveryNumber.apply(v, every[:, 0], group)
+    back = _sum_of_own_rows if wanted == 2 else None
+    features = _AllRows.apply(features, every, group, back)
+    numbers = {name: _AllRows.apply(v, every[:, 0], group, _own_rows)
                for (name, v), every in zip(numbers.items(), all_numbers)}
     return features, targets[:, 0], numbers, ClassShards(sizes, group)
-
-
-def _own_error(prototypes, sizes, group):
-    "What is wrong with this rank's prototypes, if anything."
-    size = len(prototypes) if sizes is None else sizes[dist.get_rank(group)]
-    if len(prototypes) != size:
-        return ValueError(f'prototypes must be [{size}, d] on this rank, '
-                          f'got shape {tuple(prototypes.shape)}')
-    if values_are_cheap(prototypes) and not prototypes.detach().isfinite().all():
-        return NotFinite('prototypes must be finite')
-    return None

@@ -58,7 +58,7 @@ def _inverse_bounds(points, contacts, weights):
     return [Fraction(float(x) * _ROUNDED)
             for x in (eta, norm(right[:m]), norm(right[m:m + k]))]
 
-
+# %% ../../nbs/theory/03b_jammed.ipynb #c46e770g
 def _root(square):
     "The square root of a whole number, rounded up."
     return math.isqrt(int(square)) + 1
@@ -80,7 +80,7 @@ def _no_cosine_above(points, cosine):
                     p * p >= cosine * cosine * most): return False
     return True
 
-
+# %% ../../nbs/theory/03b_jammed.ipynb #c46e770h
 def _quadratic(points, cosine, contacts, stress):
     "α, β and γ of the theorem, rounded so that it stays true."
     squares, total, m = [int(x @ x) for x in points], sum(stress), len(contacts)

@@ -2,8 +2,8 @@
 import d3, {marks} from './d3.js';
 import {keep, kept, linkButton, pictureButton} from './state.js';
 
-const width = 460, height = 320, edge = {left: 54, right: 14, top: 14, bottom: 46};
-const ball = 300, radius = 120;
+const width = 340, height = 270, edge = {left: 46, right: 12, top: 10, bottom: 42};
+const ball = 300, radius = 115;
 
 const markup = data => `
 <form class="widget-controls" aria-label="Rare classes">
@@ -56,7 +56,7 @@ export default function draw(widget, data) {
     .call(d3.axisLeft(y).tickValues(up.map(([, n]) => n)).tickFormat(n => data.scales[n]));
   map.append('text').attr('x', (edge.left + width) / 2).attr('y', height - 8).attr('text-anchor', 'middle')
     .text('imbalance ratio');
-  map.append('text').attr('transform', `translate(14,${(height - edge.bottom) / 2}) rotate(-90)`)
+  map.append('text').attr('transform', `translate(12,${(height - edge.bottom) / 2}) rotate(-90)`)
     .attr('text-anchor', 'middle').text('scale s');
   const line = map.append('path').attr('class', 'threshold');
   const here = map.append('circle').attr('class', 'you').attr('r', 7);
@@ -76,8 +76,9 @@ export default function draw(widget, data) {
     marks(layer, 'line', 'spoke', at).attr('x1', ball / 2).attr('y1', ball / 2).attr('x2', p => p.x).attr('y2', p => p.y)
       .classed('rare', p => p.i > 1);
     marks(layer, 'circle', 'class', at).attr('cx', p => p.x).attr('cy', p => p.y).attr('r', 9).classed('rare', p => p.i > 1);
-    marks(layer, 'text', 'number', at).attr('x', p => p.x + (p.x < ball / 2 ? -14 : 14))
-      .attr('text-anchor', p => p.x < ball / 2 ? 'end' : 'start').attr('y', p => p.y + (p.i % 2 ? -6 : 14))
+    const side = p => p.i < 2 ? 0 : p.x < ball / 2 ? -1 : 1;     // frequent: above the point; rare: beside it
+    marks(layer, 'text', 'number', at).attr('x', p => p.x + 14 * side(p)).attr('y', p => p.y + (side(p) ? 5 : -15))
+      .attr('text-anchor', p => ['end', 'middle', 'start'][side(p) + 1])
       .text(p => p.i > 1 ? 'rare' : 'frequent');
   }
 
