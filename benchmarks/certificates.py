@@ -19,7 +19,7 @@ from largest_margins.codes import best_packing
 from largest_margins.theory.three_point import three_point_certificate
 
 FILE = Path(largest_margins.__file__).parent/'certificates.json'
-DEGREES = {3: 8, 4: 7, 5: 6, 6: 6, 7: 5, 8: 5}
+DEGREES = {3: 8, 4: 7, 5: 6, 6: 5, 7: 5, 8: 5}
 HUNDREDTH = math.radians(.01)
 
 

@@ -654,7 +654,8 @@ def main():
     for old, new in moved.items():
         target = os.path.relpath(f'{new}.html', Path(old).parent)
         write(source/f'extra/{old}.html', '<!doctype html><meta charset="utf-8"><title>Moved</title>'
-              f'<meta http-equiv="refresh" content="0; url={target}"><a href="{target}">Moved here</a>\n')
+              f'<link rel="icon" href="data:,"><meta http-equiv="refresh" content="0; url={target}">'
+              f'<a href="{target}">Moved here</a>\n')
     for name in documents:
         write(source/name.lower(), linked((root/name).read_text(encoding='utf-8'), syms))
     for name in written:

@@ -275,8 +275,9 @@ _COMMANDS['train'] = _Command('train one configuration', _train_arguments, _trai
 # %% ../nbs/study/33_cli.ipynb #293d61a2
 def _table(args):
     "Train what is missing of a table, and write it."
-    from largest_margins.study.recipes import TABLES
-    recipe = TABLES[args.table]
+    if args.predicted: return _predicted(args)
+    from largest_margins.study.recipes import find_recipe
+    recipe = find_recipe(args.table, args.dataset)
     dataset = args.dataset or recipe.dataset
     out = f'runs/table{args.table}' + (f'-{Path(dataset).name}' if dataset else '')
     given = {name: getattr(args, name) or None
@@ -284,6 +285,20 @@ def _table(args):
     return _make(recipe, args, dataset, args.out or out, rows=args.rows,
                  seeds=args.seeds, jobs=args.jobs, resume=args.resume,
                  dry_run=args.dry_run, epochs=args.epochs, **given)
+
+
+def _predicted(args):
+    "Print the class margins of Table 2 that follow from class sizes and the scale."
+    from largest_margins.study.predicted import (
+        fit_table2, predict_table2, predicted_lines)
+    if args.table != '2':
+        raise ValueError(f'--predicted is for table 2, got table {args.table}')
+    fit = fit_table2()
+    print(f'the scale that fits best: {fit.scale:.3f}, interval of 95 % '
+          f'[{fit.low:.3f}, {fit.high:.3f}]; below: scale 5', flush=True)
+    rows = tuple(args.rows or ()) or None
+    print(*predicted_lines(predict_table2(rows=rows)), sep='\n')
+    return 0
 
 
 def _table_arguments(p):
@@ -316,6 +331,9 @@ def _table_arguments(p):
                    help='keep the finished runs in --out, go on with those that have '
                    'begun, and train the others')
     p.add_argument('--dry-run', action='store_true', help='only print the plan')
+    p.add_argument('--predicted', action='store_true', help='table 2: print the class '
+                   'margins of the losses’ optima, beside the printed ones, and train '
+                   'nothing')
 
 
 def _titles():

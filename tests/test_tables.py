@@ -340,6 +340,15 @@ def test_the_best_is_bold(made_up):
 
 # The command
 
+@pytest.mark.parametrize('table, dataset, settings', [('1', 'cifar100', 1), ('2', 'cifar10', 4)])
+def test_a_dry_run_needs_no_data(table, dataset, settings, tmp_path, capsys):
+    command = 'table', table, '--dataset', dataset, '--data', tmp_path/'nowhere', '--rows', 'ce', '--out', tmp_path/'x'
+    assert run(*command, '--dry-run', '--seeds', '2') == 0
+    printed = capsys.readouterr().out
+    assert 'without the data' in printed and f'{2 * settings} runs, {2 * settings} to train' in printed
+    assert run(*command) == 2
+
+
 def test_dry_run(tmp_path, capsys):
     assert run('table', '2', '--rows', 'ce', 'lm-*', '--seeds', '3', '--dry-run', '--out', tmp_path/'x') == 0
     said = capsys.readouterr().out

@@ -266,7 +266,7 @@ def test_calculator_plots_the_margin_and_keeps_its_state(visit, browser):
 def point(browser, number):
     "Where a point of the sphere is on the screen."
     return browser.run(f'''(() => {{
-        const box = document.querySelector('[data-widget=place] .near [data-i="{number}"]')?.getBoundingClientRect();
+        const box = document.querySelector('[data-widget=place] .front [data-i="{number}"]')?.getBoundingClientRect();
         return box && [box.x + box.width / 2, box.y + box.height / 2]; }})()''')
 
 
@@ -305,8 +305,9 @@ def test_points_are_placed_by_dragging_and_undone(visit, browser):
 
 
 def test_points_are_placed_by_keyboard(visit, browser):
-    visit('place', "(await widget('place')).querySelector('svg.sphere').focus()", state='#k=4&seed=1')
-    browser.press('PageDown')
+    visit('place', "await widget('place')", state='#k=4&seed=1')
+    browser.run("document.querySelector('[data-widget=place] svg.sphere').focus()")
+    browser.press('PageDown', code='PageDown', windowsVirtualKeyCode=34)
     first = browser.run("document.querySelector('[data-widget=place] .chosen').dataset.i")
     before = browser.run('location.hash')
     browser.press('ArrowRight', 3)

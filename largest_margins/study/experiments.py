@@ -64,7 +64,7 @@ MEASURED = ('accuracy', 'best_accuracy', 'balanced_accuracy', 'rare_accuracy',
 @dataclass(frozen=True, eq=False)
 class Result:
     "One trained configuration, measured on both splits."
-    configuration: 'Configuration'
+    configuration: object  # what was trained, a `Configuration`
     bound: float  # the best possible class margin, degrees
     train_margins: dict  # of the training split, without augmentation
     seconds: float  # training and validation; epochs trained twice count once
@@ -201,6 +201,7 @@ def train(
     data: ImageData | None = None,  # loaded before; None loads the configuration's
     progress: Callable[[int, dict], None] | None = None,  # told epoch and margins
     checkpoint: str | Path | None = None,  # file to go on from; the caller removes it
+    cbs: tuple[Callback, ...] = (),  # further callbacks
 ) -> Result:  # measured on the test split after the last epoch
     "Train one configuration; the same seed gives the same numbers on the same machine."
     c = configuration
@@ -216,7 +217,8 @@ def train(
     learn = margin_learner(
         dls, make_body(c.body, data.train_images.shape[1]), c.loss_func(data.counts),
         embedding=c.embedding, pretrained=False, wd=c.weight_decay,
-        cbs=_callbacks(c, data.counts, saver, progress), **optimiser_for(c.schedule))
+        cbs=[*_callbacks(c, data.counts, saver, progress), *cbs],
+        **optimiser_for(c.schedule))
     if c.fixed: learn.model[-1].fix(_best_places(*learn.model[-1].weight.shape))
     start = time.perf_counter()
     try: fit_schedule(learn, c.schedule, c.epochs, c.learning_rate)

@@ -259,5 +259,6 @@ def study(
         raise ValueError(f'dataset must be one of {", ".join(_STUDY)}, got {dataset!r}')
     settings, training = _STUDY[dataset]
     return Recipe('tails', tail_rows, settings, {'': training}, {},
-                  ('balanced_accuracy', 'many', 'medium', 'few', 'class_margin'),
+                  ('balanced_accuracy', 'many', 'medium', 'few', 'class_margin',
+                   'min_train_margin', 'ece', 'fitted_ece', 'auroc_cosine', 'nc1'),
                   kind=TailConfiguration, dataset=dataset)

@@ -100,7 +100,8 @@ def fit_scale(
     s, step = number('first', first, above=0), math.inf
     while abs(step) > 1e-4 * s:
         residuals = printed - angles(s)
-        slopes = (angles(1.01 * s) - angles(.99 * s)) / (.02 * s)
+        if abs(step) > .05 * s:  # at first, and after a long step
+            slopes = (angles(1.01 * s) - angles(.99 * s)) / (.02 * s)
         step = (slopes @ residuals / slopes.square().sum()).item()
         step = max(-.3 * s, min(.3 * s, step))
         s += step

@@ -42,6 +42,7 @@ def _prototype_measures():
         class_margin=Measure('class margin°', 2,
                              lambda x: math.degrees(class_margin(x.prototypes))),
         bound=Measure('bound°', 2, lambda x: _bound(*x.prototypes.shape), None),
+        less_optimum=Measure('less the optimum°', 2, _less_optimum, None),
         mean_sample_margin=Measure('mean sample margin', 3,
                                    lambda x: x.margins.mean().item()),
         min_sample_margin=Measure('min sample margin', 3,
@@ -49,6 +50,12 @@ def _prototype_measures():
         norm_ratio=Measure('norm ratio', 3, lambda x: norm_ratio(x.prototypes).item()),
         centroid_norm=Measure('centroid norm', 3,
                               lambda x: zero_centroid(x.prototypes).sqrt().item()))
+
+
+def _less_optimum(x):
+    "The class margin less that of the loss's own optimum, if it is known."
+    best = getattr(x, 'optimum', None)
+    return None if best is None else math.degrees(class_margin(x.prototypes)) - best
 
 
 @cache
@@ -90,9 +97,42 @@ def _identity_measures():
 
 FARS = (.1, .01, .001, .0001)  # rates of false alarms at which pairs are judged
 
+# %% ../../nbs/training/30_measures.ipynb #8932004b
+def _reliability_measures():
+    "Of calibration, detection and collapse, each where it was examined."
+    def of(part, name, factor=1):
+        def compute(x):
+            found = getattr(x, part, None)
+            return None if found is None else factor * float(getattr(found, name))
+        return compute
+    made = dict(
+        ece=Measure('ECE', 3, of('calibration', 'ece'), min),
+        nll=Measure('NLL', 3, of('calibration', 'nll'), min),
+        fitted_ece=Measure('ECE, fitted', 3, of('calibration', 'fitted_ece'), min),
+        fitted_nll=Measure('NLL, fitted', 3, of('calibration', 'fitted_nll'), min),
+        temperature=Measure('temperature', 2, of('calibration', 'temperature'), None))
+    for by in ('cosine', 'margin'):
+        made[f'auroc_{by}'] = Measure(f'AUROC % by {by}', 1,
+                                      of(f'by_{by}', 'auroc', 100))
+        made[f'fpr95_{by}'] = Measure(f'FPR95 % by {by}', 1,
+                                      of(f'by_{by}', 'fpr95', 100), min)
+    return made | {f'nc{i}': Measure(f'NC{i}', 3, of('collapse', f'nc{i}'), min)
+                   for i in range(1, 5)}
+
+
+def _training_measures():
+    "Of the training split."
+    def of(name): return lambda x: x.train_margins[name]
+    return dict(mean_train_margin=Measure('mean training margin', 3, of('mean')),
+                min_train_margin=Measure('min training margin', 3, of('min')))
+
+
+RELIABILITY = tuple(_reliability_measures())
+
 # %% ../../nbs/training/30_measures.ipynb #a758954f
 MEASURES: dict[str, Measure] = {
     **_accuracy_measures(), **_prototype_measures(), **_identity_measures(),
+    **_reliability_measures(), **_training_measures(),
     'gap': Measure('gap to the best packing°', 2,
                    lambda x: x.best - math.degrees(class_margin(x.prototypes)), min),
     'final_loss': Measure('final loss', 3, lambda x: x.loss, None, 'g')}

@@ -56,10 +56,13 @@ def optimiser_for(
     "The optimiser of a schedule: fastai's Adam for one-cycle, else with L2."
     if SCHEDULES[schedule].factor is None: return {}
     from fastai.optimizer import SGD, Adam
+
+    from largest_margins.training.foreach import foreach
     made = dict(sgd=partial(SGD, mom=.9),
                 adam=partial(Adam, sqr_mom=.999, eps=1e-8))  # as PyTorch's Adam
     optimiser = made[SCHEDULES[schedule].optimiser]
-    return dict(opt_func=partial(optimiser, decouple_wd=False), wd_bn_bias=True)
+    usual = partial(optimiser, decouple_wd=False)
+    return dict(opt_func=partial(foreach, opt_func=usual), wd_bn_bias=True)
 
 # %% ../../nbs/training/29_schedules.ipynb #d46d32ec
 def fit_schedule(

@@ -65,7 +65,7 @@ export default function draw(widget, data) {
     .map(name => widget.querySelector(name));
   widget.querySelector('.shared').append(linkButton(), pictureButton(sphere, 'points-on-a-sphere'));
   svg.append('circle').attr('class', 'ball').attr('cx', centre).attr('cy', centre).attr('r', radius);
-  const layers = Object.fromEntries(['grid', 'far', 'pair', 'near'].map(name => [name, svg.append('g').attr('class', name)]));
+  const layers = Object.fromEntries(['grid', 'behind', 'pair', 'front'].map(name => [name, svg.append('g').attr('class', name)]));
 
   let points, chosen = null, running = null;
   const before = [];
@@ -109,10 +109,10 @@ export default function draw(widget, data) {
       const size = p => r + (p.i === chosen ? 3 : 0);
       marks(layer, 'circle', 'prototype', shown).attr('cx', p => p.x).attr('cy', p => p.y).attr('r', size)
         .attr('data-i', p => p.i).classed('close', p => p.close).classed('chosen', p => p.i === chosen);
-      marks(layer, 'text', 'number', shown).text(p => p.i).attr('x', p => p.x).attr('y', p => p.y + 4);
+      marks(layer, 'text', 'number', layer === layers.front ? shown : []).text(p => p.i).attr('x', p => p.x).attr('y', p => p.y + 4);
     };
-    dots(layers.far, at.filter(p => !p.near), 8);
-    dots(layers.near, at.filter(p => p.near), 11);
+    dots(layers.behind, at.filter(p => !p.near), 8);
+    dots(layers.front, at.filter(p => p.near), 11);
     margin.textContent = `${reached.toFixed(2)}°`;
     fill.style.width = `${100 * reached / possible}%`;
     best.style.left = `${100 * (data.best[points.length] ?? possible) / possible}%`;
@@ -137,7 +137,7 @@ export default function draw(widget, data) {
   let drag = null;
   sphere.addEventListener('pointerdown', event => {
     stop();
-    const hit = event.target.closest('.near circle[data-i]');
+    const hit = event.target.closest('.front circle[data-i]');
     sphere.setPointerCapture(event.pointerId);
     drag = hit ? {i: +hit.dataset.i} : {x: event.clientX, y: event.clientY};
     if (!hit) { chosen = null; redraw(); return; }
