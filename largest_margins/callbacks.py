@@ -395,8 +395,11 @@ class MarginRecorder(HeadCallback):
         self,
         head: nn.Module | None = None,  # the classifier; None: find it in the model
         most_classes: int = 50_000,  # with more classes, no class margin is measured
+        optimum: float | None = None,  # best class margin of the loss, degrees
     ):
         super().__init__(head)
+        self.optimum = optimum
+        if optimum is not None: self.names = (*self.names, 'less_optimum')
         self.history, self.latest, self._trained = [], {}, False
         self.most_classes = most_classes
         self._margins, self._targets = [], []
@@ -460,9 +463,11 @@ class MarginRecorder(HeadCallback):
         if not len(margins): return  # all samples are ignored
         prototypes = _prototypes(self.head)
         few = len(prototypes) <= self.most_classes
-        seen = SimpleNamespace(prototypes=prototypes, margins=margins)
+        seen = SimpleNamespace(prototypes=prototypes, margins=margins,
+                               optimum=self.optimum)
+        angles = ('class_margin', 'bound', 'less_optimum')
         numbers = dict.fromkeys(self.names, nan) | measure(
-            seen, self.names if few else self.names[2:])
+            seen, [name for name in self.names if few or name not in angles])
         self.latest = dict(
             epoch=self.learn.epoch, **numbers, class_sample_margins=smallest_by_class(
                 margins, targets, len(prototypes)).tolist())

@@ -208,7 +208,10 @@ def _as_tensor(name, values):
     if isinstance(values, (bytes, dict, set)):
         raise TypeError(f'{wanted}, got {type(values).__name__}')
     if not isinstance(values, Tensor):
-        try: values = torch.as_tensor(list(values), device='cpu')  # never on meta
+        try:
+            values = list(values)
+            if any(isinstance(v, bool) for v in values): raise TypeError('got a bool')
+            values = torch.as_tensor(values, device='cpu')  # never on meta
         except (TypeError, ValueError, RuntimeError) as e:
             raise TypeError(f'{wanted}: {e}') from e
     _refuse_gradient(name, values)

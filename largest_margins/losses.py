@@ -389,7 +389,8 @@ class _Softmax(_Curves):
         return losses if den is num else losses + self.scale * (den - num)
 
     def terms(self, own, rest, given, wanted=()):
-        if wanted and not given.keys() & set(wanted):
+        ours = type(self).per_sample is _Softmax.per_sample
+        if ours and wanted and not given.keys() & set(wanted):
             filled = self._filled(given, own.targets, rest.dtype)
             if len(found := self.curves(own, **filled)) == 4:
                 return _with_slopes(*found, rest, self.scale)
@@ -603,7 +604,12 @@ class ElasticFaceLoss(_Drawing):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.margin is None: self.margin = .5 if self.angular else .35
+        self.margin = self.margin  # None becomes that of the kind
+
+    def __setattr__(self, name: str, value: Any):
+        if (name, value) == ('margin', None) and 'kind' in vars(self):
+            value = .5 if self.angular else .35
+        super().__setattr__(name, value)
 
     @property
     def angular(self): return self.kind == 'arc'

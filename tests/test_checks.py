@@ -107,7 +107,7 @@ def test_numbers_of_each_class():
         got = per_class('x', values, above=0)
         assert type(got) is torch.Tensor and got.tolist() == [1, 2, 3] and got.dtype in (torch.float32, torch.float64)
     for values in ('123', b'123', {1: 2, 2: 3}, {1, 2}, None, 5, [True, False], ['a', 'b'], [[1], [1, 2]],
-                   torch.ones(3, dtype=torch.bool), torch.ones(3) * 1j):
+                   torch.ones(3, dtype=torch.bool), torch.ones(3) * 1j, [2., True, 3.]):
         with pytest.raises(TypeError, match='^x must be'): per_class('x', values)
     for values, error in (([1.], ValueError), ([], ValueError), ([[1, 2]], ValueError), ([1, 0], ValueError),
                           ([1, math.nan], NotFinite), ([1, math.inf], NotFinite), ([1, 1e31], ValueError)):

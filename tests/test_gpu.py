@@ -194,11 +194,11 @@ def test_prototypes_elsewhere(fake):
     with fake:
         features, prototypes, targets = batch()
         for engine in ('linear', 'dense'):
-            for pair, where in (((features, prototypes.cpu()), 'cuda:0 and cpu'),
-                                ((features.cpu(), prototypes), 'cpu and cuda:0')):
-                with pytest.raises(ValueError, match=f'one device, got {where}'):
+            for pair, where in (((features, prototypes.cpu()), 'cuda:0, got cpu'),
+                                ((features.cpu(), prototypes), 'cpu, got cuda:0')):
+                with pytest.raises(ValueError, match=f'^prototypes must be on {where}'):
                     ENGINES[engine](CosFaceLoss())(*pair, targets)
-        with pytest.raises(ValueError, match='one device, got cuda:0 and cpu'): CosineLinear(D, K)(features)
+        with pytest.raises(ValueError, match='^prototypes must be on cuda:0, got cpu'): CosineLinear(D, K)(features)
 
 
 def test_buffers_elsewhere(fake):

@@ -517,6 +517,9 @@ def test_elastic_margins_are_the_same_on_each_way_and_continue_from_a_checkpoint
         values.append(way())
     close(values[0], values[1], 1e-13)
     following = loss.linear(features, prototypes, targets)
+    other = ElasticFaceLoss(8., kind='cos')
+    other.margin = None
+    assert other.margin == .35  # that of the kind
     other = ElasticFaceLoss(8.)
     other.load_state_dict(state)
     other.linear(features, prototypes, targets)

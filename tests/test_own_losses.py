@@ -173,3 +173,18 @@ def test_a_loss_that_says_nothing_is_refused():
     for loss, message in ((Nothing(), 'per_sample'), (Straight(), 'angular')):
         with pytest.raises(TypeError, match=message): loss.linear(features, prototypes, targets)
     assert SampleMarginLoss().linear(features, prototypes, targets).isfinite()
+
+
+class Halved(MarginSoftmaxLoss):
+    "A margin softmax of which a user changes the losses, and not the curves."
+
+    def per_sample(self, own, rest): return super().per_sample(own, rest) / 2
+
+
+def test_the_losses_of_a_subclass_are_those_that_are_minimised():
+    features, prototypes, targets = torch.randn(6, 5), torch.randn(4, 5), torch.arange(6) % 4
+    gradients = []
+    for loss in (Halved(scale=8.), MarginSoftmaxLoss(scale=8.)):
+        leaves = [x.clone().requires_grad_() for x in (features, prototypes)]
+        gradients.append(torch.autograd.grad(loss.linear(*leaves, targets), leaves))
+    for half, whole in zip(*gradients, strict=True): torch.testing.assert_close(2 * half, whole)

@@ -94,7 +94,7 @@ def test_a_packing_says_what_it_has_reached():
     assert Packing(torch.cat([square, torch.tensor([[0, 0, 1.]])]), 3.).rigidity == 'flexible'
 
 
-@pytest.mark.parametrize('k,d', [(150, 3), (60, 8)])
+@pytest.mark.parametrize('k,d', [(150, 3)])
 def test_hundreds_of_coordinates_reach_a_certified_local_optimum(k, d):
     packing = best_packing(k, d, starts=1)
     assert packing.optimum == 'local' and packing.rigidity == 'jammed'
@@ -106,7 +106,7 @@ def test_hundreds_of_coordinates_reach_a_certified_local_optimum(k, d):
 
 
 def test_symmetric_starts_find_the_best_known_120_points():
-    assert math.degrees(best_packing(120, 3, starts=4).class_margin) == pytest.approx(19.3240201, abs=1e-7)
+    assert math.degrees(best_packing(120, 3, starts=1).class_margin) == pytest.approx(19.3240201, abs=1e-7)
 
 
 @pytest.mark.parametrize('k', [43, 60, 100, 120])

@@ -90,7 +90,7 @@ class _Angle:
         sine = torch.addcmul(one, length, length, value=-1 / 4).sqrt_().mul_(length)
         self.value = torch.atan2(sine, cosine)
         self.per_chord = torch.hypot(sine, cosine).div_(
-            sine.clamp_min_(torch.finfo(sine.dtype).tiny))  # 1/sin θ, also for zero rows
+            sine.clamp_min_(torch.finfo(sine.dtype).tiny**.5))  # 1/sin θ, finite at 0
 
     def turn(self, by_features, by_prototypes, by_angle, columns, norms=None):
         "Add what a slope by θ does to features and to their own prototypes."

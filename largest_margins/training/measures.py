@@ -42,6 +42,7 @@ def _prototype_measures():
         class_margin=Measure('class margin°', 2,
                              lambda x: math.degrees(class_margin(x.prototypes))),
         bound=Measure('bound°', 2, lambda x: _bound(*x.prototypes.shape), None),
+        less_optimum=Measure('less the optimum°', 2, _less_optimum, None),
         mean_sample_margin=Measure('mean sample margin', 3,
                                    lambda x: x.margins.mean().item()),
         min_sample_margin=Measure('min sample margin', 3,
@@ -49,6 +50,12 @@ def _prototype_measures():
         norm_ratio=Measure('norm ratio', 3, lambda x: norm_ratio(x.prototypes).item()),
         centroid_norm=Measure('centroid norm', 3,
                               lambda x: zero_centroid(x.prototypes).sqrt().item()))
+
+
+def _less_optimum(x):
+    "The class margin less that of the loss's own optimum, if it is known."
+    best = getattr(x, 'optimum', None)
+    return None if best is None else math.degrees(class_margin(x.prototypes)) - best
 
 
 @cache
@@ -105,7 +112,8 @@ def _reliability_measures():
         fitted_nll=Measure('NLL, fitted', 3, of('calibration', 'fitted_nll'), min),
         temperature=Measure('temperature', 2, of('calibration', 'temperature'), None))
     for by in ('cosine', 'margin'):
-        made[f'auroc_{by}'] = Measure(f'AUROC % by {by}', 1, of(f'by_{by}', 'auroc', 100))
+        made[f'auroc_{by}'] = Measure(f'AUROC % by {by}', 1,
+                                      of(f'by_{by}', 'auroc', 100))
         made[f'fpr95_{by}'] = Measure(f'FPR95 % by {by}', 1,
                                       of(f'by_{by}', 'fpr95', 100), min)
     return made | {f'nc{i}': Measure(f'NC{i}', 3, of('collapse', f'nc{i}'), min)

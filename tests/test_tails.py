@@ -1,0 +1,61 @@
+"The study with few-shot tails: its term, its noise, its records, and what a plan without them says."
+from pathlib import Path
+
+import pytest
+import torch
+
+from largest_margins.cli import main
+from largest_margins.data import load
+from largest_margins.study.tables import plan, read_records
+from largest_margins.study.tails import TailConfiguration, adjusted_margins, noisy, study
+
+RESULTS = Path(__file__).parent.parent/'results'
+
+
+def test_adjusted_margins_are_the_worst_adjusted_lead():
+    g = torch.Generator().manual_seed(0)
+    cosines, targets = 2 * torch.rand(20, 5, generator=g) - 1, torch.randint(5, (20,), generator=g)
+    prior = torch.tensor([1., 2., 5., 50., 300.])
+    for row, (c, y) in enumerate(zip(cosines, targets, strict=True)):
+        leads = [c[y] - c[j] - (prior[j].log() - prior[y].log()) / 7 for j in range(5) if j != y]
+        assert adjusted_margins(cosines, targets, prior, 7.)[row].item() == pytest.approx(min(leads).item(), abs=1e-6)
+
+
+def test_noise_replaces_a_share_of_the_training_labels_only():
+    data = load('digits')
+    found = noisy(data, .3, seed=1)
+    moved = found.train_targets != data.train_targets
+    assert moved.float().mean().item() == pytest.approx(.3, abs=1e-3)
+    assert torch.equal(found.test_targets, data.test_targets)
+    assert torch.equal(noisy(data, .3, seed=1).train_targets, found.train_targets)
+    for field in ('noise', 'adjusted_sample_margin'):
+        with pytest.raises(ValueError, match=field): TailConfiguration(**{field: -.1})
+
+
+def test_the_adjusted_term_trains_and_is_recorded():
+    short = dict(loss='normface', scale=10., logit_adjustment=1., epochs=1, ratio=20., body='conv2-narrow', embedding=8)
+    without, added = (TailConfiguration(**short, adjusted_sample_margin=w).measure() for w in (0., 5.))
+    assert without['prototypes'] != added['prototypes'] and added['counts'][0] == 134
+    assert {'ece', 'fitted_nll', 'auroc_cosine', 'fpr95_margin', 'nc1', 'min_train_margin', 'few'} <= set(
+        added['measured'])
+    assert 'best_accuracy' not in added['measured']
+
+
+@pytest.mark.parametrize('dataset, k', [('digits', 10), ('letters', 26)])
+def test_stored_runs_are_of_this_study_and_of_a_clean_state(dataset, k):
+    finished = read_records(plan(study(dataset), None, seeds=5, num_classes=k), RESULTS/dataset/'tails')
+    assert len(finished) == len([*(RESULTS/dataset/'tails').rglob('seed-*.json')]) > 10
+    for _, found in finished: assert found['git']['changed'] is False and len(found['git']['commit']) == 40
+    assert not any(found['diverged'] for _, found in finished)
+
+
+def test_the_commands(tmp_path, capsys):
+    def run(*argv):
+        with pytest.raises(SystemExit) as done: main(['table', *map(str, argv)])
+        return done.value.code, capsys.readouterr()
+    code, said = run('tails', '--dataset', 'letters', '--data', tmp_path, '--out', tmp_path/'x', '--dry-run')
+    assert code == 0 and '13 runs, 13 to train' in said.out
+    code, said = run('2', '--predicted', '--rows', 'NormFace')
+    assert code == 0 and '62.72 | 62.67' in said.out and 'CosFace' not in said.out
+    code, said = run('1', '--predicted')
+    assert code == 2 and 'table 2' in said.err
