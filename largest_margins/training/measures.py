@@ -112,7 +112,8 @@ def _reliability_measures():
         fitted_nll=Measure('NLL, fitted', 3, of('calibration', 'fitted_nll'), min),
         temperature=Measure('temperature', 2, of('calibration', 'temperature'), None))
     for by in ('cosine', 'margin'):
-        made[f'auroc_{by}'] = Measure(f'AUROC % by {by}', 1, of(f'by_{by}', 'auroc', 100))
+        made[f'auroc_{by}'] = Measure(f'AUROC % by {by}', 1,
+                                      of(f'by_{by}', 'auroc', 100))
         made[f'fpr95_{by}'] = Measure(f'FPR95 % by {by}', 1,
                                       of(f'by_{by}', 'fpr95', 100), min)
     return made | {f'nc{i}': Measure(f'NC{i}', 3, of('collapse', f'nc{i}'), min)
