@@ -296,8 +296,8 @@ def _predicted(args):
     fit = fit_table2()
     print(f'the scale that fits best: {fit.scale:.3f}, interval of 95 % '
           f'[{fit.low:.3f}, {fit.high:.3f}]; below: scale 5', flush=True)
-    rows = tuple(args.rows or ()) or None
-    print(*predicted_lines(predict_table2(rows=rows)), sep='\n')
+    predictions = predict_table2(rows=tuple(args.rows or ()) or None)
+    print(*predicted_lines(predictions), sep='\n')
     return 0
 
 

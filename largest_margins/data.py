@@ -698,7 +698,7 @@ _fashion_mnist = partial(_idx_data, 'fashion_mnist', 'FashionMNIST', _FASHION,
 
 
 def fashion_small(
-    data: str | Path | None = None,  # folder of the IDX files; None: where Debian has them
+    data: str | Path | None = None,  # folder of the IDX files; None: Debian's
     download: bool = False,  # allow torchvision to download into `data`
 ) -> ImageData:
     "Fashion-MNIST with the first 500 training and 200 test images of each class."

@@ -38,7 +38,7 @@ class Comparison:
 
     @cached_property
     def by_seed(self) -> dict:  # seed → mean over the cells
-        "What equation (eq-clustered) averages first, for the seeds that all cells have."
+        "What equation (eq-clustered) averages first; seeds that all cells have."
         common = set.intersection(*(set(cell) for cell in self.cells.values()))
         if len(common) < 2:
             raise ValueError('cells must have two seeds or more in common, they have '
@@ -74,7 +74,7 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        "'raises' or 'lowers', at 5 %; 'may …' if not adjusted; else 'no difference found'."
+        "'raises', 'lowers', 'may raise', 'may lower' or 'no difference found', at 5 %."
         if self.p >= .05: return 'no difference found'
         may = self.adjusted is not None and self.adjusted >= .05
         verbs = ('may raise', 'may lower') if may else ('raises', 'lowers')

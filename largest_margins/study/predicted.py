@@ -101,7 +101,7 @@ def predicted_lines(
             cells.get(s, ' | ') for s in settings) + ' |')
     return lines
 
-# %% ../../nbs/study/44_predicted.ipynb #704c6d89
+# %% ../../nbs/study/44_predicted.ipynb #0c6f9110
 def optimum_margin(
     configuration,  # a `Configuration`
     counts: list[int],  # training samples of each class
