@@ -79,7 +79,8 @@ class CosineLinear(_Prototypes):
 
     def extra_repr(self):
         fixed = ', fixed' if 'weight' in self._buffers else ''
-        return f'in_features={self.in_features}, out_features={self.out_features}{fixed}'
+        sizes = f'in_features={self.in_features}, out_features={self.out_features}'
+        return sizes + fixed
 
 # %% ../nbs/losses/16_heads.ipynb #fc7e4dc6
 class _WithLoss(CosineLinear):
@@ -175,7 +176,8 @@ class _Shard(MarginHead):
     def _generator(self):
         "Each rank draws its own prototypes, also where all have the same seed."
         generator = torch.Generator(self.weight.device)
-        return generator.manual_seed(torch.randint(2**62, ()).item() + self.shards.first)
+        seed = torch.randint(2**62, ()).item() + self.shards.first
+        return generator.manual_seed(seed)
 
 # %% ../nbs/losses/16_heads.ipynb #e56562c9
 class _SavedShard(_Shard):

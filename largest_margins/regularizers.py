@@ -35,7 +35,7 @@ class _Centroid(torch.autograd.Function):
     @staticmethod
     def forward(ctx, prototypes, group):
         k, d = prototypes.shape
-        sums = prototypes.new_full((d + 1,), k, dtype=precise(prototypes))  # k at the end
+        sums = prototypes.new_full((d + 1,), k, dtype=precise(prototypes))  # k last
         sums[:d] = 0
         for rows in row_blocks(prototypes):
             sums[:d] += unit_rows(at_least_float32(prototypes[rows])).sum(0)

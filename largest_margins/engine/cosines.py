@@ -56,7 +56,7 @@ def angle_from_cosine(
 
 # %% ../../nbs/engine/11_cosines.ipynb #072f42a6
 def log_sum_exp_of_others(cosines, targets, scale, log_prior=None):
-    "log Σ_{j≠y} (π_j/π_y) exp(s·c_j) of each sample, [N]; with a log-prior, [k], or none."
+    "log Σ_{j≠y} (π_j/π_y) exp(s·c_j) of each sample, [N]; with or without log π, [k]."
     others = (scale * cosines).scatter(1, targets[:, None], -torch.inf)
     if log_prior is None: return others.logsumexp(1)
     return (others + log_prior).logsumexp(1) - log_prior[targets]

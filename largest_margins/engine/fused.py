@@ -45,7 +45,7 @@ class Own:
 
 # %% ../../nbs/engine/14_fused.ipynb #f42ed633
 def _by_parts(function, size, *values):
-    "What a function gives for `size` rows at a time, joined; at once if that is enough."
+    "What a function gives for `size` rows at a time, joined; for all if they fit."
     if values[0].shape[0] <= size: return function(*values)
     parts = (v.split(size) if isinstance(v, Tensor) else repeat(v) for v in values)
     found = zip(*(function(*part) or () for part in zip(*parts)))
@@ -116,7 +116,7 @@ class _Job:
         self.loss, self.shards, self.size, self.names = loss, shards, size, names
         self.scale, self.prior = loss.scale or 1., loss.log_prior(features.dtype)
         self.lead, k = loss.sample_margin, prototypes.shape[0]
-        self.to_logits, self.per_logit = self.scale, self.scale  # slopes by products are
+        self.to_logits = self.per_logit = self.scale  # slopes by products are
         if not self.w.divided:  # per_logit times slopes by logits, or columns of them
             self.to_logits, self.per_logit = self.scale / self.w.norms[:, 0], 1.
         most = 80 if features.dtype == torch.float32 else 600

@@ -85,7 +85,8 @@ class _Exchange(_Shares):
 
     def all_rows(self, rows):
         "All ranks' rows one after the other, [n, …] → [R·n, …]; without gradient."
-        return rows if self.alone else _all_gather(rows.detach(), self.group).flatten(0, 1)
+        if self.alone: return rows
+        return _all_gather(rows.detach(), self.group).flatten(0, 1)
 
     def own_rows(self, rows):
         "This rank's part of what all know, [R·n, …] → [n, …]."

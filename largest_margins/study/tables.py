@@ -76,7 +76,7 @@ def plan(
     recipe: Recipe,  # the table
     dataset: str | None = None,  # name or path of the data set; None: the recipe's
     rows: list[str] | None = None,  # names or patterns; None takes all rows
-    seeds: int | list[int] = 1,  # trainings of each row, ≥ 1: seeds 0, 1, …; or the seeds
+    seeds: int | list[int] = 1,  # trainings of each row, ≥ 1 (0, 1, …); or the seeds
     num_classes: int = 10,  # k of the data set
     **changes,  # fields of the configuration for all runs, such as epochs and data
 ) -> list[Run]:  # all rows with the first seed, then all with the next
@@ -359,7 +359,7 @@ def make_table(
     out: str | Path = 'runs/table',  # directory for records and tables
     *,
     rows: list[str] | None = None,  # names or patterns; None takes all rows
-    seeds: int | list[int] = 1,  # trainings of each row, ≥ 1: seeds 0, 1, …; or the seeds
+    seeds: int | list[int] = 1,  # trainings of each row, ≥ 1 (0, 1, …); or the seeds
     jobs: int = 1,  # runs at the same time, ≥ 1, or −1 for as many as there are cores
     threads: int | None = 1,  # of the CPU, for each run; None: as torch takes
     resume: bool = False,  # keep what is in `out`, finished or begun; False refuses it

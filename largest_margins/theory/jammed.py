@@ -160,7 +160,8 @@ def _stress(points, contacts):
                     bounds=[(0, None)] * m + [(None, None)] * k + [(0, None)],
                     method='highs')
     if found.x is None: return None
-    weights, square = found.x[:-1], (B.T @ B).toarray()  # singular where points can move
+    weights = found.x[:-1]
+    square = (B.T @ B).toarray()  # singular where points can move
     square[np.diag_indices_from(square)] += 1e-14 * square.diagonal().max()
     for _ in range(2):
         weights = weights - rows @ np.linalg.solve(square, rows.T @ weights)
@@ -190,8 +191,8 @@ def jammed_certificate(
     try: a, b, c = map(float, _quadratic(rows, cosine, pairs, stress))
     except (np.linalg.LinAlgError, ValueError): return None  # the points can move
     if b <= 0 or b * b <= 8 * a * c: return None
-    certificate = dict(kind='jammed', points=rows.tolist(), cosine=cosine, contacts=pairs,
-                       stress=stress, nearest=str(Fraction(2 * c / b)),
+    certificate = dict(kind='jammed', points=rows.tolist(), cosine=cosine,
+                       contacts=pairs, stress=stress, nearest=str(Fraction(2 * c / b)),
                        radius=str(Fraction(b / a / 2)))
     certificate['sha256'] = checksum(certificate)
     return certificate if verify_jammed(certificate) else None
