@@ -33,7 +33,7 @@ help:  ## this list
 	$(BIN)/python -m pip install -e '.[fastai,bounds,dev,docs]'
 	touch $@ .venv/.demo
 
-demo: .venv/.demo  ## prove, train, and write a report to runs/demo (a few minutes after the first installation)
+demo: .venv/.demo  ## prove, train, and write tables and a page to runs/demo (a few minutes after the first installation)
 	$(BIN)/largest-margins demo
 
 # The notebooks are cleaned, exported and run in a copy, so that the tree stays as it is, committed or not.

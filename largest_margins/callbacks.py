@@ -395,7 +395,7 @@ class MarginRecorder(HeadCallback):
         self,
         head: nn.Module | None = None,  # the classifier; None: find it in the model
         most_classes: int = 50_000,  # with more classes, no class margin is measured
-        optimum: float | None = None,  # the loss's best class margin, °; adds the gap
+        optimum: float | None = None,  # best class margin of the loss, degrees
     ):
         super().__init__(head)
         self.optimum = optimum

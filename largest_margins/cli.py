@@ -48,7 +48,7 @@ class _Parser(argparse.ArgumentParser):
         return super().parse_known_args(*args, **options)
 
     def learn(self):
-        "Add the arguments, once; those that are fields of a configuration load PyTorch."
+        "Add the arguments, once; the fields of a configuration load PyTorch."
         fill, self.fill = self.fill, None
         if fill is not None: fill(self)
 
@@ -249,7 +249,8 @@ def _field_arguments(p, kind, names=None):
     for f in fields(kind):
         if names and f.name not in names: continue
         name, words = f'--{f.name.replace("_", "-")}', [lines[f.name]]
-        if choices := f.metadata.get('choices'): words.append(f'one of {", ".join(choices)}')
+        if choices := f.metadata.get('choices'):
+            words.append(f'one of {", ".join(choices)}')
         kinds = get_args(f.type) or (f.type,)
         if bool in kinds:
             p.add_argument(name, action='store_true', help=words[0])
@@ -275,11 +276,8 @@ _COMMANDS['train'] = _Command('train one configuration', _train_arguments, _trai
 def _table(args):
     "Train what is missing of a table, and write it."
     if args.predicted: return _predicted(args)
-    from largest_margins.study.recipes import TABLES
-    if args.table == 'tails':
-        from largest_margins.study.tails import study
-        recipe = study(args.dataset or 'digits')
-    else: recipe = TABLES[args.table]
+    from largest_margins.study.recipes import find_recipe
+    recipe = find_recipe(args.table, args.dataset)
     dataset = args.dataset or recipe.dataset
     out = f'runs/table{args.table}' + (f'-{Path(dataset).name}' if dataset else '')
     given = {name: getattr(args, name) or None
@@ -298,8 +296,8 @@ def _predicted(args):
     fit = fit_table2()
     print(f'the scale that fits best: {fit.scale:.3f}, interval of 95 % '
           f'[{fit.low:.3f}, {fit.high:.3f}]; below: scale 5', flush=True)
-    predictions = predict_table2(rows=tuple(args.rows or ()) or None)
-    print(*predicted_lines(predictions), sep='\n')
+    rows = tuple(args.rows or ()) or None
+    print(*predicted_lines(predict_table2(rows=rows)), sep='\n')
     return 0
 
 
@@ -315,8 +313,8 @@ def _table_arguments(p):
     p.add_argument('--data', metavar='DIR', help='directory of the data set’s files')
     p.add_argument('--download', action='store_true',
                    help='allow a download into --data')
-    p.add_argument('--epochs', type=int, metavar='N', help='passes through the training '
-                   'images; default: what the recipe says')
+    p.add_argument('--epochs', type=int, metavar='N',
+                   help='passes through the images; default: what the recipe says')
     _run_arguments(p, None, threads=1)
     p.add_argument('--rows', nargs='+', metavar='ROW',
                    help='names like cosface-20, or patterns like "cosface*"; '
@@ -496,7 +494,7 @@ def _demo_arguments(p):
     _field_arguments(p, ClassifierFields, ('dataset', 'data', 'epochs', 'seed'))
     _run_arguments(p, 'runs/demo', threads=1)
     p.add_argument('--resume', action='store_true',
-                   help='keep the finished trainings in --out, and go on with the others')
+                   help='keep the finished trainings in --out, do the others')
 
 
 _COMMANDS['demo'] = _Command('quick proofs and six trainings', _demo_arguments, _demo)

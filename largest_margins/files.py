@@ -224,10 +224,10 @@ def _visible(c):
 
 # %% ../nbs/training/20_files.ipynb #2160ee91
 def differences(
-    was: dict,  # name → plain value
-    now: dict,  # name → plain value
-) -> str:  # '' for none
-    "What has changed between two sets of settings."
+    was: dict,  # saved settings, name -> plain value
+    now: dict,  # current settings, name -> plain value
+) -> str:  # the differences in words; '' for none
+    "Describe how two sets of settings differ."
     return ', '.join(f'{name} was {was.get(name)!r}, is now {now.get(name)!r}'
                      for name in was | now if was.get(name) != now.get(name))
 

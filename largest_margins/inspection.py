@@ -742,8 +742,8 @@ def inspection_page(
     plot_angles(found, figure.subplots(1, 2))
     seen = 'all classes' if found.sampled == found.k else (
         f'{found.sampled} of the {found.k} classes, drawn at random')
-    caption = (f'Left: all pairs of {seen}. Right: every class and the class nearest to '
-               'it.')
+    caption = (f'Left: all pairs of {seen}. Right: every class and the class nearest '
+               'to it.')
     return html_page(Table(
         title, [('', [], cells(found.numbers().items())),
                 ('Closest pairs', [], cells(found.closest()))],
@@ -751,7 +751,7 @@ def inspection_page(
          f'No {found.k} rows in {found.d} dimensions can all be further apart than the '
          'best possible angle.', note],
         lead=[found.verdict, *(f'Note: {text}' for text in found.notes)],
-        figures=[('Angles', inline_image(figure, 'Histograms of the angles'), caption)]))
+        figures=[('Angles', inline_image(figure, 'Histograms of angles'), caption)]))
 
 # %% ../nbs/study/40_inspect.ipynb #1f98268e
 def write_prototypes(

@@ -58,6 +58,7 @@ from largest_margins.losses import (
 )
 from largest_margins.margins import class_margin, class_sample_margins, norm_ratio, sample_margins
 from largest_margins.regularizers import zero_centroid
+from largest_margins.training.measures import MEASURES
 
 K, D = 4, 6
 COUNTS = [40, 30, 20, 10]
@@ -450,7 +451,8 @@ def test_no_trace_when_the_forward_pass_fails(error, place):
 def test_detaching_takes_the_columns_away():
     learn, recorder = learner(metrics=accuracy), MarginRecorder()
     learn.add_cb(recorder)
-    assert [m.name for m in learn.metrics][1:] == list(MarginRecorder.columns.values())
+    assert [m.name for m in learn.metrics][1:] == [MEASURES[name].heading.replace(' ', '_')
+                                                  for name in MarginRecorder.names]
     learn.remove_cb(recorder)
     assert [m.name for m in learn.metrics] == ['accuracy'] and not hasattr(learn, 'margin_recorder')
 

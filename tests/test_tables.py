@@ -364,6 +364,9 @@ def test_finished_runs_are_not_repeated(whole, capsys):
     argv = ('table', '1', '--rows', 'ce*', '--seeds', 2, '--epochs', 1, '--out', whole, '--resume')
     assert run(*argv, '--dry-run') == 0 and '4 runs, 0 to train' in capsys.readouterr().out
     assert run(*argv[:-1]) == 2 and 'has 4 of these runs' in capsys.readouterr().err
+    other = [2 if x == 1 else x for x in argv]
+    assert run(*other) == 2 and 'epochs was 1, is now 2' in capsys.readouterr().err
+    assert {kept['asked']['epochs'] for kept in records(whole).values()} == {1}
     assert run(*argv) == 0
     out = html.unescape(capsys.readouterr().out)
     assert '| CE + 0.5 R_sm |' in out and 'paper, MNIST' in out and '95.41' in out and 'table.tex' in out

@@ -68,7 +68,8 @@ def _l1_certified(cosine=lambda k: -1 / (k - 1)):
 def _l1_optimised(cosine=lambda k: -1 / (k - 1), exponents=(1, 2, 8, math.inf)):
     "The class margin, degrees, of ten points at rest, the worst of all exponents."
     best = math.degrees(math.acos(cosine(10)))
-    margins = [class_margin_at_rest(10, 12, t, seed) for t in exponents for seed in range(2)]
+    margins = [class_margin_at_rest(10, 12, t, seed)
+               for t in exponents for seed in range(2)]
     return max(margins, key=lambda margin: abs(margin - best)), best
 
 

@@ -172,7 +172,7 @@ class Configuration(ClassifierFields):
             tensors={name: getattr(result, name)
                      for name in ('prototypes', 'cosines', 'targets')})
 
-    def describe(self) -> tuple[str, str, str]:  # the data, this part of it, the training
+    def describe(self) -> tuple[str, str, str]:  # the data, this part, the training
         "What a dry run says; it refuses data that are bad."
         images = loaded(self.dataset, self.data, self.download)
         n, k, counts = len(images.train_targets), len(images.classes), images.counts

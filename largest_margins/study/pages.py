@@ -100,7 +100,8 @@ _TEMPLATE = '''<!doctype html><html lang="en"><meta charset="utf-8">
 {%- for cells in rows %}<tr>{% for text, bold in cells %}<td>
 {%- if bold %}<b>{{ text }}</b>{% else %}{{ text }}{% endif %}</td>{% endfor %}</tr>
 {%- endfor %}</tbody></table></div>{% endfor %}
-{% for heading, element, caption in figures %}<h2>{{ heading }}</h2><figure>{{ element }}
+{% for heading, element, caption in figures %}<h2>{{ heading }}</h2>
+<figure>{{ element }}
 {% if caption %}<figcaption>{{ caption }}</figcaption>{% endif %}</figure>{% endfor %}
 {% for text in notes %}<p class="soft">{{ text }}</p>{% endfor %}</html>'''
 
@@ -110,7 +111,8 @@ def html_page(
 ) -> str:
     "The table as one self-contained page that suits light and dark screens."
     def shown(value):
-        return value if isinstance(value, Markup) else Markup(escape(str(value), 'html'))
+        if isinstance(value, Markup): return value
+        return Markup(escape(str(value), 'html'))
     template = Environment(autoescape=True, finalize=shown).from_string(_TEMPLATE)
     return template.render(**vars(table), style=Markup(_STYLE))
 

@@ -6,7 +6,7 @@ Docs: https://largest-margins.github.io/largest-margins/study/recipes.html.md"""
 
 # %% auto #0
 __all__ = ['BALANCED', 'IMBALANCED', 'TABLES', 'Row', 'Setting', 'Recipe', 'table1_rows', 'table2_rows', 'scale_rows',
-           'table3_rows', 'sphere_rows', 'printed_numbers', 'single', 'demo_rows', 'choose', 'printed']
+           'table3_rows', 'sphere_rows', 'printed_numbers', 'single', 'demo_rows', 'find_recipe', 'choose', 'printed']
 
 # %% ../../nbs/study/36_recipes.ipynb #dcca5363
 import json
@@ -78,7 +78,8 @@ class Recipe:
         for name in changes.keys() - {f.name for f in fields(self.configurations)}:
             raise ValueError(f'{name} has no meaning for the table {self.name}')
         training = self.training.get(dataset, self.training[''])
-        return self.configurations(**{**training, **setting.changes, **row.changes, **changes})
+        return self.configurations(
+            **{**training, **setting.changes, **row.changes, **changes})
 
 # %% ../../nbs/study/36_recipes.ipynb #b873be4a
 _SMALL = dict(body='conv3', embedding=32, epochs=20, batch_size=64, learning_rate=1e-2)
@@ -296,6 +297,15 @@ def _compare(lines):
 DEMO = Recipe('demo', demo_rows, (Setting('balanced', 'Balanced'),), {'': {}}, {},
               _BRIEF, heading='Learning towards the largest margins', figures=True,
               remarks=_compare)
+
+# %% ../../nbs/study/36_recipes.ipynb #7889e89e
+def find_recipe(
+    name: str,  # of a table, a name in `TABLES`, or 'tails'
+    dataset: str | None = None,  # the data set; None: the usual one
+) -> Recipe:
+    "The recipe of a table."
+    if name != 'tails': return TABLES[name]
+    return import_module('largest_margins.study.tails').study(dataset or 'digits')
 
 # %% ../../nbs/study/36_recipes.ipynb #e025a576
 def choose(

@@ -40,7 +40,7 @@ def warm_up_factor(
 @dataclass(frozen=True)
 class Schedule:
     "How the learning rate moves through a training."
-    factor: Callable[[float], float] | None  # of the share that is over; None: one-cycle
+    factor: Callable[[float], float] | None  # of the share that is over, or one-cycle
     optimiser: str  # 'adam' or 'sgd'
     clip: float | None = None  # the largest norm of the gradient; None: any
 
