@@ -109,8 +109,7 @@ def _from_elsewhere(name, data, directory):
     else: return None
     size = data.train_images.shape[2:]
     if other.shape[2:] == size: return other
-    smaller = nn.functional.adaptive_avg_pool2d(other.float(), size)
-    return smaller.round().to(torch.uint8)
+    return nn.functional.adaptive_avg_pool2d(other.float(), size).round().to(torch.uint8)
 
 
 class _Further(Callback):
