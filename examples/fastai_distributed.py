@@ -15,8 +15,9 @@ from fastai.distributed import DistributedDL
 
 from largest_margins.callbacks import SampleMarginRegularizer
 from largest_margins.data import load
-from largest_margins.learner import ConvBody, margin_learner
+from largest_margins.learner import margin_learner
 from largest_margins.losses import LMSoftmaxLoss
+from largest_margins.training.bodies import ConvBody
 
 
 class CPUDistributedDL(DistributedDL):

@@ -7,9 +7,9 @@ from fastai.optimizer import SGD, Adam, Lamb
 from torch import nn
 
 from largest_margins.data import load
-from largest_margins.learner import ConvBody, margin_learner
+from largest_margins.learner import margin_learner
 from largest_margins.losses import NormFaceLoss
-from largest_margins.training.bodies import resnet32
+from largest_margins.training.bodies import ConvBody, resnet32
 from largest_margins.training.foreach import CountOperations, ForeachOptimizer, foreach
 
 
