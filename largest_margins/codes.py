@@ -151,7 +151,8 @@ def _newton(points, i, j, steps=10):
         wanted = (c.mean() - c)[:, 0]
         if abs(wanted).max() < 2e-16: break
         left, right = points[j] - c * points[i], points[i] - c * points[j]
-        rows = hstack([_rows_of(i, j, left, right, k * d), -np.ones((len(i), 1))]).tocsr()
+        rows = _rows_of(i, j, left, right, k * d)
+        rows = hstack([rows, -np.ones((len(i), 1))]).tocsr()
         if len(i) <= k * d: moves = rows.T @ _solved(rows @ rows.T, wanted)
         else: moves = _solved(rows.T @ rows, rows.T @ wanted)
         if not abs(moves).max() < .1: break
@@ -245,7 +246,8 @@ def _turn(axis, angle):
     "The rotation by an angle (radians) about an axis, [3, 3]."
     x, y, z = axis / np.linalg.norm(axis)
     across = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
-    return np.eye(3) + math.sin(angle) * across + (1 - math.cos(angle)) * across @ across
+    about = (1 - math.cos(angle)) * across @ across
+    return np.eye(3) + math.sin(angle) * across + about
 
 
 def _distinct(arrays):
@@ -280,7 +282,8 @@ def _groups():
 # %% ../nbs/theory/03_packing.ipynb #b6c0f2ag
 def _small_orbits(group):
     "The orbits of the points on the axes."
-    axes = [np.linalg.svd(g - np.eye(3))[2][2] for g in group[1:] if np.linalg.det(g) > 0]
+    turns = [g for g in group[1:] if np.linalg.det(g) > 0]
+    axes = [np.linalg.svd(g - np.eye(3))[2][2] for g in turns]
     orbits = []
     for axis in [*axes, *(-axis for axis in axes)]:
         if all(abs(orbit - axis).max(1).min() > 1e-6 for orbit in orbits):
@@ -386,7 +389,8 @@ def _search(k, d, rng, starts, deadline, bound, progress):
                 if (now := _largest_cosine(points)) < top: best, top = points, now
         if progress: progress(m, starts if starts < math.inf else m, math.acos(top))
         rest = random - distinct - 2
-        all_seen = m > 8 and rest > 0 and distinct * (random - 1) < (distinct + .5) * rest
+        seen = distinct * (random - 1) < (distinct + .5) * rest
+        all_seen = m > 8 and rest > 0 and seen
         if _attained(top, bound) or m >= starts or time.monotonic() > deadline: break
         if all_seen and deadline == math.inf: break
     return best if time.monotonic() > deadline else _release(_settle(best, deadline))

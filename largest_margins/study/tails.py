@@ -109,7 +109,8 @@ def _from_elsewhere(name, data, directory):
     else: return None
     size = data.train_images.shape[2:]
     if other.shape[2:] == size: return other
-    return nn.functional.adaptive_avg_pool2d(other.float(), size).round().to(torch.uint8)
+    pooled = nn.functional.adaptive_avg_pool2d(other.float(), size)
+    return pooled.round().to(torch.uint8)
 
 
 class _Further(Callback):
