@@ -19,7 +19,7 @@ from ..certificates import verify
 from ..claims import (
     Check, Claim, descend, dot, rational_points, register)
 from ..codes import best_packing, sample_margin_certificate
-from ..margins import class_margin
+from ..margins import class_margin, unit_rows
 from ..theory.simplex import log_riesz_energy
 
 # %% ../../nbs/theory/06b_codes_checks.ipynb #120d8d1f
@@ -278,3 +278,50 @@ register(Claim(
      Check('exact arithmetic', _t2b_pair, '≥'),
      Check('certificate', _t2b_certified, '=', 1e-9),
      Check('search', _t2b_optimised, '=', 1e-4, quick=False))))
+
+# %% ../../nbs/theory/06b_codes_checks.ipynb #bd7a5ca5
+def _rl_exact(most=lambda k: Fraction(k**3, k - 1)):
+    "The least slack of the sum of margins, in squares, without obtuse angles, and 0."
+    slack = []
+    for seed in range(60):
+        k, d = 2 + seed % 7, 2 + seed % 4
+        W = rational_points(k, d, seed)
+        Z = [[abs(x) for x in z] for z in rational_points(k, d, seed + 1000)]
+        if seed % 3 == 0:  # almost attained, with prototypes of norm just below 1
+            Z = [[Fraction(i == j) for j in range(k)] for i in range(k)]
+            size = Fraction(math.isqrt(10**12 * k // (k - 1)), 10**6)
+            W = [[size * (x - Fraction(1, k)) for x in z] for z in Z]
+        total = sum(min(dot(W[y], Z[y]) - dot(W[j], Z[y]) for j in range(k) if j != y)
+                    for y in range(k))
+        slack.append(most(k) - total * abs(total))
+    return min(slack), 0
+
+
+def _rl_optimised(largest=lambda k: math.sqrt(k / (k - 1)), k=4, d=5):
+    "The largest mean margin that an optimiser finds for features of squares."
+    torch.manual_seed(0)
+    W, A = torch.randn(2, k, d, dtype=torch.float64)
+    others = ~torch.eye(k, dtype=torch.bool)
+
+    def leads(W, A):
+        cosines = unit_rows(A.square()) @ W.T
+        return (cosines.diagonal()[:, None] - cosines)[others].view(k, k - 1)
+    for s in (5., 20., 100., 1000., 10_000.):
+        _, W, A = descend(lambda W, A, s=s: (
+            (-s * leads(W, A)).logsumexp(1) / s).mean(), W, A)
+    return leads(W, A).amin(1).mean().item(), largest(k)
+
+
+def _rl_boundary(k=10, obtuse=True):
+    "The bound, and the margin of a simplex, whose features have obtuse angles."
+    return math.sqrt(k / (k - 1)), k / (k - 1) if obtuse else math.sqrt(k / (k - 1))
+
+
+register(Claim(
+    'RL', 'Features without negative entries', 'ours', '(ours)',
+    'the class-balanced mean sample margin is at most √(k/(k−1)) if no two features '
+    'have an obtuse angle',
+    'every d and k ≥ 2, prototypes of norm ≤ 1, any n_j ≥ 1; attained for d ≥ k',
+    (Check('exact arithmetic', _rl_exact, '≥'),
+     Check('search', _rl_optimised, '=', 1e-3),
+     Check('counter-example', _rl_boundary, '<'))))
