@@ -597,8 +597,10 @@ def markdown(nb):
 def overview(pages, notebooks, cfg):
     "llms.txt: the pages as Markdown, by section, each with its line."
     parts = [f"# {cfg.lib_path.name}", f"> {front(notebooks['index'])[1]}"]
-    for section in sections:
-        listed = [(a, *front(notebooks[a])) for a in section_pages(section, pages) if a in notebooks]
+    further = Section('More to understand', '', '', tuple(a for kind in kinds for a in kind.further if a in notebooks))
+    for section in [*sections, further]:
+        inside = section.pages if section is further else section_pages(section, pages)
+        listed = [(a, *front(notebooks[a])) for a in inside if a in notebooks]
         lines = [f'- [{name}]({cfg.doc_host}{cfg.doc_baseurl}/{a}.html.md): {line}' for a, name, line in listed]
         parts += [f'## {section.title}', '\n'.join(lines)] if lines else []
     return '\n\n'.join(parts) + '\n'

@@ -185,7 +185,7 @@ def test_every_entry_leads_to_its_source(site):
 
 
 def test_every_backticked_name_is_a_link(site):
-    names = {full.removeprefix(f'{mod}.') for mod in syms for full in syms[mod]}
+    names = {re.sub(r'^(?:[a-z_]\w*\.)+', '', full) for full in public}
     distinct = {n for n in names if not n.startswith('_') and (re.search(r'[a-z]_[a-z]|[a-z][A-Z]', n))}
     found = {f'{path.relative_to(site)}: {text}' for path in html_files(site) for text in read(path).plain
              if text in distinct}
