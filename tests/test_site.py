@@ -199,7 +199,8 @@ def test_every_name_is_shown_at_work():
         names, seen = set(), set()
         for cell in (c for c in cells(notebook) if c['cell_type'] == 'code'):
             text = ''.join(cell['source'])
-            if re.search(r'^#\|\s*export', text, re.M):
+            if re.search(r'^#\|\s*exporti', text, re.M): continue
+            if re.search(r'^#\|\s*exports?\b', text, re.M):
                 names |= {x.name for x in ast.parse(text).body if isinstance(x, ast.FunctionDef | ast.ClassDef)}
             elif not re.search(r'^#\|\s*hide', text, re.M):
                 printed = [o.get('text') or o.get('data', {}).get('text/plain', '') for o in cell['outputs']]
