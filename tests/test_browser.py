@@ -95,11 +95,11 @@ def test_colours_of_figures_can_be_told_from_the_page(browser, theme):
 
 SCREEN = 1280, 900
 READERS = {
-    'a student who wants Theorem 2': (['Theory', 'The largest sample margin'], 'h1'),
+    'a student who wants Theorem 2': (['the errata'], 'h1'),
     'a face engineer': (['How to', 'Faces with a million identities'], 'div.cell_input'),
     'a fastai user with a folder': (['Start', 'Get started'], 'div.highlight-sh'),
     'a teacher': (['Explore', 'Place the points yourself'], '[data-widget=place] svg.sphere'),
-    'a researcher with CIFAR-10': (['Results', 'Imbalanced data'], 'h1')}
+    'a researcher with CIFAR-10': (['Reproduce the paper'], 'h1')}
 
 # the first link of this text that is within the screen, clicked where it is
 find_link = """text => {
@@ -183,7 +183,9 @@ def test_search_finds_every_name_at_its_entry(browser):
                 entries.setdefault(name.lower(), set()).add(f'{page.split("#")[0]}#{full}')
     found = first_results(browser, sorted(entries))
     assert len(entries) > 150
-    assert {name: at for name, at in found.items() if at not in entries[name]} == {}
+    # a word of the glossary, as simplex, may lead there
+    assert {name: at for name, at in found.items()
+            if at not in entries[name] and not at.startswith('glossary.html#term-')} == {}
 
 
 def test_typing_into_the_search_finds_a_loss(browser):
