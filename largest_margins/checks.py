@@ -94,10 +94,10 @@ class Checked:
     def __set_name__(self, owner, name): self.name, self.key = name, self.key or name
 
     def __get__(self, instance, owner=None) -> Any:
-        values = {} if instance is None else instance.__dict__
-        value = values.get(self.key, self.default)
-        if value is MISSING: raise AttributeError(self.name)
-        return value
+        try: return instance.__dict__[self.key]
+        except (AttributeError, KeyError):  # of the class; not set
+            if self.default is MISSING: raise AttributeError(self.name) from None
+            return self.default
 
     def __set__(self, instance, value):
         instance.__dict__[self.key] = self.checked(value)

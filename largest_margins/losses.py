@@ -13,6 +13,7 @@ __all__ = ['ClassificationLoss', 'CosineLoss', 'MarginSoftmaxLoss', 'NormFaceLos
 import math
 from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass, field
+from functools import partial
 from inspect import getattr_static, signature
 from typing import Any, ClassVar
 
@@ -28,7 +29,7 @@ from .checks import (
     is_symbol, is_traced, number, per_class, per_sample, plain, values_are_cheap)
 from .engine.cosines import (
     angle_from_cosine, cosine_matrix, log_sum_exp_of_others)
-from .engine.fused import Own, fused_loss
+from .engine.fused import Own, dense_loss, fused_loss
 from .engine.shards import ClassShards
 from .margins import angle, row_norms, unit_rows
 
@@ -293,10 +294,16 @@ class _OfMatrix(_Terms):
         own = Own(targets, cosines.gather(1, targets[:, None])[:, 0], theta)
         return self.of_cosines(cosines, own, valid, given)
 
+    def of_given(self, cosines, targets, valid, given, resolution):
+        "What `forward` returns, in steps that torch sees; 1 − cosine has a resolution."
+        own, theta = cosines.gather(1, targets[:, None])[:, 0], None
+        if self.angular: theta = angle_from_cosine(own, resolution)
+        return self.of_cosines(cosines, Own(targets, own, theta), valid, given)
+
     def frozen(self):
         "This loss as it is now, whatever is set later: for the way back."
         loss = object.__new__(type(self))
-        loss.__dict__ |= vars(self) | dict(_buffers=dict(self._buffers))
+        vars(loss).update(vars(self), _buffers=dict(self._buffers))
         return loss
 
 # %% ../nbs/losses/12_losses.ipynb #95195c77
@@ -311,10 +318,10 @@ class _OnCosines(_OfMatrix):
         if is_symbol(cosines): return as_one_node(self, cosines, targets, given=given)
         wide, targets, valid = self.checked(cosines, targets, 'cosines')
         given = self.per_batch(self._given(given, wide), None, targets)
-        own, theta = wide.gather(1, targets[:, None])[:, 0], None
-        if self.angular:
-            theta = angle_from_cosine(own, torch.finfo(cosines.dtype).eps / 2)
-        return self.of_cosines(wide, Own(targets, own, theta), valid, given)
+        by_steps = (is_traced() or self.label_smoothing or self._parameters
+                    or self._modules)  # torch has to see them
+        way = self.of_given if by_steps else partial(dense_loss, self)
+        return way(wide, targets, valid, given, torch.finfo(cosines.dtype).eps / 2)
 
 # %% ../nbs/losses/12_losses.ipynb #95195c78
 _LAMBDA = dict(at_least=0, at_most=1e6)
@@ -339,7 +346,7 @@ class CosineLoss(_OnCosines):
         if self.label_smoothing:
             raise ValueError('label_smoothing needs the matrix of cosines: call the '
                              'loss on CosineLinear(features), or set label_smoothing=0')
-        if not isinstance(group, dist.ProcessGroup | ClassShards | None):
+        if not (group is None or isinstance(group, dist.ProcessGroup | ClassShards)):
             raise TypeError('group must be a process group, '
                             f'got {type(group).__name__}')
         check_features(features, prototypes, 1, 2 if group is None else 1)
@@ -389,8 +396,8 @@ class _Softmax(_Curves):
         return losses if den is num else losses + self.scale * (den - num)
 
     def terms(self, own, rest, given, wanted=()):
-        ours = type(self).per_sample is _Softmax.per_sample
-        if ours and wanted and not given.keys() & set(wanted):
+        ours = type(self).per_sample is _Softmax.per_sample and not self._parameters
+        if ours and wanted and given.keys().isdisjoint(wanted):
             filled = self._filled(given, own.targets, rest.dtype)
             if len(found := self.curves(own, **filled)) == 4:
                 return _with_slopes(*found, rest, self.scale)
@@ -750,6 +757,9 @@ class SampleMarginLoss(CosineLoss):
     "R_sm, the negative sample margin, max_{j≠y} c_j − c_y (Zhou et al. 2022, §3.3)."
     sample_margin: float = field(default=Number(1., **_LAMBDA), init=False)
     prior: None = field(default=None, init=False)
+
+    def terms(self, own, rest, given, wanted=()):
+        return torch.zeros_like(rest), dict(own=0., rest=0.)
 
 # %% ../nbs/losses/12_losses.ipynb #bd76fbce
 @dataclass(eq=False, repr=False)

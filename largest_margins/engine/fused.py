@@ -9,7 +9,9 @@ __all__ = ['Own']
 
 # %% ../../nbs/engine/14_fused.ipynb #edabf133
 import math
+from functools import lru_cache
 from itertools import repeat
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,119 +53,219 @@ def _by_parts(function, size, *values):
     found = zip(*(function(*part) or () for part in zip(*parts)))
     return [torch.cat(v) if isinstance(v[0], Tensor) else None for v in found]
 
+# %% ../../nbs/engine/14_fused.ipynb #9c1db91b
+@lru_cache(64)
+def _kept(value, dtype, *shape):
+    with torch.inference_mode(False): return torch.full(shape, value, dtype=dtype)
+
+
+def _full(like, value, *shape):
+    "A tensor full of a number, to read only: on a CPU it is made once."
+    if values_are_cheap(like): return _kept(value, like.dtype, *shape)
+    return like.new_full(shape, value)
+
 # %% ../../nbs/engine/14_fused.ipynb #d5d84ffb
 class _Rows:
-    "Rows of any norm: divided by it at once (`divided`), or each time they are used."
+    "Rows of any norm: made as long as `length` at once, or each time they are used."
 
-    def __init__(self, x, norms, usual, divided):
-        self.norms = norms if usual else _safe_norms(x)
-        self.divided = divided or (not usual and values_are_cheap(x))
-        self.x = x
-        if self.divided: self.x = x / norms if usual else unit_rows(x)
+    def __init__(self, x, at_once, length=1.):
+        self.given, self.at_once, self.length = x, at_once, length
+        self.by_kernel = at_once and values_are_cheap(x)
+        if self.by_kernel:
+            self.lengths = _full(x, length, x.shape[0], 1)
+            self.x, self.norms = torch._weight_norm_interface(x, self.lengths)
+        else:
+            self.norms = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+            self.x = x * (length / self.norms) if at_once else x
 
-    def unit(self, which):
-        "Some rows, with norm 1."
-        return self.x[which] if self.divided else self.x[which] / self.norms[which]
+    def with_care(self):
+        "Divide again: squares on the way to the norms overflowed or vanished."
+        self.at_once = self.at_once or values_are_cheap(self.given)
+        self.by_kernel, self.norms = False, _safe_norms(self.given)
+        self.x = unit_rows(self.given) * self.length if self.at_once else self.given
+
+    def long(self, which):
+        "Some rows, as long as `length`."
+        rows = self.x[which]
+        return rows if self.at_once else rows * (self.length / self.norms[which])
+
+    def gradient(self, by_x):
+        "From the gradient by `x`, whose rows point where the given ones do, to theirs."
+        if self.by_kernel:
+            return _by_given(by_x, self.given, self.lengths, self.norms, 0)[0]
+        norms = self.length if self.at_once else self.norms
+        factor = self.length / self.norms if self.at_once else 1.
+        size = max(1, 2**17 // self.x.shape[1]) if self.x.is_cpu else len(self.x)
+        _by_parts(_tangential, size, by_x, self.x, norms, factor)
+        return by_x
 
 # %% ../../nbs/engine/14_fused.ipynb #801ca3e3
+_by_given = torch.ops.aten._weight_norm_interface_backward.default
+
+
 def _safe_norms(x):
     "Norms of rows as small or large as numbers can be; 1 for a row of zeros."
     norms = torch.cat([row_norms(x[rows]) for rows in row_blocks(x, 2**24)])
     return torch.where(norms > torch.finfo(x.dtype).tiny, norms, 1)
 
 
-def _to_rows(gradient, x, norms, divided):
-    "From the gradient by unit rows to that by rows of any norm, in place."
-    unit = x if divided else x / norms
+def _tangential(gradient, x, norms, factor):
+    "Take off what is radial, and multiply by a factor, in place."
+    unit = x / norms
     gradient.addcmul_(unit, (gradient * unit).sum(1, keepdim=True), value=-1)
-    if divided: gradient.div_(norms)
+    if isinstance(factor, Tensor): gradient.mul_(factor)
 
 # %% ../../nbs/engine/14_fused.ipynb #1b8a2a28
-class _Angle:
-    "The part for angular losses: θ_y, and what changes it."
+class _Angles(NamedTuple):
+    "Angles, s·sin to divide by, [n], and chords of length s·|u| if they are needed."
+    value: Tensor
+    sine: Tensor
+    chord: Tensor | None = None
+    nearer: Tensor | None = None  # s·σ, [n, 1]
 
-    def __init__(self, unit, own, cosine):
-        one = cosine.new_ones(())
-        self.sign = torch.copysign(one, cosine)[:, None]
-        self.chord = own.addcmul_(unit, self.sign, value=-1)
-        length = torch.linalg.vector_norm(self.chord, dim=1)
-        sine = torch.addcmul(one, length, length, value=-1 / 4).sqrt_().mul_(length)
-        self.value = torch.atan2(sine, cosine)
-        self.per_chord = torch.hypot(sine, cosine).div_(
-            sine.clamp_min_(torch.finfo(sine.dtype).tiny**.5))  # 1/sin θ, finite at 0
 
-    def turn(self, by_features, by_prototypes, by_angle, columns, norms=None):
-        "Add what a slope by θ does to features and to their own prototypes."
-        pull = (by_angle * self.per_chord)[:, None]
-        if by_features is not None: by_features.addcmul_(self.chord, pull, value=-1)
-        if by_prototypes is None: return
-        pull = pull * self.sign if norms is None else pull * self.sign / norms[columns]
-        by_prototypes.index_add_(0, columns, self.chord.mul_(pull))
+def _by_chords(unit, own, logit, s, usual=True):
+    "The angles of unit rows with rows `own` of length s, which are overwritten."
+    nearer = torch.copysign(_full(unit, s), logit)
+    chord, logit = own.addcmul_(unit, nearer, value=-1), logit[:, 0]
+    length = torch.linalg.vector_norm(chord, dim=1)
+    sine = torch.addcmul(_full(unit, 1.), length, length, value=-1 / (2 * s)**2)
+    sine = sine.sqrt_().mul_(length)
+    value = torch.atan2(sine, logit)
+    if not usual: sine.div_(torch.hypot(sine, logit)).mul_(s)  # of a row of zeros
+    if values_are_cheap(sine) and sine.amin().item() > s / 32: return _Angles(value, sine)
+    sine.clamp_min_(torch.finfo(sine.dtype).tiny**.5)
+    return _Angles(value, sine, chord, nearer)
 
 # %% ../../nbs/engine/14_fused.ipynb #7ef985d7
 class _Job:
     "What all rows of a pass have in common."
+    to_logits, per_logit = None, 1.  # what products, and slopes by logits, lack
 
-    def __init__(self, loss, features, prototypes, shards, size, names=()):
-        norms = [torch.linalg.vector_norm(v, dim=1, keepdim=True)
-                 for v in (features, prototypes)]
-        usual = moderate(torch.cat(norms))
-        if not usual:
+    def __init__(self, plan, dtype, k):
+        self.loss, self.shards, self.size = plan.loss, plan.shards, plan.size
+        self.numbers, self.resolution = plan.numbers, plan.resolution
+        self.scale, self.prior = self.loss.scale or 1., self.loss.log_prior(dtype)
+        self.lead, self.block = self.loss.sample_margin, max(1, 2**18 // k)
+        most = 80 if dtype == torch.float32 else 600
+        self.bounded = self.prior is None and self.scale + math.log(k) < most
+
+# %% ../../nbs/engine/14_fused.ipynb #7ef985d8
+class _FromRows(_Job):
+    "Features and prototypes, and what is made of them."
+
+    def __init__(self, plan, features, prototypes):
+        super().__init__(plan, features.dtype, prototypes.shape[0])
+        self.z = _Rows(features, True)
+        self.w = _Rows(prototypes, prototypes.numel() <= 2**18, self.scale)
+        self.usual = moderate(torch.cat([self.z.norms, self.w.norms]))
+        if not self.usual:
             check_finite('features', features)
             check_finite('prototypes', prototypes)
-        self.x = _Rows(features, norms[0], usual, divided=True)
-        self.w = _Rows(prototypes, norms[1], usual, divided=prototypes.numel() <= 2**18)
-        self.loss, self.shards, self.size, self.names = loss, shards, size, names
-        self.scale, self.prior = loss.scale or 1., loss.log_prior(features.dtype)
-        self.lead, k = loss.sample_margin, prototypes.shape[0]
-        self.to_logits = self.per_logit = self.scale  # slopes by products are
-        if not self.w.divided:  # per_logit times slopes by logits, or columns of them
-            self.to_logits, self.per_logit = self.scale / self.w.norms[:, 0], 1.
-        most = 80 if features.dtype == torch.float32 else 600
-        self.bounded = self.prior is None and self.scale + math.log(k) < most
-        self.block = max(1, 2**18 // k)  # rows of k numbers in a CPU's cache
-        self.buffer = self.by_prototypes = None
-        if len(features) > size: self.buffer = features.new_empty(size, k)
+            for rows in (self.z, self.w): rows.with_care()
+        if not self.w.at_once: self.to_logits = self.scale / self.w.norms[:, 0]
+        self.x, self.buffer, self.by_prototypes = self.z.x, None, None
+        if features.shape[0] > self.size:
+            self.buffer = features.new_empty(self.size, prototypes.shape[0])
+
+# %% ../../nbs/engine/14_fused.ipynb #7ef985d9
+class _OfRows(_FromRows):
+    "A pass over features, whose cosines with the prototypes are made in one buffer."
 
     def products(self, unit):
-        "Inner products of some rows with all prototypes; all chunks share one buffer."
-        out = None if self.buffer is None else self.buffer[:len(unit)]
+        out = None if self.buffer is None else self.buffer[:unit.shape[0]]
         return torch.mm(unit, self.w.x.T, out=out)
 
-    def add(self, g, unit):
-        "Add what some rows say of the gradient by the prototypes."
-        if self.by_prototypes is None: self.by_prototypes = torch.mm(g.T, unit)
-        else: self.by_prototypes.addmm_(g.T, unit)
+    def angles(self, unit, columns, logit):
+        return _by_chords(unit, self.w.long(columns), logit, self.scale, self.usual)
+
+    def back(self, g, unit, wanted):
+        "From slopes by products to those by features; all chunks add to one matrix."
+        if 'prototypes' in wanted:
+            if self.by_prototypes is None: self.by_prototypes = torch.mm(g.T, unit)
+            else: self.by_prototypes.addmm_(g.T, unit)
+        return torch.mm(g, self.w.x) if 'features' in wanted else None
+
+    def turn(self, by_features, angles, pull, columns):
+        "Add to both gradients what slopes by own logits do along the chords."
+        pull = pull[:, None]
+        if by_features is not None: by_features.addcmul_(angles.chord, pull)
+        if self.by_prototypes is None: return
+        lengths = self.scale if self.w.at_once else self.w.norms[columns]
+        turned = angles.chord.mul_(pull * angles.nearer / (-self.scale * lengths))
+        self.by_prototypes.index_add_(0, columns, turned)
+
+    def gradients(self, by_features):
+        ways = ('features', self.z, by_features), ('prototypes', self.w, self.by_prototypes)
+        return {name: rows.gradient(by) for name, rows, by in ways if by is not None}
+
+# %% ../../nbs/engine/14_fused.ipynb #7ef985da
+class _OfCosines(_Job):
+    "A pass over the rows of a matrix of cosines."
+
+    def __init__(self, plan, cosines):
+        super().__init__(plan, cosines.dtype, cosines.shape[1])
+        self.x, self.per_logit = cosines, self.scale
+
+    def products(self, cosines): return cosines * self.scale
+
+    def angles(self, cosines, columns, logit):
+        "Angles, and s·sin to divide by; a cosine tells less than a chord."
+        cosine, most = logit[:, 0] / self.scale, 1 - self.resolution
+        inside = cosine.clamp(-most, most)
+        sine = ((1 - inside) * (1 + inside)).sqrt_()
+        return _Angles(cosine.clamp_(-1, 1).acos_(), sine.mul_(self.scale))
+
+    def back(self, g, cosines, wanted): return g
+
+    def gradients(self, by_cosines): return dict(cosines=by_cosines)
+
+# %% ../../nbs/engine/14_fused.ipynb #cbd40aaf
+class _Plan:
+    "What one call of a loss is about: the ways there and back read it."
+    job, names = _OfRows, ('targets', 'features', 'prototypes')
+
+    def __init__(self, loss, valid, shards, size, numbers, resolution=0.):
+        self.loss, self.valid, self.shards, self.size = loss, valid, shards, size
+        self.numbers, self.resolution = numbers, resolution
+        self.learns = torch.is_grad_enabled()
+
+    def by_autograd(self, targets, features, prototypes, numbers):
+        "The same, in steps that torch sees."
+        return self.loss.of_matrix(features, prototypes, targets, self.valid, numbers)
+
+
+class _PlanOfCosines(_Plan):
+    job, names = _OfCosines, ('targets', 'cosines')
+
+    def by_autograd(self, targets, cosines, numbers):
+        return self.loss.of_given(cosines, targets, self.valid, numbers,
+                                  self.resolution)
 
 # %% ../../nbs/engine/14_fused.ipynb #93cf9292
 def _exponentials(g, at, here, job, wanted):
     "Take the target out of some rows, and leave the exponentials of the others there."
-    own = _take_out(g.mul_(job.to_logits), at, here)
+    if job.to_logits is not None: g.mul_(job.to_logits)
+    own = g.gather(1, at)
+    if here is None: g.scatter_(1, at, -math.inf)
+    else: g.scatter_(1, at, own.masked_fill(here[:, None], torch.finfo(g.dtype).min))
     largest = place = None
     if job.lead: largest, place = g.max(1) if wanted else (g.amax(1), None)
     if job.loss.scale is None:  # R_sm alone
         g.zero_()
-        return own, torch.ones_like(own), None, largest, place
+        return own, torch.ones_like(own[:, 0]), None, largest, place
     if job.prior is not None: g.add_(job.shards.own_classes(job.prior))
     shift = None if job.bounded else g.amax(1)
     if shift is not None: g.sub_(shift[:, None])
     return own, g.exp_().sum(1), shift, largest, place
 
-
-def _take_out(g, at, here):
-    "The target of each row, where it is here; no number is less than what stays."
-    own = g.gather(1, at)
-    if here is None: g.scatter_(1, at, -math.inf)
-    else: g.scatter_(1, at, own.masked_fill(here[:, None], torch.finfo(g.dtype).min))
-    return own[:, 0]
-
 # %% ../../nbs/engine/14_fused.ipynb #217f328b
 def _slopes(g, by_others, at, by_own, here, place, by_largest, wins, job):
     "The slopes of some rows by their products, in the place of the exponentials."
     g.mul_(by_others[:, None])
-    if by_own is not None: _add(g, at, by_own, here)
+    _add(g, at, by_own, here)
     if place is not None: _add(g, place[:, None], by_largest, wins)
-    if not job.w.divided: g.mul_(job.to_logits)
+    if job.to_logits is not None: g.mul_(job.to_logits)
 
 
 def _add(g, at, values, where):
@@ -177,128 +279,109 @@ def _pooled(terms):
     "Weights of samples in log Σ exp(terms); zeros where none counts."
     return terms.softmax(0).nan_to_num_(0)
 
-# %% ../../nbs/engine/14_fused.ipynb #b1001595
-def _terms(job, own, rest, numbers, wanted):
-    "The losses of some rows, and their slopes."
-    if job.loss.scale is None: return torch.zeros_like(rest), dict(own=0., rest=0.)
-    if job.prior is not None: rest = rest - job.prior[own.targets]
-    return job.loss.terms(own, rest, numbers, wanted)
-
 # %% ../../nbs/engine/14_fused.ipynb #07d6ea2a
-def _chunk(unit, targets, logs, share, lead_share, job, wanted, *numbers):
+def _chunk(x, targets, logs, share, lead_share, job, wanted, *numbers):
     "Losses of a chunk, its negative margins, and the slopes of what is wanted."
-    loss, w, shards, s = job.loss, job.w, job.shards, job.scale
-    columns, here = shards.place(targets)
-    at, numbers = columns[:, None], dict(zip(job.names, numbers))
-    g = job.products(unit)                                                # products
+    loss, per_logit, s = job.loss, job.per_logit, job.scale
+    columns, here = job.shards.place(targets)
+    at = columns[:, None]
+    g = job.products(x)                                                   # products
     own, total, shift, largest, place = _by_parts(
         _exponentials, job.block, g, at, here, job, wanted)
-    rest, own = total.log() if shift is None else total.log() + shift, own / s
-    angle = _Angle(unit, w.unit(columns), own) if loss.angular else None  # angles
-    own, rest, largest, wins = shards.combine(                            # all ranks
-        here, own if angle is None else angle.value, rest, largest)
-    own = Own(targets, own) if angle is None else Own(targets, angle=own)
-    losses, slopes = _terms(job, own, rest, numbers, wanted)              # the loss
+    rest = total.log() if shift is None else total.log() + shift
+    angles = job.angles(x, columns, own) if loss.angular else None        # angles
+    read = own[:, 0] / s if angles is None else angles.value
+    read, rest, largest, wins = job.shards.combine(here, read, rest, largest)
+    others = rest if job.prior is None else rest - job.prior[targets]     # the loss
+    own = Own(targets, read) if angles is None else Own(targets, angle=read)
+    losses, slopes = loss.terms(own, others, dict(zip(job.numbers, numbers)), wanted)
     leads = None if largest is None else largest / s - own.cosine
     if not wanted: return losses, leads
     if logs is not None: share = _pooled(logs + loss.tilt * losses)       # slopes
     if here is not None: total = (rest if shift is None else rest - shift).exp()
-    by_others = slopes['rest'] * (share * job.per_logit) / total
-    by_own = by_angle = by_largest = None
-    if angle is None: by_own = slopes['own'] * (share * (job.per_logit / s))
-    else: by_angle = slopes['own'] * share if here is None else (
-        slopes['own'] * share * here)
+    by_others = slopes['rest'] * (share * per_logit) / total
+    by_largest = pull = None
+    if angles is None: by_own = slopes['own'] * (share * (per_logit / s))
+    else: by_own = slopes['own'] * (share * -per_logit) / angles.sine
+    if angles is not None and angles.chord is not None:
+        pull, by_own = by_own if here is None else by_own * here, 0.
     if place is not None:
-        by_largest = lead_share * (job.lead * job.per_logit / s)
-        by_own = -by_largest if by_own is None else by_own - by_largest
+        by_largest = lead_share * (job.lead * per_logit / s)
+        by_own = by_own - by_largest
     _by_parts(_slopes, job.block,
               g, by_others, at, by_own, here, place, by_largest, wins, job)
-    by_features = torch.mm(g, w.x) if 'features' in wanted else None      # gradients
-    if 'prototypes' in wanted: job.add(g, unit)
-    if angle is not None: angle.turn(by_features, job.by_prototypes, by_angle, columns,
-                                     None if w.divided else w.norms)
-    return losses, leads, by_features, *(
-        slopes[name] * share for name in numbers if name in wanted)
+    by_x = job.back(g, x, wanted)                                         # gradients
+    if pull is not None: job.turn(by_x, angles, pull, columns)
+    return losses, leads, by_x, *(
+        slopes[name] * share for name in job.numbers if name in wanted)
 
-# %% ../../nbs/engine/14_fused.ipynb #c2a64b65
-def _gradients(job, wanted, by_features=None, *by_numbers):
-    "From the slopes by unit rows to gradients, by name."
-    found = dict(zip((name for name in job.names if name in wanted), by_numbers))
-    for name, rows, gradient in (('features', job.x, by_features),
-                                 ('prototypes', job.w, job.by_prototypes)):
-        if gradient is None: continue
-        size = max(1, 2**17 // rows.x.shape[1]) if rows.x.is_cpu else len(rows.x)
-        _by_parts(_to_rows, size, gradient, rows.x, rows.norms, rows.divided)
-        found[name] = gradient
-    return found
-
-# %% ../../nbs/engine/14_fused.ipynb #cbd40aaf
-def _pass(ctx, tensors, wanted, share):
+# %% ../../nbs/engine/14_fused.ipynb #cbd40ab0
+def _pass(plan, tensors, wanted, share):
     "Losses, negative margins and gradients of all chunks, outside of autocast."
-    targets, features, prototypes, *numbers = tensors
-    logs, pooled = ctx.logs, share
-    with full_precision(features.device.type):
-        job = _Job(ctx.loss, features, prototypes, ctx.shards, ctx.size, ctx.names[3:])
-        if logs is not None and wanted and job.buffer is not None:
-            losses, *_ = _by_parts(_chunk, job.size, job.x.x, targets, None,
-                                   share, share, job, (), *numbers)
-            logs, pooled = None, _pooled(logs + ctx.loss.tilt * losses)
-        losses, leads, *found = _by_parts(_chunk, job.size, job.x.x, targets, logs,
-                                          pooled, share, job, wanted, *numbers)
-        return losses, leads, _gradients(job, wanted, *found)
+    (targets, *given), numbers = tensors[:len(plan.names)], tensors[len(plan.names):]
+    logs, pooled = plan.logs, share
+    with full_precision(targets.device.type):
+        job = plan.job(plan, *given)
+        if logs is not None and wanted and targets.shape[0] > job.size:
+            losses, *_ = _by_parts(_chunk, job.size, job.x, targets, None, share, share,
+                                   job, (), *numbers)
+            logs, pooled = None, _pooled(logs + plan.loss.tilt * losses)
+        losses, leads, *found = _by_parts(_chunk, job.size, job.x, targets, logs, pooled,
+                                          share, job, wanted, *numbers)
+        if not wanted: return losses, leads, None
+        by_number = zip((name for name in plan.numbers if name in wanted), found[1:])
+        return losses, leads, job.gradients(found[0]) | dict(by_number)
 
 # %% ../../nbs/engine/14_fused.ipynb #155e697c
 class _Fused(torch.autograd.Function):
-    "The loss of features and prototypes; its gradients are made with its value."
+    "The loss of some tensors; its gradients are made with its value."
 
     @staticmethod
-    def forward(ctx, loss, valid, shards, size, names, grad, *tensors):
-        targets, features, *_ = tensors
-        ctx.loss, ctx.valid, ctx.shards, ctx.size = loss, valid, shards, size
-        ctx.names = 'targets', 'features', 'prototypes', *names
+    def forward(ctx, plan, *tensors):
+        ctx.plan, loss, targets = plan, plan.loss, tensors[0]
         ctx.save_for_backward(*tensors)
-        needed = zip(ctx.names, ctx.needs_input_grad[6:])
-        ctx.wanted = tuple(name for name, need in needed if need and grad)
-        ctx.share, ctx.logs = (
-            weights(targets, valid, shards.num_classes, features.dtype)
+        names = plan.names + plan.numbers
+        plan.wanted = tuple(n for n, need in zip(names, ctx.needs_input_grad[1:])
+                            if need) if plan.learns else ()
+        plan.share, plan.logs = (
+            weights(targets, plan.valid, plan.shards.num_classes, tensors[1].dtype)
             for weights in (loss.shares, loss.log_shares))
-        now = () if loss.reduction == 'none' else ctx.wanted
-        losses, leads, found = _pass(ctx, tensors, now, ctx.share)
-        ctx.gradients = found if now else None
-        return loss.total(losses, leads, ctx.share, ctx.logs)
+        now = () if loss.reduction == 'none' else plan.wanted
+        losses, leads, plan.gradients = _pass(plan, tensors, now, plan.share)
+        return loss.total(losses, leads, plan.share, plan.logs)
 
     @staticmethod
     def backward(ctx, slope):
-        tensors, twice = ctx.saved_tensors, torch.is_grad_enabled()
-        if twice or _many_at_once(slope): found = _by_matrix(ctx, tensors, slope, twice)
-        else: found = _by_pass(ctx, tensors, slope)
-        return *[None] * 6, *(found.get(name) for name in ctx.names)
+        plan, tensors, twice = ctx.plan, ctx.saved_tensors, torch.is_grad_enabled()
+        if twice or _many_at_once(slope): found = _by_matrix(plan, tensors, slope, twice)
+        else: found = _by_pass(plan, tensors, slope)
+        return None, *map(found.get, plan.names + plan.numbers)
 
 # %% ../../nbs/engine/14_fused.ipynb #cef9e23d
-def _by_pass(ctx, tensors, slope):
+def _by_pass(plan, tensors, slope):
     "The gradients that were kept, or those of another pass, times a slope."
-    found, ctx.gradients = ctx.gradients, None
-    by_sample = ctx.loss.reduction == 'none'
+    found, plan.gradients = plan.gradients, None
+    by_sample = plan.loss.reduction == 'none'
     if found is None:
-        share = ctx.share * slope if by_sample else ctx.share
-        *_, found = _pass(ctx, tensors, ctx.wanted, share)
+        share = plan.share * slope if by_sample else plan.share
+        *_, found = _pass(plan, tensors, plan.wanted, share)
     if not by_sample and not (values_are_cheap(slope) and slope.item() == 1):
         for gradient in found.values(): gradient.mul_(slope)
     return found
 
 # %% ../../nbs/engine/14_fused.ipynb #74299005
-def _by_matrix(ctx, tensors, slope, twice):
+def _by_matrix(plan, tensors, slope, twice):
     "Gradients that have gradients, or many at once, by way of the matrix."
-    if not ctx.shards.alone:
+    if not plan.shards.alone:
         raise RuntimeError('create_graph=True: classes shared out among processes '
                            'have no second derivatives; use one process')
+    names = plan.names + plan.numbers
     with torch.enable_grad():  # of views: one tensor may depend on another
         views = [t.view_as(t) for t in tensors]
-        targets, features, prototypes, *numbers = views
-        value = ctx.loss.of_matrix(features, prototypes, targets, ctx.valid,
-                                   dict(zip(ctx.names[3:], numbers)))
-        wanted = [v for n, v in zip(ctx.names, views) if n in ctx.wanted]
-        return dict(zip(ctx.wanted, torch.autograd.grad(
+        given, numbers = views[:len(plan.names)], views[len(plan.names):]
+        value = plan.by_autograd(*given, dict(zip(plan.numbers, numbers)))
+        wanted = [v for n, v in zip(names, views) if n in plan.wanted]
+        return dict(zip(plan.wanted, torch.autograd.grad(
             value, wanted, slope, create_graph=twice, materialize_grads=True)))
 
 
@@ -334,10 +417,18 @@ def fused_loss(loss, features, prototypes, targets, numbers, chunk_size='auto',
     dtype = work_dtype(features.dtype, prototypes.dtype)
     tensors = (x if x.dtype == dtype else x.to(dtype)
                for x in (features, prototypes, *numbers.values()))
-    value = _Fused.apply(loss.frozen(), valid, shards, chunk_size, tuple(numbers),
-                         torch.is_grad_enabled(), targets, *tensors)
+    plan = _Plan(loss.frozen(), valid, shards, chunk_size, tuple(numbers))
+    value = _Fused.apply(plan, targets, *tensors)
     if shards.alone or value.ndim == 0: return value
     return OwnRows.apply(value, shards.group)
+
+# %% ../../nbs/engine/14_fused.ipynb #298f5f43
+def dense_loss(loss, cosines, targets, valid, numbers, resolution):
+    "What a loss returns for a matrix of cosines, all of whose rows are one chunk."
+    plan = _PlanOfCosines(loss.frozen(), valid, one_process(cosines.shape[1]),
+                          len(cosines), tuple(numbers), resolution)
+    numbers = [x.to(cosines.dtype) for x in numbers.values()]
+    return _Fused.apply(plan, targets, cosines, *numbers)
 
 # %% ../../nbs/engine/14_fused.ipynb #ab5c7fdf
 @torch.no_grad()
@@ -348,16 +439,16 @@ def nearest_classes(features, prototypes, n=1, shards=None):
     features, w = plain(features), plain(prototypes).to(dtype)
     shards = shards or one_process(len(w))
     n = integer('n', n, at_least=1, at_most=shards.num_classes)
-    norms = torch.linalg.vector_norm(w, dim=1, keepdim=True)
-    usual = moderate(norms)
     check_finite('features', features)
-    if not usual and shards.alone: check_finite('prototypes', w)
-    w = _Rows(w, norms, usual, divided=False)
+    w = _Rows(w, False)
+    if not moderate(w.norms):
+        if shards.alone: check_finite('prototypes', w.x)
+        w.with_care()
 
     def nearest(features):
         unit = unit_rows(features.to(dtype))
         with full_precision(unit.device.type): cosines = torch.mm(unit, w.x.T)
-        if not w.divided: cosines.div_(w.norms[:, 0])
+        if not w.at_once: cosines.div_(w.norms[:, 0])
         return cosines.topk(min(n, len(w.x)))
     size = rows_at_once(len(features), shards.largest_size)
     return shards.nearest(*_by_parts(nearest, size, shards.all_rows(features)), n)
