@@ -28,7 +28,8 @@ from .bounds import Bound, class_margin_bound
 from .codes import Packing, best_packing
 from .checks import check_prototypes
 from .files import StandIn, escape, read_torch, write_file
-from .margins import angle, norm_ratio, row_blocks, unit_rows
+from .margins import (
+    angle, closeness, norm_ratio, row_blocks, tiles_below, unit_rows)
 
 # %% ../nbs/study/40_inspect.ipynb #c34bee00
 def _safetensors():
@@ -636,31 +637,24 @@ def _degrees(radians): return f'{math.degrees(radians):.2f}°'
 @torch.no_grad()
 def _closest(prototypes, pairs, progress, size=512):
     "Return each class's largest cosine, [k], and the closest pairs, [n, 2]."
-    k = len(prototypes)
-    starts = range(0, k, size)
-    largest = torch.full((k,), -torch.inf, dtype=torch.float64)
+    tiles = tiles_below(len(prototypes), size)
+    largest = torch.full((len(prototypes),), -torch.inf, dtype=torch.float64)
     cosines, found = largest[:0], torch.zeros(0, 2, dtype=torch.long)
-    def unit(a): return unit_rows(prototypes[a:a + size].double())
-    done, tiles = 0, len(starts) * (len(starts) + 1) // 2
-    for a in starts:
-        columns = unit(a)
-        for b in range(a, k, size):
-            tile = unit(b) @ columns.T
-            if a == b: tile.masked_fill_(torch.ones_like(tile).triu().bool(), -2)
-            by_row, by_column = tile.amax(1), tile.amax(0)
-            for first, peaks in ((b, by_row), (a, by_column)):
-                rows = slice(first, first + len(peaks))
-                torch.maximum(largest[rows], peaks, out=largest[rows])
-            if len(found) < pairs or by_row.amax() > cosines[-1]:
-                values, where = tile.flatten().topk(min(pairs, tile.numel()))
-                indices = torch.stack([a + where % tile.shape[1],
-                                       b + where // tile.shape[1]], 1)
-                cosines = torch.cat([cosines, values])
-                cosines, kept = cosines.sort(descending=True, stable=True)
-                cosines = cosines[:pairs]
-                found = torch.cat([found, indices])[kept[:pairs]]
-            done += 1
-            if progress: progress(done, tiles)
+    def unit(i): return unit_rows(prototypes[i:i + size].double())
+    for done, (a, b, tile) in enumerate(closeness(tiles, unit, unit), 1):
+        for first, peaks in ((b, tile.amax(1)), (a, tile.amax(0))):
+            rows = largest[first:first + len(peaks)]
+            torch.maximum(rows, peaks, out=rows)
+        if a == b: tile.masked_fill_(torch.ones_like(tile).triu().bool(), -torch.inf)
+        if len(found) < pairs or tile.amax() > cosines[-1]:
+            values, where = tile.flatten().topk(min(pairs, tile.numel()))
+            columns, rows = where % tile.shape[1], where // tile.shape[1]
+            cosines, order = torch.cat([cosines, values]).sort(descending=True,
+                                                               stable=True)
+            cosines = cosines[:pairs]
+            found = torch.cat([found, torch.stack([a + columns, b + rows], 1)])
+            found = found[order[:pairs]]
+        if progress: progress(done, len(tiles))
     return largest, found
 
 # %% ../nbs/study/40_inspect.ipynb #e69e340e

@@ -75,6 +75,14 @@ class IdentityConfiguration(TrainingFields):
         "Of the images."
         return self.height, self.width
 
+    def measure(
+        self,
+        checkpoint: Path | None = None,  # file to go on from
+        progress: Callable | None = None,  # not used
+    ) -> dict:  # the content of a record
+        "Train on the identities, then examine the features on others."
+        return _measure(self, checkpoint)
+
 # %% ../../nbs/study/39_identities.ipynb #f033df01
 def train_identities(
     configuration: IdentityConfiguration,  # what to train
@@ -104,15 +112,15 @@ def _callbacks(c, checkpoint):
             *([] if checkpoint is None else [Checkpoint(checkpoint, same)])]
 
 # %% ../../nbs/study/39_identities.ipynb #878225bb
-def _measure(c, checkpoint, training, judge, names):
+def _measure(c, checkpoint):
     "Train and examine; None for all numbers of one that diverged or is dead."
-    start = time.perf_counter()
-    learn = train_identities(c, training, checkpoint)
+    start, task = time.perf_counter(), c._task()
+    learn = train_identities(c, task.training, checkpoint)
     values = [v for v in learn.model.state_dict().values() if v.is_floating_point()]
     diverged = not all(v.isfinite().all() for v in values)
-    measured, further = dict.fromkeys(names), {}
+    measured, further = dict.fromkeys(c._names), {}
     if not diverged:
-        try: measured, further = judge(learn)
+        try: measured, further = c._examine(learn, task)
         except DeadNetwork as e: diverged, further = True, dict(warnings=[str(e)])
     W = learn.model[-1].weight.detach().float().cpu()
     measured['class_margin'] = None if diverged else math.degrees(class_margin(W))
@@ -121,7 +129,8 @@ def _measure(c, checkpoint, training, judge, names):
                                           learn.recorder.values, strict=False)]
     return dict(diverged=diverged, measured=measured, identities=len(W),
                 bound=math.degrees(class_margin_bound(*W.shape).radians),
-                seconds=time.perf_counter() - start, history=history, **further)
+                seconds=time.perf_counter() - start, history=history,
+                **task.sizes, **further)
 
 
 def _training(name, images, targets, classes):
@@ -176,6 +185,11 @@ class ReIDTask:
     gallery: Tensor | ImageFiles  # bytes, [G, c, h, w]
     labels: tuple  # persons and cameras of queries, then of the gallery
 
+    @property
+    def sizes(self) -> dict:
+        "What a record holds of it."
+        return dict(queries=len(self.query), gallery=len(self.gallery))
+
 
 @cache
 def reid_task(
@@ -195,22 +209,17 @@ def reid_task(
 class ReIDConfiguration(IdentityConfiguration):
     "Re-identification: train on identities, then rank a gallery for each query."
 
-    def measure(
-        self,
-        checkpoint: Path | None = None,  # file to go on from
-        progress: Callable | None = None,  # not used
-    ) -> dict:  # the content of a record
-        "Train on the identities, rank the gallery for each query, judge the rankings."
-        task = reid_task(self.dataset, self.data, self.despite_withdrawal, self.size,
-                         self.channels)
-        names = 'mAP', 'rank1', 'rank5', 'mINP'
+    _names = 'mAP', 'rank1', 'rank5', 'mINP'
 
-        def judge(learn):
-            query, gallery = (embed(learn, x) for x in (task.query, task.gallery))
-            found = evaluate(cosine_distances(query, gallery), *task.labels)
-            return measure(found, names), dict(valid_queries=found.valid_queries,
-                                               cmc=found.cmc.tolist())
-        return _measure(self, checkpoint, task.training, judge, names)
+    def _task(self):
+        return reid_task(self.dataset, self.data, self.despite_withdrawal, self.size,
+                         self.channels)
+
+    def _examine(self, learn, task):
+        query, gallery = (embed(learn, x) for x in (task.query, task.gallery))
+        found = evaluate(cosine_distances(query, gallery), *task.labels)
+        return measure(found, self._names), dict(valid_queries=found.valid_queries,
+                                                 cmc=found.cmc.tolist())
 
     def describe(self) -> tuple[str, str, str]:  # the data, this part, the training
         "What a dry run says; it refuses data that are bad."
@@ -234,6 +243,11 @@ class PairsTask:
     training: ImageData  # classes are the identities
     pairs: list[Pair]  # in the order of their file
     root: Path | None  # folder of the pairs' images; None: pairs hold the images
+
+    @property
+    def sizes(self) -> dict:
+        "What a record holds of it."
+        return dict(pairs=len(self.pairs))
 
 
 @cache
@@ -273,20 +287,6 @@ def _pairs_folder(dataset):
     return paths, targets, classes, pairs
 
 # %% ../../nbs/study/39_identities.ipynb #aa3901aa
-def _judge_pairs(c, learn, task, names):
-    "The numbers of the pairs, and what a record holds besides."
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore', UserWarning)  # said by the record instead
-        found = evaluate_pairs(task.pairs, _embedding(learn, c.channels), task.root,
-                               size=c.size, flip=c.flip, fars=FARS,
-                               device=learn.dls.device)
-    folds, said = found.accuracy, [str(t) for t in found.tar if not t.supported]
-    if found.zeros: said.append(f'{found.zeros} images have a feature of zeros')
-    return measure(found, names), dict(
-        accuracies=folds.accuracies.tolist(), thresholds=folds.thresholds.tolist(),
-        standard_deviation=100 * folds.std, warnings=said)
-
-
 def _embedding(learn, channels):
     "The features of images in [−1, 1] by a network trained on normalised bytes."
     data, model = learn.dls.valid_ds, learn.model[:-1].eval()
@@ -297,18 +297,21 @@ def _embedding(learn, channels):
 class PairsConfiguration(IdentityConfiguration):
     "Verification: train on identities, then judge ten folds of pairs of others."
 
-    def measure(
-        self,
-        checkpoint: Path | None = None,  # file to go on from
-        progress: Callable | None = None,  # not used
-    ) -> dict:  # the content of a record
-        "Train on the identities, then judge ten folds of pairs of others."
-        task = pairs_task(self.dataset, self.size, self.channels)
-        names = ('fold_accuracy', 'standard_error', *(f'tar_at_{a:g}' for a in FARS))
+    _names = 'fold_accuracy', 'standard_error', *(f'tar_at_{far:g}' for far in FARS)
 
-        def judge(learn): return _judge_pairs(self, learn, task, names)
-        found = _measure(self, checkpoint, task.training, judge, names)
-        return found | dict(pairs=len(task.pairs))
+    def _task(self): return pairs_task(self.dataset, self.size, self.channels)
+
+    def _examine(self, learn, task):
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', UserWarning)  # said by the record instead
+            found = evaluate_pairs(task.pairs, _embedding(learn, self.channels),
+                                   task.root, size=self.size, flip=self.flip, fars=FARS,
+                                   device=learn.dls.device)
+        folds, said = found.accuracy, [str(t) for t in found.tar if not t.supported]
+        if found.zeros: said.append(f'{found.zeros} images have a feature of zeros')
+        return measure(found, self._names), dict(
+            accuracies=folds.accuracies.tolist(), thresholds=folds.thresholds.tolist(),
+            standard_deviation=100 * folds.std, warnings=said)
 
     def describe(self) -> tuple[str, str, str]:  # the data, this part, the training
         "What a dry run says; it refuses data that are bad."

@@ -90,11 +90,20 @@ def plan(
 def machine() -> dict:
     "Versions and hardware, for the foot of a table."
     import fastai
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'
+    gpu = torch.cuda.is_available()
     return dict(python=platform.python_version(), torch=str(torch.__version__),
                 fastai=str(fastai.__version__), system=platform.system(),
-                cores=os.cpu_count(), threads=torch.get_num_threads(), device=device,
-                bfloat16=device == 'CPU' and has_bfloat16())
+                cores=os.cpu_count(), threads=torch.get_num_threads(),
+                device=torch.cuda.get_device_name() if gpu else processor(),
+                bfloat16=not gpu and has_bfloat16())
+
+
+def processor() -> str:
+    "The model of the CPU."
+    known = Path('/proc/cpuinfo')
+    lines = known.read_text(encoding='utf-8').splitlines() if known.exists() else []
+    models = [line.split(': ', 1)[1] for line in lines if line.startswith('model name')]
+    return models[0] if models else platform.processor() or platform.machine()
 
 # %% ../../nbs/study/37_tables.ipynb #43a70d2d
 def record(

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from fastai.callback.core import Callback
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from ..callbacks import HeadCallback
@@ -75,14 +76,6 @@ class TailConfiguration(Configuration):
             parts.append(f'+ {self.adjusted_sample_margin:g} R_sm with prior')
         if self.noise: parts.append(f'noise {self.noise:g}')
         return ' '.join(parts)
-
-    def measure(
-        self,
-        checkpoint: Path | None = None,  # file to go on from
-        progress: Callable | None = None,  # not used
-    ) -> dict:  # the content of a record
-        "Train, and measure what this study is about."
-        return classify_further(self, checkpoint)
 
 # %% ../../nbs/study/43_tails.ipynb #3c49b155
 def noisy(
@@ -183,13 +176,14 @@ def _features(model, batches):
     return z, (y[0] if y else None)
 
 # %% ../../nbs/study/43_tails.ipynb #a5f74a09
-def classify_further(
-    configuration: TailConfiguration,  # what to train
+@patch
+def measure(
+    self: TailConfiguration,
     checkpoint: Path | None = None,  # file to go on from
+    progress: Callable | None = None,  # not used
 ) -> dict:  # the content of a record
     "Train a classifier; measure accuracy, margins, collapse, calibration, detection."
-    c = configuration
-    data = loaded(c.dataset, c.data)
+    c, data = self, loaded(self.dataset, self.data)
     if c.ratio > 1:
         data = data.subset(imbalanced_indices(data.train_targets, c.ratio, c.kind))
     if c.noise: data = noisy(data, c.noise, c.seed)
