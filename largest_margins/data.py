@@ -400,9 +400,9 @@ def _cifar(name, torchvision_name, data=None, download=False, strict=False):
         if not path.exists():
             raise FileNotFoundError(_missing(name, file, [path.parent]))
         if hashlib.md5(path.read_bytes()).hexdigest() != md5:
-            said = f'{path} is not the published file (its MD5 is not {md5})'
-            if strict: raise ValueError(f'{said}: replace it')
-            warnings.warn(f'{said}: a rehearsal, or a damaged file', stacklevel=4)
+            problem = f'{path} is not the published file (its MD5 is not {md5})'
+            if strict: raise ValueError(f'{problem}: replace it')
+            warnings.warn(f'{problem}: a rehearsal, or a damaged file', stacklevel=4)
         content = read_torch(path)
         if not isinstance(content, dict):
             raise ValueError(f'{path} must hold a dict, got {type(content).__name__}')

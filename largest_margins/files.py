@@ -606,8 +606,8 @@ def read_torch(
         if plain and strange: raise _Refused(f'{strange[0]}, which is no plain value')
         return content
     except _Refused as e:
-        said = str(e) if _CODE in str(e) else f'{e}, and was not opened'
-        raise ValueError(f'{path} holds {said}') from e
+        problem = str(e) if _CODE in str(e) else f'{e}, and was not opened'
+        raise ValueError(f'{path} holds {problem}') from e
     except _DAMAGED as e:
         raise ValueError(f'{path} is damaged, or not a file of tensors') from e
 

@@ -15,14 +15,14 @@ from random import Random
 import torch
 
 from ..claims import Check, Claim, descend, dot, rational_points, register
-from .lm_softmax import annealed
+from .lm_softmax import anneal
 from ..codes import simplex
 from ..losses import GMSoftmaxLoss, LMSoftmaxLoss, NormFaceLoss
 from ..margins import class_margin, unit_rows
 from ..regularizers import zero_centroid
 
 # %% ../../nbs/theory/11_imbalance.ipynb #9614bd1d
-def shares(
+def class_frequencies(
     k: int,  # number of classes
     ratio: float,  # samples of the largest class over samples of the smallest, ≥ 1
     kind: str,  # 'long-tailed' (geometric) or 'step' (one half rare)
@@ -45,7 +45,7 @@ def optimal_prototypes(
 ) -> torch.Tensor:  # prototypes, [k, d]
     "Minimize a loss over free prototypes and one free feature for each class."
     scales = [*(s for s in (5., 10., 20., 40.) if s < loss.scale), loss.scale]
-    found = [annealed(loss, k, d, scales, seed, log=log,
+    found = [anneal(loss, k, d, scales, seed, log=log,
                       penalty=lambda W: centroid * zero_centroid(W))
              for seed in range(seeds)]
     return min(found, key=lambda f: f[0])[1]
@@ -59,7 +59,7 @@ def optimal_margin(
     most: int = 100,  # samples of the largest class; the smallest has one
 ) -> float:  # class margin, degrees
     "Minimize a loss over prototypes and one free feature for each sample."
-    counts = (most * shares(k, most, kind)).round().long()
+    counts = (most * class_frequencies(k, most, kind)).round().long()
     targets = torch.arange(k).repeat_interleave(counts)
     torch.manual_seed(0)
     W = torch.randn(k, d, dtype=torch.float64)
@@ -82,14 +82,15 @@ def _t8_exact(sign=-1):
 # %% ../../nbs/theory/11_imbalance.ipynb #aeb5368e
 def _t8_optimised(centroid=1e4, k=10, d=16):
     "The class margin, degrees, for α1 = 0.3, ratio 100 and a large λ; the simplex's."
-    loss = GMSoftmaxLoss(5., alpha1=.3, alpha2=.3, weight=shares(k, 100, 'long-tailed'))
+    loss = GMSoftmaxLoss(5., alpha1=.3, alpha2=.3,
+                         weight=class_frequencies(k, 100, 'long-tailed'))
     W = optimal_prototypes(loss, k, d, centroid, seeds=1)
     return class_margin(W).rad2deg(), math.degrees(math.acos(-1 / (k - 1)))
 
 # %% ../../nbs/theory/11_imbalance.ipynb #1d5421b0
 def _t8_two_classes(centroid=.1, k=2):
     "The class margin, degrees, of two classes at ratio 100 and a small λ, and 180."
-    loss = LMSoftmaxLoss(5., weight=shares(k, 100, 'step'))
+    loss = LMSoftmaxLoss(5., weight=class_frequencies(k, 100, 'step'))
     W = optimal_prototypes(loss, k, 3, centroid, seeds=1)
     return class_margin(W).rad2deg(), 180
 
@@ -113,7 +114,7 @@ def _t8_each(shift=0., scale=4., k=4):
 # %% ../../nbs/theory/11_imbalance.ipynb #cf9b27f7
 def _t8_boundary_lambda(centroid=1., k=10, d=16):
     "The class margin at λ = 1, and 90°, which the simplex's 96.38° is well above."
-    loss = LMSoftmaxLoss(20., weight=shares(k, 100, 'long-tailed'))
+    loss = LMSoftmaxLoss(20., weight=class_frequencies(k, 100, 'long-tailed'))
     W = optimal_prototypes(loss, k, d, centroid, seeds=1)
     return class_margin(W).rad2deg(), 90
 

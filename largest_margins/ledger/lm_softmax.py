@@ -32,7 +32,7 @@ def on_circle(
     return (angles[:, None] - angles).cos(), torch.arange(len(angles))
 
 # %% ../../nbs/theory/10_lm_softmax.ipynb #72cd8e7a
-def annealed(
+def anneal(
     loss: torch.nn.Module,  # of cosines [k, k] and targets [k]; has a scale
     k: int,  # number of classes, with one sample each
     d: int,  # dimension
@@ -100,7 +100,7 @@ def _lm_repair(scale=400., aggregation='logsumexp'):
 def _lm_optimised(aggregation='logsumexp', k=8, d=3):
     "The class margin, degrees, that the log-sum-exp form reaches; the best packing's."
     loss = LMSoftmaxLoss(aggregation=aggregation)
-    _, W, _ = annealed(loss, k, d, (5., 20., 100., 1000., 10_000.))
+    _, W, _ = anneal(loss, k, d, (5., 20., 100., 1000., 10_000.))
     best = best_packing(k, d).class_margin
     return class_margin(W).rad2deg(), math.degrees(best)
 

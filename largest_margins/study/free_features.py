@@ -21,8 +21,8 @@ from torch import nn
 
 from ..bounds import class_margin_bound
 from ..codes import best_packing
-from ..ledger.imbalance import shares
-from ..ledger.lm_softmax import annealed
+from ..ledger.imbalance import class_frequencies
+from ..ledger.lm_softmax import anneal
 from ..margins import sample_margins
 from .configurations import LOSSES, LossFields, _field
 from ..training.measures import measure
@@ -54,14 +54,14 @@ class FreeFeatures(LossFields):
         return [*(s for s in before if s < self.scale), self.scale]
 
     @property
-    def shares(self) -> torch.Tensor:  # the largest is 1, float64, [k]
+    def frequencies(self) -> torch.Tensor:  # the largest is 1, float64, [k]
         "How often the classes occur."
-        return shares(self.k, self.ratio, self.kind)
+        return class_frequencies(self.k, self.ratio, self.kind)
 
     def weighted_loss(self) -> nn.Module:
         "The loss, in which classes weigh as often as they occur."
-        loss = self.loss_func((self.ratio * self.shares).round().int().tolist())
-        if self.ratio > 1: loss.weight = self.shares
+        loss = self.loss_func((self.ratio * self.frequencies).round().int().tolist())
+        if self.ratio > 1: loss.weight = self.frequencies
         return loss
 
     def measure(
@@ -75,7 +75,7 @@ class FreeFeatures(LossFields):
     def describe(self) -> tuple[str, str, str]:  # the data, this part, the training
         "What a dry run says."
         part = f'best packing {_best(self.k, self.d):.2f}°'
-        if self.ratio > 1: part = f'shares 1 to {self.shares.min().item():g}, {part}'
+        if self.ratio > 1: part = f'shares 1 to {1 / self.ratio:g}, {part}'
         return ('no data: prototypes and one feature for each class, all of them free',
                 part, 'L-BFGS in float64, until the gradient vanishes')
 
@@ -99,7 +99,7 @@ def _place(c):
     "Where the descent of a configuration ends, as the content of a record."
     start, loss, targets = time.perf_counter(), c.weighted_loss(), torch.arange(c.k)
     fades = c.rising and not c.loss.startswith('lm-')
-    _, W, Z = annealed(loss, c.k, c.d, c.scales, c.seed, log=fades)
+    _, W, Z = anneal(loss, c.k, c.d, c.scales, c.seed, log=fades)
     cosines = Z @ W.T
     seen = SimpleNamespace(prototypes=W, margins=sample_margins(cosines, targets),
                            best=_best(c.k, c.d), loss=loss(cosines, targets).item())

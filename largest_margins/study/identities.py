@@ -307,11 +307,11 @@ class PairsConfiguration(IdentityConfiguration):
             found = evaluate_pairs(task.pairs, _embedding(learn, self.channels),
                                    task.root, size=self.size, flip=self.flip, fars=FARS,
                                    device=learn.dls.device)
-        folds, said = found.accuracy, [str(t) for t in found.tar if not t.supported]
-        if found.zeros: said.append(f'{found.zeros} images have a feature of zeros')
+        folds, notes = found.accuracy, [str(t) for t in found.tar if not t.supported]
+        if found.zeros: notes.append(f'{found.zeros} images have a feature of zeros')
         return measure(found, self._names), dict(
             accuracies=folds.accuracies.tolist(), thresholds=folds.thresholds.tolist(),
-            standard_deviation=100 * folds.std, warnings=said)
+            standard_deviation=100 * folds.std, warnings=notes)
 
     def describe(self) -> tuple[str, str, str]:  # the data, this part, the training
         "What a dry run says; it refuses data that are bad."

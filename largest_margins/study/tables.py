@@ -106,7 +106,7 @@ def processor() -> str:
     return models[0] if models else platform.processor() or platform.machine()
 
 # %% ../../nbs/study/37_tables.ipynb #43a70d2d
-def record(
+def run_record(
     configuration: Any,  # of a run
     content: dict,  # what was measured
 ) -> dict:  # plain values, without nan
@@ -181,8 +181,8 @@ def execute(
     if threads is not None: integer('threads', threads, at_least=1)
     workers = Parallel(n_jobs=jobs, return_as='generator_unordered', batch_size=1,
                        pre_dispatch='n_jobs')
-    told = progress if jobs == 1 else None
-    return workers(delayed(_work)(run, Path(out), threads, told, os.getpid())
+    shown = progress if jobs == 1 else None
+    return workers(delayed(_work)(run, Path(out), threads, shown, os.getpid())
                    for run in runs)
 
 
@@ -198,7 +198,7 @@ def run_one(
     try:
         content = c.measure(out/run.checkpoint, progress)
         tensors = content.pop('tensors', None)
-        found = record(c, content)
+        found = run_record(c, content)
     finally: torch.set_num_threads(before)
     if run.keep and tensors is not None: save_file(tensors, out/run.tensors)
     write_file(out/run.path, json.dumps(found, ensure_ascii=False, allow_nan=False))
@@ -381,12 +381,12 @@ def make_table(
     try:
         k = recipe.configurations.num_classes(dataset, **changes)
         runs = plan(recipe, dataset, rows, seeds, k, **changes)
-        words = _plan_in_words(recipe, runs)  # refuses bad data before any training
+        lines = _plan_in_words(recipe, runs)  # refuses bad data before any training
     except FileNotFoundError as e:
         if not dry_run or dataset not in KNOWN_CLASSES: raise
         k = KNOWN_CLASSES[dataset]
         runs = plan(recipe, dataset, rows, seeds, k, **changes)
-        words = [recipe.title, f'without the data: {e}', *(
+        lines = [recipe.title, f'without the data: {e}', *(
             f'  {run.setting.label}: {run.row.name:22} {run.configuration.label}'
             for run in runs if run.configuration.seed == 0)]
     done = [run for run, _ in read_records(runs, out)]
@@ -395,7 +395,7 @@ def make_table(
     if done: tell(f'{len(done)} of {len(runs)} runs are there already')
     if begun: tell(f'{len(begun)} of {len(runs)} runs have begun')
     if dry_run:
-        for line in words: tell(line)
+        for line in lines: tell(line)
         tell(f'{len(runs)} runs, {len(missing)} to train')
         return True
     if (done or begun) and not resume:
@@ -445,20 +445,20 @@ def _run_all(recipe, missing, out, jobs, threads, tell):
 # %% ../../nbs/study/37_tables.ipynb #aa3701ac
 def _outcome(recipe, run, found):
     "One finished run in a line."
-    said = 'diverged' if found['diverged'] else ', '.join(
+    outcome = 'diverged' if found['diverged'] else ', '.join(
         f'{MEASURES[name].heading} {found["measured"][name]:.2f}'
         for name in dict.fromkeys((recipe.columns[0], 'class_margin')))
-    return f'{run.title}: {said}, {found["seconds"]:.1f} s'
+    return f'{run.title}: {outcome}, {found["seconds"]:.1f} s'
 
 
 def _plan_in_words(recipe, runs):
     "What a dry run says of the data, the rows and the training."
-    said = []
+    lines = []
     for s in recipe.settings:
         ours = [run for run in runs if run.setting == s
                 and run.configuration.seed == runs[0].configuration.seed]
         data, part, training = ours[0].configuration.describe()
-        if not said: said += [recipe.title, data]
-        said.append(f'\n{s.label}{f": {part}" if part else ""}')
-        said += [f'  {run.row.name:22} {run.configuration.label}' for run in ours]
-    return [*said, f'\n{training}']
+        if not lines: lines += [recipe.title, data]
+        lines.append(f'\n{s.label}{f": {part}" if part else ""}')
+        lines += [f'  {run.row.name:22} {run.configuration.label}' for run in ours]
+    return [*lines, f'\n{training}']

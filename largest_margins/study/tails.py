@@ -147,9 +147,9 @@ class _Further(Callback):
             pairs = dict(cosine=(_largest(cosines), _largest(other)),
                          margin=(_lead(cosines), _lead(other)))
             for name, (known, unknown) in pairs.items():
-                told = detection(known, unknown)
-                found |= {f'auroc_{name}': 100 * told.auroc,
-                          f'fpr95_{name}': 100 * told.fpr95}
+                detected = detection(known, unknown)
+                found |= {f'auroc_{name}': 100 * detected.auroc,
+                          f'fpr95_{name}': 100 * detected.fpr95}
         self.found = found
 
 
