@@ -245,7 +245,7 @@ class HeadCallback(Callback):
         self.forget()
         self._found = None
 
-
+# %% ../nbs/training/23_callbacks.ipynb #242d11bd
 def _check_range(model, inputs, loss):
     "Raise an error if the model's output cannot be cosines."
     largest = evaluate_once(model, *inputs).abs().max().item()
@@ -479,7 +479,7 @@ class MarginRecorder(HeadCallback):
         "Plot the recorded margins by epoch."
         return plot_margin_history(self.history, axes)
 
-
+# %% ../nbs/training/23_callbacks.ipynb #cb5baade
 def _prototypes(head):
     "Return the prototypes of all classes, also of sharded heads, [k, d]."
     if isinstance(head, ShardedMarginHead): return head.full_weight().float()
@@ -790,5 +790,5 @@ class Checkpoint(Callback):
         "Return what the schedule depends on."
         return dict(epochs=self.learn.n_epoch, batches=len(self.learn.dls.train))
 
-
+# %% ../nbs/training/23_callbacks.ipynb #2d83cbe2
 _FORMAT = 'largest_margins checkpoint 1'

@@ -33,7 +33,7 @@ class _Command(NamedTuple):
     arguments: Callable[[argparse.ArgumentParser], None]  # adds its arguments
     run: Callable[[argparse.Namespace], int]  # does it, and gives the exit code
 
-
+# %% ../nbs/study/33_cli.ipynb #11782e5c
 _COMMANDS: dict[str, _Command] = {}  # by name
 
 
@@ -52,7 +52,7 @@ class _Parser(argparse.ArgumentParser):
         fill, self.fill = self.fill, None
         if fill is not None: fill(self)
 
-
+# %% ../nbs/study/33_cli.ipynb #1826c1d9
 def _parser():
     "The commands and their arguments."
     top = _Parser(
@@ -68,7 +68,7 @@ def _parser():
         p.set_defaults(run=command.run)
     return top
 
-
+# %% ../nbs/study/33_cli.ipynb #68ab960d
 class _Completion(argparse.Action):
     "Print a function of bash with the words that the parser knows."
     def __call__(self, parser, *_):
@@ -85,7 +85,7 @@ class _Completion(argparse.Action):
               'complete -o default -F _largest_margins largest-margins', sep='\n')
         parser.exit()
 
-
+# %% ../nbs/study/33_cli.ipynb #83e58988
 def _words(parser):
     "The options of a command, and what its arguments can be."
     for action in parser._actions:
@@ -119,7 +119,7 @@ def main(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 
-
+# %% ../nbs/study/33_cli.ipynb #81920a00
 def _run(argv):
     "Do what the arguments say."
     args = _parser().parse_args(argv)
@@ -131,7 +131,7 @@ def _run(argv):
     if '-' not in outputs: return args.run(args)
     with redirect_stdout(sys.stderr): return args.run(args)  # the output is a file
 
-
+# %% ../nbs/study/33_cli.ipynb #b2fe7ca5
 def _check_outputs(args, outputs):
     "Refuse what cannot be written before there is any work."
     if not outputs: return
@@ -143,7 +143,7 @@ def _check_outputs(args, outputs):
         if path in outputs[:i] and path != '-':
             raise ValueError(f'{path} cannot be two files')
 
-
+# %% ../nbs/study/33_cli.ipynb #481fa14e
 @contextmanager
 def _interrupts():
     "A list that is not empty once Ctrl-C came."
@@ -158,7 +158,7 @@ def _interrupts():
     finally:
         if ours: signal.signal(signal.SIGINT, before)
 
-
+# %% ../nbs/study/33_cli.ipynb #ee772f1b
 def _explain(error):
     "One line about an error, and the exit code."
     if sys.flags.dev_mode and not isinstance(error, KeyboardInterrupt): raise error
@@ -169,7 +169,7 @@ def _explain(error):
     expected = isinstance(error, ValueError | TypeError | OSError | ImportError)
     return _say(error if expected else f'{type(error).__name__}: {error}', 2)
 
-
+# %% ../nbs/study/33_cli.ipynb #a0761ebb
 def _say(message, code):
     "One line on the error stream, and an exit code."
     from largest_margins.files import escape
@@ -201,7 +201,7 @@ def _prove(args):
         write_file(args.json, json.dumps(rows, indent=1, ensure_ascii=False))
     return 1 if failed else 0
 
-
+# %% ../nbs/study/33_cli.ipynb #3ce4abb0
 def _prove_arguments(p):
     p.add_argument('ids', nargs='*', metavar='ID', help='claims like L1; default: all')
     p.add_argument('--quick', action='store_true', help='only checks that take seconds')
@@ -220,7 +220,7 @@ def _train(args):
     return _make(single(c), args, c.dataset, args.out, seeds=[c.seed], data=c.data,
                  download=c.download, resume=args.resume)
 
-
+# %% ../nbs/study/33_cli.ipynb #dce6c631
 def _make(recipe, args, dataset, out, **options):
     "Train what is missing of a table; the exit code."
     from largest_margins.files import escape
@@ -233,7 +233,7 @@ def _make(recipe, args, dataset, out, **options):
                           **options)
     return 0 if complete else 130
 
-
+# %% ../nbs/study/33_cli.ipynb #1b6700f0
 def _train_arguments(p):
     from largest_margins.study.configurations import ClassifierFields
     _field_arguments(p, ClassifierFields)
@@ -260,7 +260,7 @@ def _field_arguments(p, kind, names=None):
                        default=f.default, metavar=f.name.rsplit('_', 1)[-1].upper(),
                        help='; '.join(words).replace('%', '%%'))
 
-
+# %% ../nbs/study/33_cli.ipynb #5a3d5cf6
 def _run_arguments(p, out, threads):
     "What commands that train have in common."
     p.add_argument('--out', default=out, metavar='DIR', help='where results go; '
@@ -286,7 +286,7 @@ def _table(args):
                  seeds=args.seeds, jobs=args.jobs, resume=args.resume,
                  dry_run=args.dry_run, epochs=args.epochs, **given)
 
-
+# %% ../nbs/study/33_cli.ipynb #c8d913b5
 def _predicted(args):
     "Print the class margins of Table 2 that follow from class sizes and the scale."
     from largest_margins.study.predicted import (
@@ -300,7 +300,7 @@ def _predicted(args):
     print(*predicted_lines(predictions), sep='\n')
     return 0
 
-
+# %% ../nbs/study/33_cli.ipynb #2e94ce42
 def _table_arguments(p):
     titles = _titles()
     p.add_argument('table', choices=list(titles), help='; '.join(
@@ -335,7 +335,7 @@ def _table_arguments(p):
                    'margins of the losses’ optima, beside the printed ones, and train '
                    'nothing')
 
-
+# %% ../nbs/study/33_cli.ipynb #2ea995e0
 def _titles():
     "The titles of all tables, by their names, read without PyTorch."
     text = (resources.files('largest_margins')/'printed.json').read_text('utf-8')
@@ -372,7 +372,7 @@ def _inspect(args):
         write_file(args.html, inspection_page(found, title, command))
     return 0
 
-
+# %% ../nbs/study/33_cli.ipynb #d6aa86b0
 def _lines(path):
     "The names in a file, one a line; blank lines at its end do not count."
     try: lines = Path(path).read_text(encoding='utf-8-sig').rstrip().split('\n')
@@ -383,7 +383,7 @@ def _lines(path):
                                      f'{lines.index("") + 1}, which is blank')
     return lines
 
-
+# %% ../nbs/study/33_cli.ipynb #91a14bea
 def _numbers(name):
     "A name with its numbers as numbers, for sorting: rank 2 comes before rank 10."
     return [(int(part), '') if part.isdigit() else (0, part)
@@ -399,7 +399,7 @@ def _parts_beside(files):
     return [f'{others[0]} lies beside it: if these are parts of one classifier, name '
             'them all.'] if others else []
 
-
+# %% ../nbs/study/33_cli.ipynb #7542f3ef
 @contextmanager
 def _progress(unit):
     "A function of (done, all, angle): a bar on a terminal, else a line in 10 seconds."
@@ -419,7 +419,7 @@ def _progress(unit):
     with tqdm(unit=unit, delay=1, leave=False, disable=not sys.stderr.isatty()) as bar:
         yield tell
 
-
+# %% ../nbs/study/33_cli.ipynb #772e653f
 def _inspect_arguments(p):
     p.add_argument('file', metavar='FILE', nargs='+', help='.safetensors, .npz, .npy, '
                    '.onnx, or what torch.save wrote: a state_dict, a checkpoint of '
@@ -438,7 +438,7 @@ def _inspect_arguments(p):
     p.add_argument('--json', metavar='FILE', help='also write the numbers to a file')
     p.add_argument('--html', metavar='FILE', help='also write a page with histograms')
 
-
+# %% ../nbs/study/33_cli.ipynb #9ec17bd5
 _COMMANDS['inspect'] = _Command('how far apart the classes of a saved classifier are',
                                 _inspect_arguments, _inspect)
 
@@ -458,7 +458,7 @@ def _prototypes(args):
         print(f'{label:12}  {degrees(radians):10.6f}°')
     return 0
 
-
+# %% ../nbs/study/33_cli.ipynb #65b49812
 def _prototypes_arguments(p):
     p.add_argument('k', type=int, metavar='K', help='how many prototypes, 2 or more')
     p.add_argument('d', type=int, metavar='D', help='dimension, 2 or more')
@@ -471,7 +471,7 @@ def _prototypes_arguments(p):
                    help='stop the search after about so long; default: when it is done')
     p.add_argument('--force', action='store_true', help='replace files that are there')
 
-
+# %% ../nbs/study/33_cli.ipynb #70b1c170
 _COMMANDS['prototypes'] = _Command('the best packing as fixed prototypes',
                                    _prototypes_arguments, _prototypes)
 
@@ -488,7 +488,7 @@ def _demo(args):
     print(f'{time.perf_counter() - start:.0f} seconds in all')
     return code or failed
 
-
+# %% ../nbs/study/33_cli.ipynb #a82ba843
 def _demo_arguments(p):
     from largest_margins.study.configurations import ClassifierFields
     _field_arguments(p, ClassifierFields, ('dataset', 'data', 'epochs', 'seed'))

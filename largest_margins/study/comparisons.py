@@ -94,7 +94,7 @@ class Comparison:
             f', {self.adjusted:.2g} among {self.family}')
         return f'{self.verdict}: {self.brief()}, p = {self.p:.2g}{among}'
 
-
+# %% ../../nbs/study/42_comparisons.ipynb #33fab102
 _ROUNDING = 1e-5  # of differences of percents and degrees that were float32 once
 
 # %% ../../nbs/study/42_comparisons.ipynb #60a09b1c
@@ -155,7 +155,7 @@ def compare_rows(
                          f'no such numbers of {name}')
     return Comparison(cells)
 
-
+# %% ../../nbs/study/42_comparisons.ipynb #463db2ef
 def _by_cell(finished, name):
     "(setting, row) → seed → number; runs without one are left out."
     numbers = {}

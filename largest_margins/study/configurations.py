@@ -38,7 +38,7 @@ class LossEntry:
     cosines: bool = True  # whether it takes cosines and not logits
     prior: bool = True  # whether the logits can be adjusted by the class frequencies
 
-
+# %% ../../nbs/study/30_configurations.ipynb #70992268
 LOSSES = {
     'ce': LossEntry(partial(FocalLoss, 0.), 'CE', scale=False, cosines=False),
     'focal': LossEntry(partial(FocalLoss, 1.), 'Focal', scale=False, cosines=False),

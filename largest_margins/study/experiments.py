@@ -237,7 +237,7 @@ class _Progress(Callback):
         history = self.learn.margin_recorder.history
         if history: self.tell(self.learn.epoch + 1, history[-1])
 
-
+# %% ../../nbs/study/31_experiments.ipynb #92fc0b2f
 def _callbacks(c, counts, saver, progress):
     "What the configuration adds to the loss, and who watches."
     cbs = [TerminateOnNaNCallback()]
@@ -267,7 +267,7 @@ def _best_places(k, d):
     "The simplex, or the best packing found where it does not fit."
     return simplex(k, d) if k <= d + 1 else best_packing(k, d).points
 
-
+# %% ../../nbs/study/31_experiments.ipynb #b0eb8026
 def _history(learn):
     "What `MarginRecorder` kept, with fastai's losses and the accuracy in percent."
     kept = zip(learn.margin_recorder.history, learn.recorder.values, strict=False)
@@ -287,7 +287,7 @@ def _examined(c, learn, data, seconds):
                   diverged, _history(learn), W, cosines, targets, scores.argmax(1),
                   list(data.classes), data.counts)
 
-
+# %% ../../nbs/study/31_experiments.ipynb #0b9dca6f
 def _history(learn):
     "What `MarginRecorder` kept, with fastai's losses and the accuracy in percent."
     kept = zip(learn.margin_recorder.history, learn.recorder.values, strict=False)
@@ -299,7 +299,7 @@ def _in_order(loader):
     "All images of a training loader, each once and as they are."
     return loader.new(shuffle=False, drop_last=False, augment=None, bs=256)
 
-
+# %% ../../nbs/study/31_experiments.ipynb #6af4ce60
 @torch.no_grad()
 def _outputs(model, batches):
     "Cosines, scores and classes of a split."

@@ -94,7 +94,7 @@ def _best(k, d):
     "The class margin of the best packing, degrees."
     return math.degrees(best_packing(k, d).class_margin)
 
-
+# %% ../../nbs/study/38_free_features.ipynb #1c94de3b
 def _place(c):
     "Where the descent of a configuration ends, as the content of a record."
     start, loss, targets = time.perf_counter(), c.weighted_loss(), torch.arange(c.k)

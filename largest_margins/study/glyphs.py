@@ -100,7 +100,7 @@ def _is_ours(folder):
     entries = note.get('entries', ()) if ours else ()
     return ours and {path.name for path in folder.iterdir()} <= {_NOTE, *entries}
 
-
+# %% ../../nbs/study/26_glyphs.ipynb #5724b198
 @contextmanager
 def _complete(folder, **settings):
     "Yield a new folder to fill; move it to its place when it is complete."
@@ -115,7 +115,7 @@ def _complete(folder, **settings):
         note = dict(made_by='largest_margins.study.glyphs', **settings, entries=entries)
         write_file(new/_NOTE, json.dumps(note))
 
-
+# %% ../../nbs/study/26_glyphs.ipynb #cca19b8c
 def _save(picture, path): Image.fromarray(picture).save(path)
 
 # %% ../../nbs/study/26_glyphs.ipynb #01d67ec6

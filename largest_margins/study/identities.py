@@ -104,7 +104,7 @@ def train_identities(
     except NotFinite: pass  # a loss or the recorder met nan or inf
     return learn
 
-
+# %% ../../nbs/study/39_identities.ipynb #9c68e6a6
 def _callbacks(c, checkpoint):
     "What ends a training that diverged, and keeps the state after each epoch."
     clip, same = SCHEDULES[c.schedule].clip, asdict(replace(c, data=None))
@@ -132,7 +132,7 @@ def _measure(c, checkpoint):
                 seconds=time.perf_counter() - start, history=history,
                 **task.sizes, **further)
 
-
+# %% ../../nbs/study/39_identities.ipynb #0f273180
 def _training(name, images, targets, classes):
     "Images of identities for a classifier; it is validated on one of each."
     first = torch.from_numpy(np.unique(targets.numpy(), return_index=True)[1])
@@ -145,7 +145,7 @@ def _how(c):
         f' from {Path(c.weights).name}' if c.weights else ' from random weights')
     return f'{c.body}{start}, images of {c.height} × {c.width}, {c.training}'
 
-
+# %% ../../nbs/study/39_identities.ipynb #e32e4b79
 def _who(c, found):
     "What a note says first."
     drawn = (' (letters: a check of the machinery, not a result about people)'
@@ -190,7 +190,7 @@ class ReIDTask:
         "What a record holds of it."
         return dict(queries=len(self.query), gallery=len(self.gallery))
 
-
+# %% ../../nbs/study/39_identities.ipynb #0f0fa24b
 @cache
 def reid_task(
     dataset: str = 'glyphs',  # see `reid_folder`
@@ -249,7 +249,7 @@ class PairsTask:
         "What a record holds of it."
         return dict(pairs=len(self.pairs))
 
-
+# %% ../../nbs/study/39_identities.ipynb #6df8bd12
 @cache
 def pairs_task(
     dataset: str = 'glyphs',  # or the path of a folder with train and test/pairs.txt
@@ -272,7 +272,7 @@ def pairs_task(
     training = _training(Path(dataset).resolve().name, images, targets, classes)
     return PairsTask(training, pairs, Path(dataset, 'test'))
 
-
+# %% ../../nbs/study/39_identities.ipynb #981289de
 def _pairs_folder(dataset):
     "Image files, their targets, the classes and the pairs of a folder, checked."
     root = Path(dataset)

@@ -43,7 +43,7 @@ class Prediction:
         "Printed minus computed."
         return self.printed - self.computed
 
-
+# %% ../../nbs/study/44_predicted.ipynb #edd405c4
 def predict_table2(
     scale: float = 5.,  # s > 0 of all losses
     dataset: str = 'cifar10',  # whose printed numbers
@@ -63,7 +63,7 @@ def predict_table2(
                                 math.degrees(best.class_margin), best.gap))
     return found
 
-
+# %% ../../nbs/study/44_predicted.ipynb #56e92eba
 def counts_of(
     setting: str,  # such as 'long-tailed-100'
     n_max: int,  # images of the most frequent class, ≥ 1

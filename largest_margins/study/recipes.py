@@ -119,7 +119,7 @@ def table1_rows(
         row, Row(f'{row.name}+rsm', f'{row.label} + 0.5 R_sm',
                  dict(row.changes, sample_margin=.5)))]
 
-
+# %% ../../nbs/study/36_recipes.ipynb #74cf2643
 _CE = Row('ce', 'CE', dict(loss='ce'))
 
 
@@ -227,7 +227,7 @@ def printed_numbers() -> dict:  # 'titles' and 'notes' by table, and 'cells'
     "The titles of all tables, and everything that Tables 1 to 3 print, cell by cell."
     return json.loads((files('largest_margins')/'printed.json').read_text('utf-8'))
 
-
+# %% ../../nbs/study/36_recipes.ipynb #ffc07f3c
 TABLES = {recipe.name: recipe for recipe in (
     Recipe('1', table1_rows, (Setting('balanced', 'Balanced'),), BALANCED,
            {'cifar10': 'cifar10', 'cifar100': 'cifar100', '': 'mnist'},
@@ -292,7 +292,7 @@ def _compare(lines):
                          'nothing to add.')
     return notes
 
-
+# %% ../../nbs/study/36_recipes.ipynb #8f269b2b
 DEMO = Recipe('demo', demo_rows, (Setting('balanced', 'Balanced'),), {'': {}}, {},
               _BRIEF, heading='Learning towards the largest margins', figures=True,
               remarks=_compare)

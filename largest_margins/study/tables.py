@@ -70,7 +70,7 @@ class Run:
         "What a line of progress calls it."
         return f'{self.setting.label}: {self.row.label}, seed {self.configuration.seed}'
 
-
+# %% ../../nbs/study/37_tables.ipynb #2d22c765
 def plan(
     recipe: Recipe,  # the table
     dataset: str | None = None,  # name or path of the data set; None: the recipe's
@@ -97,7 +97,7 @@ def machine() -> dict:
                 device=torch.cuda.get_device_name() if gpu else processor(),
                 bfloat16=not gpu and has_bfloat16())
 
-
+# %% ../../nbs/study/37_tables.ipynb #2f3f83cd
 def processor() -> str:
     "The model of the CPU."
     known = Path('/proc/cpuinfo')
@@ -120,14 +120,14 @@ def _asked(configuration):
     return {k: v for k, v in asdict(configuration).items()
             if k not in ('data', 'download', 'despite_withdrawal')}
 
-
+# %% ../../nbs/study/37_tables.ipynb #daca3f80
 def _plain(value):
     "The same with None for nan and infinities, which JSON has not."
     if isinstance(value, dict): return {k: _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)): return [_plain(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
-
+# %% ../../nbs/study/37_tables.ipynb #fc801a59
 def _git_state():
     "Commit of the checkout that runs, and whether files differ; None if there is none."
     here = Path(largest_margins.__file__).parent
@@ -185,7 +185,7 @@ def execute(
     return workers(delayed(_work)(run, Path(out), threads, shown, os.getpid())
                    for run in runs)
 
-
+# %% ../../nbs/study/37_tables.ipynb #8d9dff11
 def run_one(
     run: Run,  # what to train
     out: Path,  # directory; the record goes to `Run.path` below it
@@ -248,7 +248,7 @@ class Line:
         numbers = self.values.get(name, [])
         return statistics.stdev(numbers) if len(numbers) > 1 else math.nan
 
-
+# %% ../../nbs/study/37_tables.ipynb #dab68438
 def aggregate(
     recipe: Recipe,  # the table
     finished: list[tuple[Run, dict]],  # runs and their records
@@ -262,7 +262,7 @@ def aggregate(
     order = sorted(groups, key=lambda at: (settings.index(at[0]), rows.index(at[1])))
     return [_line(recipe, groups[at]) for at in order]
 
-
+# %% ../../nbs/study/37_tables.ipynb #1bb48624
 def _line(recipe, group):
     "One line from the seeds of one row in one setting."
     run = group[0][0]
@@ -281,7 +281,7 @@ def _shown(line, name):
     spread = line.std(name)
     return f'{show(line.mean(name))} ± {"–" if math.isnan(spread) else show(spread)}'
 
-
+# %% ../../nbs/study/37_tables.ipynb #df55671f
 def _grid(recipe, lines, beside):
     "Headings and (text, bold) cells of one part of the table; the best are bold."
     names = [name for name in recipe.columns if any(name in x.values for x in lines)]
@@ -303,7 +303,7 @@ def _grid(recipe, lines, beside):
     for x, row in zip(lines, rows, strict=True): row.append((str(x.runs), False))
     return heads, rows
 
-
+# %% ../../nbs/study/37_tables.ipynb #67145768
 def _label(line):
     "The label of a row, and how many of its runs diverged."
     if not line.diverged: return line.row.label
@@ -335,7 +335,7 @@ def summarise(
     return Table(title, parts, notes, _numbers(lines, names),
                  figures=_figures(finished, out))
 
-
+# %% ../../nbs/study/37_tables.ipynb #9d3a9d27
 _NAMES = dict(mnist='MNIST', cifar10='CIFAR-10', cifar100='CIFAR-100',
               market1501='Market-1501', dukemtmc='DukeMTMC')
 
@@ -352,7 +352,7 @@ def _numbers(lines, names):
                      *('' if math.isnan(n) else repr(n) for n in numbers)])
     return rows
 
-
+# %% ../../nbs/study/37_tables.ipynb #db056ad5
 def _figures(finished, out):
     "Of the runs whose tensors were kept."
     return [(run.title, figures_of(run.row.label, load_file(out/run.tensors, 'tensors'),
@@ -450,7 +450,7 @@ def _outcome(recipe, run, found):
         for name in dict.fromkeys((recipe.columns[0], 'class_margin')))
     return f'{run.title}: {outcome}, {found["seconds"]:.1f} s'
 
-
+# %% ../../nbs/study/37_tables.ipynb #7fe2113c
 def _plan_in_words(recipe, runs):
     "What a dry run says of the data, the rows and the training."
     lines = []

@@ -105,7 +105,7 @@ def _from_elsewhere(name, data, directory):
     pooled = nn.functional.adaptive_avg_pool2d(other.float(), size)
     return pooled.round().to(torch.uint8)
 
-
+# %% ../../nbs/study/43_tails.ipynb #e9b685f8
 class _Further(Callback):
     "Measures what needs the trained model, once it is trained."
 
@@ -152,7 +152,7 @@ class _Further(Callback):
                           f'fpr95_{name}': 100 * detected.fpr95}
         self.found = found
 
-
+# %% ../../nbs/study/43_tails.ipynb #2e9ad8d0
 def _largest(cosines): return cosines.amax(1)
 
 
@@ -167,7 +167,7 @@ def _is_balanced(targets, k):
     counts = torch.bincount(targets, minlength=k)
     return counts.max() <= 2 * counts.min()
 
-
+# %% ../../nbs/study/43_tails.ipynb #47e871f7
 @torch.no_grad()
 def _features(model, batches):
     "Features and, if known, targets of a split."

@@ -31,7 +31,7 @@ def _kept(states, name, grads):
         if name not in state: state[name] = torch.zeros_like(grad)
     return [state[name] for state in states]
 
-
+# %% ../../nbs/training/31_foreach.ipynb #ee97a081
 def _average(ps, states, mom, grads, dampening=False, **_):
     average = _kept(states, 'grad_avg', grads)
     torch._foreach_mul_(average, mom)
@@ -44,7 +44,7 @@ def _squares(ps, states, sqr_mom, grads, dampening=True, **_):
     torch._foreach_addcmul_(squares, grads, grads,
                             value=1 - sqr_mom if dampening else 1.)
 
-
+# %% ../../nbs/training/31_foreach.ipynb #893ed1be
 def _count(ps, states, **_):
     for state in states: state['step'] = state.get('step', 0) + 1
 
@@ -55,7 +55,7 @@ def _momentum(ps, states, lr, grads, **_):
 
 def _plain_sgd(ps, states, lr, grads, **_): torch._foreach_add_(ps, grads, alpha=-lr)
 
-
+# %% ../../nbs/training/31_foreach.ipynb #157fb460
 def _adam(ps, states, lr, mom, sqr_mom, eps, grads, **_):
     step = states[0]['step']
     debias1 = fastais.debias(mom, 1 - mom, step)
@@ -66,7 +66,7 @@ def _adam(ps, states, lr, mom, sqr_mom, eps, grads, **_):
     torch._foreach_addcdiv_(ps, _kept(states, 'grad_avg', grads), sizes,
                             value=-lr / debias1)
 
-
+# %% ../../nbs/training/31_foreach.ipynb #5c6b9278
 _OF_LISTS = {
     fastais.weight_decay: _decay, fastais.l2_reg: _l2, fastais.average_grad: _average,
     fastais.average_sqr_grad: _squares, fastais.step_stat: _count,
@@ -97,10 +97,10 @@ class ForeachOptimizer(Optimizer):
                 options = cb.keywords if isinstance(cb, partial) else {}
                 _OF_LISTS[_bare(cb)](data, states, **{**given, **options})
 
-
+# %% ../../nbs/training/31_foreach.ipynb #69b1a593
 def _bare(cb): return cb.func if isinstance(cb, partial) else cb
 
-
+# %% ../../nbs/training/31_foreach.ipynb #140b29ad
 def foreach(
     params,  # parameters, or a list of lists of them
     *args,  # passed to `opt_func`

@@ -51,7 +51,7 @@ def _prototype_measures():
         centroid_norm=Measure('centroid norm', 3,
                               lambda x: zero_centroid(x.prototypes).sqrt().item()))
 
-
+# %% ../../nbs/training/30_measures.ipynb #4f3374e8
 def _less_optimum(x):
     "The class margin less that of the loss's own optimum, if it is known."
     best = getattr(x, 'optimum', None)
@@ -94,7 +94,7 @@ def _identity_measures():
                                lambda x: 100 * x.accuracy.sem, None),
         **{f'tar_at_{far:g}': rate(i) for i, far in enumerate(FARS)})
 
-
+# %% ../../nbs/training/30_measures.ipynb #4d720cf0
 FARS = (.1, .01, .001, .0001)  # rates of false alarms at which pairs are judged
 
 # %% ../../nbs/training/30_measures.ipynb #8932004b
@@ -119,7 +119,7 @@ def _reliability_measures():
     return made | {f'nc{i}': Measure(f'NC{i}', 3, of('collapse', f'nc{i}'), min)
                    for i in range(1, 5)}
 
-
+# %% ../../nbs/training/30_measures.ipynb #1cbb6d53
 def _training_measures():
     "Of the training split."
     def of(name): return lambda x: x.train_margins[name]
