@@ -124,7 +124,7 @@ def test_readers_arrive(browser, reader):
             browser.call('Input.dispatchMouseEvent', type=kind, x=x, y=y, button='left', clickCount=1)
         browser.wait_for(f'location.href === {json.dumps(address)} && document.readyState === "complete"')
     top = f'document.querySelector({json.dumps("main " + wanted)})?.getBoundingClientRect().top'
-    browser.wait_for(f'{top} < {SCREEN[1] - 40}', seconds=20)
+    browser.wait_for(f'{top} < {SCREEN[1] - 40}')
 
 
 def test_the_bar_has_the_version_and_its_menu_the_changelog(browser):
