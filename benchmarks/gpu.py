@@ -35,6 +35,7 @@ from largest_margins.engine.cosines import cosine_matrix
 from largest_margins.files import write_file
 from largest_margins.heads import MarginHead, ShardedMarginHead
 from largest_margins.regularizers import zero_centroid
+from largest_margins.study.tables import processor
 
 RESULTS = Path(__file__).parent/'results'/'gpu.json'
 SHAPES = (512, 512, 10_000), (512, 512, 100_000), (1024, 512, 1_000_000)
@@ -385,7 +386,7 @@ def measure_all(report, device, shapes, rounds):
 
 def machine(device):
     "What the numbers were measured on."
-    found = {'device': platform.processor() or platform.machine(), 'python': platform.python_version(),
+    found = {'device': processor(), 'python': platform.python_version(),
              'torch': torch.__version__, 'largest_margins': version('largest_margins')}
     if device != 'cuda': return found
     properties = torch.cuda.get_device_properties(0)

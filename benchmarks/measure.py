@@ -1,6 +1,5 @@
 "What the benchmarks share: interleaved times, the peak memory of a fresh process, and how results are stored."
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -53,9 +52,8 @@ def peak_in_fresh_process(script, name, *arguments):
 
 def machine():
     "What the numbers were measured on."
-    model = next((line.split(':')[1].strip() for line in Path('/proc/cpuinfo').read_text().splitlines()
-                  if line.startswith('model name')), platform.processor())
-    return f'{model}, one thread, torch {torch.__version__}'
+    from largest_margins.study.tables import processor  # here, since it imports much
+    return f'{processor()}, one thread, torch {torch.__version__}'
 
 
 def store(rows, path):

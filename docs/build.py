@@ -376,6 +376,20 @@ def sources_last(cells):
         yield waiting
 
 
+def with_sources(nb, written):
+    "A processed notebook with the definitions that `written` has in `exporti` cells, which nbdev drops: folded."
+    places = {cell['id']: n for n, cell in enumerate(nb['cells'])}
+    cells, place = [[cell] for cell in nb['cells']], 0
+    for cell in written['cells']:
+        place = max(place, places.get(cell['id'], 0))
+        text = ''.join(cell['source'])
+        names = re.findall(r'^(?:class|def) ([A-Za-z]\w*)', text, re.M)
+        if names and re.match(r'#\|\s*exporti\b', text):
+            text = f'#| code-fold: true\n#| code-summary: "Source of {", ".join(names)}"\n{text}'
+            cells[place].append(dict(cell, source=text, outputs=[]))
+    return dict(nb, cells=[cell for group in cells for cell in group])
+
+
 def convert(nb, cfg, syms):
     "One processed notebook, its Quarto directives turned into what MyST-NB understands."
     address = f'{cfg.doc_host}{cfg.doc_baseurl}/'
@@ -635,8 +649,8 @@ def main():
     source, html = work/'source', work/'html'
     shutil.rmtree(work, ignore_errors=True)
     shutil.copytree(root/'docs', source, ignore=shutil.ignore_patterns('build.py', 'readme', '__pycache__'))
-    notebooks = {page_path(p).with_suffix('').as_posix(): json.loads((processed/p).read_text(encoding='utf-8'))
-                 for p in pages}
+    notebooks = {page_path(p).with_suffix('').as_posix(): with_sources(
+        *(json.loads((folder/p).read_text(encoding='utf-8')) for folder in (processed, cfg.nbs_path))) for p in pages}
     if len(notebooks) < len(pages):
         sys.exit('Two notebooks would be the same page')
     if unknown := unknown_names(notebooks):

@@ -78,7 +78,13 @@ def _all_norms(prototypes):
     return norms
 
 # %% ../nbs/theory/01_margins.ipynb #962efc23
-def _closeness(tiles, left, right, measure=None):
+def tiles_below(rows, size):
+    "Where tiles on and below the diagonal begin: (first column, first row) of each."
+    starts = range(0, rows, size)
+    return [(a, b) for a in starts for b in starts if b >= a]
+
+
+def closeness(tiles, left, right, measure=None):
     "Each tile (a, b) of `right(b)` with `left(a)`, by cosines; −inf on the diagonal."
     for a, b in tiles:
         rows, columns = right(b), left(a)
@@ -102,7 +108,7 @@ def _promising(prototypes, tiles, size):
     def unit(i): return (prototypes[i:i + size] / norms[i:i + size]).float()
     def plain_rows(i): return prototypes[i:i + size].float()
     largest = [(tile.amax(1) / norms[b:b + size, 0]).amax().item()
-               for _, b, tile in _closeness(tiles, unit, plain_rows)]
+               for _, b, tile in closeness(tiles, unit, plain_rows)]
     enough = max(largest) - slack
     return [tile for tile, cosine in zip(tiles, largest) if cosine >= enough]
 
@@ -112,14 +118,13 @@ def _closest_pair(prototypes):
     "Indices of the two closest prototypes; a few tiles in memory."
     cheap, dtype = values_are_cheap(prototypes), precise(prototypes)
     size = 512 if cheap else 2048
-    starts = range(0, len(prototypes), size)
-    tiles = [(a, b) for a in starts for b in starts if b >= a]
+    tiles = tiles_below(len(prototypes), size)
     if cheap and len(tiles) > 1: tiles = _promising(prototypes, tiles, size)
     def unit(i): return unit_rows(prototypes[i:i + size].to(dtype))
     pair = torch.zeros(2, dtype=torch.long, device=prototypes.device)
     best = prototypes.new_full((), -torch.inf, dtype=dtype)
     chords = None if dtype == torch.float64 else _short_chords
-    for a, b, tile in _closeness(tiles, unit, unit, chords):
+    for a, b, tile in closeness(tiles, unit, unit, chords):
         value, where = tile.flatten().max(0)
         found = torch.stack([a + where % tile.shape[1], b + where // tile.shape[1]])
         pair = torch.where(value > best, found, pair)

@@ -59,7 +59,7 @@ class Calibration(NamedTuple):
     fitted_nll: float  # nats
     temperature: float  # fitted on all samples
 
-
+# %% ../nbs/evaluation/29_reliability.ipynb #98a0d906
 def calibration(
     logits: Tensor,  # scores of the classes, N ≥ 2, [N, k]
     targets: Tensor,  # class of each sample, integers in 0..k−1, [N]
@@ -85,7 +85,7 @@ class Detection(NamedTuple):
     auroc: float  # in [0, 1]; 0.5 for a coin; ties count one half
     fpr95: float  # unknown samples let in with 95 % of the known ones, in [0, 1]
 
-
+# %% ../nbs/evaluation/29_reliability.ipynb #8190fd9d
 def detection(
     known: Tensor,  # scores of samples of the known classes, [N]
     unknown: Tensor,  # scores of samples from elsewhere, [M]

@@ -109,7 +109,7 @@ class Chromium:
         assert 'exceptionDetails' not in done, done
         return done['result'].get('value')
 
-    def wait_for(self, condition, seconds=90):
+    def wait_for(self, condition, seconds=600):
         end = time.monotonic() + seconds
         while not self.holds(f'location.href != "about:blank" && Boolean({condition})'):
             assert time.monotonic() < end, f'not within {seconds} s: {condition}'

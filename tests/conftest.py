@@ -1,17 +1,28 @@
 "What several tests need: the built site, and a browser that looks at it."
 import fcntl
 import shutil
+import signal
 import subprocess
 import sys
 
 import pytest
-from chromium import Chromium
-from pages import build, root
+
+
+@pytest.fixture
+def ends():
+    "Fails what takes two minutes of the processor, whoever else keeps it busy: it would not end."
+    def give_up(*_): raise AssertionError('not done after two minutes of the processor')
+    before = signal.signal(signal.SIGPROF, give_up)
+    signal.setitimer(signal.ITIMER_PROF, 120)
+    yield
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    signal.signal(signal.SIGPROF, before)
 
 
 @pytest.fixture(scope='session')
 def site():
     "The folder of the built site; `make test` has built it, pytest alone builds it if it is not there."
+    from pages import build, root  # here, since few tests need it
     with open(root/'docs/build.py') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (build.site/'index.html').exists():
@@ -22,6 +33,7 @@ def site():
 @pytest.fixture(scope='session')
 def browser(site, tmp_path_factory):
     "Chromium with the site open to it."
+    from chromium import Chromium
     assert shutil.which('chromium'), 'the tests of the site need Chromium: apt-get install chromium'
     opened = Chromium(site, tmp_path_factory.mktemp('profile'))
     yield opened

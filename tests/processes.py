@@ -30,7 +30,7 @@ def _enter(rank, function, ranks, directory, seconds, args):
     dist.destroy_process_group()
 
 
-def run_on_ranks(function, ranks, *args, seconds=30):
+def run_on_ranks(function, ranks, *args, seconds=120):
     "[(kind, value)] of each rank: ('returned', …), ('raised', text) or ('died', exit code)."
     context = multiprocessing.get_context('forkserver')  # torch is imported once, by the server
     context.set_forkserver_preload(PRELOADED)
@@ -38,7 +38,7 @@ def run_on_ranks(function, ranks, *args, seconds=30):
         arguments = function, ranks, directory, seconds, args
         processes = [context.Process(target=_enter, args=(rank, *arguments), daemon=True) for rank in range(ranks)]
         for p in processes: p.start()
-        end = time.monotonic() + 3 * seconds
+        end = time.monotonic() + 900 + seconds
         for p in processes: p.join(max(0, end - time.monotonic()))
         hung = [p for p in processes if p.is_alive()]
         for p in hung: p.kill()

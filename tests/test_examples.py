@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 LINE = re.compile(r'epoch (\d+): loss (\S+), accuracy (\S+), class margin (\S+) degrees')
 
 
-def epochs(*command, seconds=60):
+def epochs(*command, seconds=900):
     "[(epoch, loss, accuracy, class margin)] that an example prints."
     quiet = dict(OMP_NUM_THREADS='1', PYTHONWARNINGS='error::FutureWarning',
                  PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]))
@@ -23,7 +23,7 @@ def epochs(*command, seconds=60):
     try: output, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         process.terminate()  # torchrun then ends its workers
-        process.wait(10)
+        process.wait()
         raise
     assert process.returncode == 0, output
     return [tuple(map(float, found)) for found in LINE.findall(output)]

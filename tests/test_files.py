@@ -10,7 +10,6 @@ import stat
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -338,6 +337,6 @@ def test_plots_show_class_names_as_they_are(result):
 
 def test_large_files_are_not_read_into_memory_twice(tmp_path):
     torch.save({'x': torch.zeros(50_000_000)}, tmp_path/'file')
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert read_torch(tmp_path/'file')['x'].shape == (50_000_000,)
-    assert time.process_time() - start < 5 and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_family import ANGULAR, FAMILY, ON_COSINES, SMOOTHABLE, ignoring
+from loss_family import ANGULAR, FAMILY, ON_COSINES, SMOOTHABLE, ignoring, named, pairs
 from torch.autograd import gradcheck
 
 from largest_margins.checks import NotFinite
@@ -45,33 +45,23 @@ def distance(got, true): return max(((g - t).norm() / t.norm()).item() for g, t 
 # --- the same numbers ---
 
 WEIGHT, PRIOR = torch.linspace(.2, 2, K, dtype=torch.float64), torch.linspace(1, 900, K)
-OPTIONS = [  # every two values of two options meet in a row: reduction, rows at a time, weight, ignoring, R_sm, prior
-    ('mean', 1, None, False, 0, None), ('mean', 7, WEIGHT, True, .7, PRIOR), ('mean', N, None, True, .7, None),
-    ('sum', 1, WEIGHT, True, .7, None), ('sum', 7, None, False, .7, PRIOR), ('sum', N, WEIGHT, False, 0, None),
-    ('none', 1, None, True, .7, PRIOR), ('none', 7, WEIGHT, False, 0, None), ('none', N, WEIGHT, True, 0, PRIOR),
-    ('class-mean', 1, WEIGHT, False, .7, PRIOR), ('class-mean', 7, None, True, 0, None),
-    ('class-mean', N, None, False, .7, PRIOR)]
+OPTIONS = pairs(ON_COSINES, ['mean', 'sum', 'none', 'class-mean'], [1, 7, N], [None, WEIGHT], [False, True], [0, .7],
+                [None, PRIOR])
 
 
-def options_of(row, reduction, chunk_size, weight, ignored, sample_margin, prior):
-    "What this loss takes of them."
-    given = dict(reduction=reduction, weight=weight)
-    if row.name != 'R_sm': given |= dict(sample_margin=sample_margin)
-    if row.name != 'R_sm' and 'prior' not in row.name: given |= dict(prior=prior)
-    return given
-
-
-@each_loss
-@pytest.mark.parametrize('options', OPTIONS, ids=lambda o: f'{o[0]} {o[1]}')
-def test_value_and_gradient_in_float64(row, options):
-    loss, (features, prototypes, targets) = row.make(16., range(K), **options_of(row, *options)), inputs()
-    if options[3]: targets = ignoring(targets)
-    got = value_and_gradients(lambda *a: loss.linear(*a, chunk_size=options[1]), features, prototypes, targets)
+@pytest.mark.parametrize('row,reduction,chunk_size,weight,ignored,sample_margin,prior', OPTIONS, ids=named)
+def test_value_and_gradient_in_float64(row, reduction, chunk_size, weight, ignored, sample_margin, prior):
+    options = dict(reduction=reduction, weight=weight)
+    if row.name != 'R_sm': options |= dict(sample_margin=sample_margin)
+    if row.name != 'R_sm' and 'prior' not in row.name: options |= dict(prior=prior)
+    loss, (features, prototypes, targets) = row.make(16., range(K), **options), inputs()
+    if ignored: targets = ignoring(targets)
+    got = value_and_gradients(lambda *a: loss.linear(*a, chunk_size=chunk_size), features, prototypes, targets)
     true = value_and_gradients(dense(loss), features, prototypes, targets)
     assert distance(got, true) < 1e-13
-    if not options[3]: return
-    if options[0] != 'none': assert got[1][targets < 0].count_nonzero() == 0
-    nobody = value_and_gradients(lambda *a: loss.linear(*a, chunk_size=options[1]), features, prototypes,
+    if not ignored: return
+    if reduction != 'none': assert got[1][targets < 0].count_nonzero() == 0
+    nobody = value_and_gradients(lambda *a: loss.linear(*a, chunk_size=chunk_size), features, prototypes,
                                  torch.full_like(targets, -100))
     assert not any(x.any() for x in nobody)
 
@@ -106,9 +96,8 @@ def test_log_sum_exp_at_scale_64_in_float32():
         assert distance(value_and_gradients(way, *batch), true) < 5e-6
 
 
-@each_loss
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize('of', ['features', 'both'])
+@pytest.mark.parametrize('row,dtype,of', pairs(ON_COSINES, [torch.bfloat16, torch.float16], ['features', 'both']),
+                         ids=named)
 def test_half_precision_is_only_storage(row, dtype, of):
     features, prototypes, targets = inputs(dtype=dtype)
     prototypes = prototypes if of == 'both' else prototypes.float()

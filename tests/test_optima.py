@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from largest_margins.claims import descend
 from largest_margins.codes import best_packing, simplex
-from largest_margins.ledger.imbalance import shares
+from largest_margins.ledger.imbalance import class_frequencies
 from largest_margins.losses import (
     ArcFaceLoss,
     CosFaceLoss,
@@ -74,7 +74,7 @@ def test_with_more_dimensions_than_classes_descents_reach_the_optimum(loss, stre
 
 
 def test_a_rest_in_few_dimensions_has_a_gap():
-    loss, targets = LMSoftmaxLoss(5., weight=shares(6, 100, 'step')), torch.arange(6)
+    loss, targets = LMSoftmaxLoss(5., weight=class_frequencies(6, 100, 'step')), torch.arange(6)
     value, W, Z = descend(lambda W, Z: loss(Z @ W.T, targets), rows(0, 6, 2), rows(1, 6, 2))
     best, *_ = descend(lambda W, Z: loss(Z @ W.T, targets), rows(0, 6, 7), rows(1, 6, 7))
     found = certify_optimum(loss, W, Z)
@@ -184,7 +184,7 @@ def test_guarantees_rise_with_the_scale_to_the_largest_margin_and_fall_with_imba
 
 @pytest.mark.parametrize('m', [0., .35])
 def test_optima_keep_what_is_guaranteed(m):
-    weight = shares(6, 20, 'step')
+    weight = class_frequencies(6, 20, 'step')
     for k_d in ((6, 2), (6, 8)):
         d = k_d[1]
         W, Z = rows(0, 6, d), rows(1, 6, d)

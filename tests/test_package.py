@@ -10,6 +10,7 @@ import sys
 import tarfile
 from fnmatch import fnmatch
 from graphlib import TopologicalSorter
+from importlib import import_module
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -173,6 +174,13 @@ def test_at_most_ten_floors_and_no_circle():
     for name in TopologicalSorter({name: imports(name)[1] for name in modules}).static_order():
         floors[name] = 1 + max((floors[other] for other in imports(name)[1]), default=0)
     assert max(floors.values()) <= 10, sorted(floors.items(), key=lambda item: item[1])
+
+
+def test_few_names_are_public_and_those_of_the_front_door_are():
+    public = [name for module in modules for name in import_module(f'largest_margins.{module}').__all__]
+    front = re.findall(r' as (\w+)$', (package/'__init__.pyi').read_text(encoding='utf-8'), re.M)
+    assert len(public) == len(set(public)) <= 120
+    assert set(front) <= set(public)
 
 
 @pytest.mark.parametrize('name', light)

@@ -17,8 +17,8 @@ import torch
 from ..bounds import min_sample_margin_bound
 from ..claims import (
     Check, Claim, descend, dot, endpoints, rational_points, register)
-from .lm_softmax import annealed
-from .imbalance import shares
+from .lm_softmax import anneal
+from .imbalance import class_frequencies
 from ..codes import simplex
 from ..theory.finite_scales import (
     admissible_margin, guaranteed_margin, residual_centroid)
@@ -61,8 +61,8 @@ def _go_certified(tilt=0., k=6, ratio=100, scale=2):
     "By how much the optimum can be lower than a descent's end, and a millionth."
     from mpmath import iv
     iv.prec = 120
-    weight = shares(k, ratio, 'step')
-    _, W, Z = annealed(LMSoftmaxLoss(float(scale), weight=weight), k, k + 1, (scale,))
+    weight = class_frequencies(k, ratio, 'step')
+    _, W, Z = anneal(LMSoftmaxLoss(float(scale), weight=weight), k, k + 1, (scale,))
     W = W + tilt * torch.eye(k, k + 1, dtype=torch.float64)
 
     def unit(rows):
@@ -89,7 +89,7 @@ def _go_optimised(d=7, k=6, starts=3):
     "The largest gap, relative to the loss, of descents from random starts; 2e-6."
     worst, targets = [], torch.arange(k)
     for Loss in (LMSoftmaxLoss, NormFaceLoss):
-        loss = Loss(5., weight=shares(k, 100, 'step'))
+        loss = Loss(5., weight=class_frequencies(k, 100, 'step'))
         for seed in range(starts):
             torch.manual_seed(seed)
             start = torch.randn(2, k, d, dtype=torch.float64)
@@ -101,7 +101,8 @@ def _go_optimised(d=7, k=6, starts=3):
 # %% ../../nbs/theory/11d_optima_checks.ipynb #1993f591
 def _go_boundary(d=2, k=4, starts=6):
     "The highest loss at which a descent on the circle rests; twice the lowest, below."
-    loss, targets = NormFaceLoss(5., weight=shares(k, 100, 'step')), torch.arange(k)
+    loss = NormFaceLoss(5., weight=class_frequencies(k, 100, 'step'))
+    targets = torch.arange(k)
     ends = []
     for seed in range(starts):
         torch.manual_seed(seed)
@@ -207,13 +208,13 @@ def _fs_exact(others=lambda k: k - 1, twice=2):
 # %% ../../nbs/theory/11d_optima_checks.ipynb #3ea715d3
 def _fs_optimised(times=1., k=8, d=3):
     "The least γ_min minus its guarantee of descents at several scales, and 0."
-    slack, weight = [], shares(k, 10, 'long-tailed')
+    slack, weight = [], class_frequencies(k, 10, 'long-tailed')
     best, _ = admissible_margin(k, d)
     for m in (0., .35):
         for s in (10., 150.):
             loss, steps = CosFaceLoss(s, m, weight=weight), (5., 10., 40., 150.)
             steps = [x for x in steps if x <= s]
-            _, W, Z = annealed(loss, k, d, steps, log=True)
+            _, W, Z = anneal(loss, k, d, steps, log=True)
             proved = guaranteed_margin(k, d, s, margin=m, class_counts=weight)
             reached = min_sample_margin(Z @ W.T, torch.arange(k)).item()
             slack.append(reached - best + times * (best - proved))
@@ -223,7 +224,7 @@ def _fs_optimised(times=1., k=8, d=3):
 def _fs_boundary(aggregation='mean', s=150.):
     "γ_min of LM-Softmax on the circle, and what NormFace guarantees there, more."
     steps = [x for x in (5., 20., 150.) if x <= s]
-    ends = [annealed(LMSoftmaxLoss(s, aggregation), 8, 2, steps, n) for n in range(2)]
+    ends = [anneal(LMSoftmaxLoss(s, aggregation), 8, 2, steps, n) for n in range(2)]
     _, W, Z = min(ends, key=lambda end: end[0])
     reached = min_sample_margin(Z @ W.T, torch.arange(8)).item()
     return reached, guaranteed_margin(8, 2, s)
@@ -255,7 +256,7 @@ def _am_certified(stretch=1.):
 # %% ../../nbs/theory/11d_optima_checks.ipynb #8debe053
 def _am_optimised(margin=.25):
     "The class margin, degrees, that CosFace reaches with eight classes on the circle."
-    _, W, _ = annealed(CosFaceLoss(200., margin), 8, 2, (5., 20., 200.), log=True)
+    _, W, _ = anneal(CosFaceLoss(200., margin), 8, 2, (5., 20., 200.), log=True)
     return class_margin(W).rad2deg().item(), 45
 
 # %% ../../nbs/theory/11d_optima_checks.ipynb #4c9c1150
@@ -307,7 +308,7 @@ def _rc_optimised(times=1.):
     errors = []
     for kind, loss in (('long-tailed', LMSoftmaxLoss(5.)), ('step', LMSoftmaxLoss(20.)),
                        ('step', NormFaceLoss(5.))):
-        weight = shares(10, 100, kind)
+        weight = class_frequencies(10, 100, kind)
         loss = type(loss)(loss.scale, weight=weight)
         found, _ = _penalized(loss, 10_000.)
         errors.append(abs(found / (times * residual_centroid(loss, weight)) - 1))
@@ -316,7 +317,7 @@ def _rc_optimised(times=1.):
 # %% ../../nbs/theory/11d_optima_checks.ipynb #5382359c
 def _rc_boundary(ratio=100, strength=100.):
     "The class margin, degrees, at λ = 100, and a hundredth less than the simplex's."
-    loss = LMSoftmaxLoss(20., weight=shares(10, ratio, 'step'))
+    loss = LMSoftmaxLoss(20., weight=class_frequencies(10, ratio, 'step'))
     return _penalized(loss, strength)[1], math.degrees(math.acos(-1 / 9)) - .01
 
 # %% ../../nbs/theory/11d_optima_checks.ipynb #4d18d8a5
