@@ -1,4 +1,4 @@
-"""One configuration in, one honest row of numbers out
+"""Train one configuration, and keep every number that a table needs
 
 Docs: https://largest-margins.github.io/largest-margins/study/experiments.html.md"""
 
@@ -46,7 +46,7 @@ def describe_margins(
     targets: Tensor,  # class of each sample, int64, [N]
     num_classes: int,  # k
 ) -> dict:  # min, mean, class_mean, by_class (means, [k]) and quantiles (of QUANTILES)
-    "The sample margins of one split in a few numbers; nan where there is no sample."
+    "Summarize the sample margins of one split; nan where there is no sample."
     margins, bins = margins.double(), torch.zeros(num_classes, dtype=torch.float64)
     by_class = (bins.index_add(0, targets, margins)
                 / torch.bincount(targets, minlength=num_classes))
@@ -138,7 +138,7 @@ def loaded(
     data: str | None = None,  # directory of the data
     download: bool = False,  # whether the data may be downloaded into it
 ) -> ImageData:
-    "A data set, kept in memory for the next training of this process."
+    "Load a data set once, and keep it in memory for later trainings of this process."
     return load(dataset, data, download)
 
 # %% ../../nbs/study/31_experiments.ipynb #bd7ecd8a
@@ -151,17 +151,17 @@ class Configuration(ClassifierFields):
         dataset: str,  # a name in `data.DATASETS`, or the path of an image folder
         data: str | None = None,  # directory of the data
         download: bool = False,  # whether the data may be downloaded into it
-        **others,  # further fields, which do not matter
+        **others,  # further fields, ignored
     ) -> int:
-        "k, for rows that depend on it."
+        "Return k, for rows that depend on it."
         return len(loaded(dataset, data, download).classes)
 
     def measure(
         self,
-        checkpoint: Path | None = None,  # file to go on from
-        progress: Callable[[int, dict], None] | None = None,  # told epoch and margins
+        checkpoint: Path | None = None,  # file to resume from
+        progress: Callable[[int, dict], None] | None = None,  # called after each epoch
     ) -> dict:  # the content of a record, and tensors to keep beside it
-        "Train, and measure."
+        "Train, and measure on both splits."
         images = loaded(self.dataset, self.data, self.download)
         result = train(self, images, progress, checkpoint)
         kept = ('diverged', 'measured', 'bound', 'test_margins', 'train_margins',
@@ -173,7 +173,7 @@ class Configuration(ClassifierFields):
                      for name in ('prototypes', 'cosines', 'targets')})
 
     def describe(self) -> tuple[str, str, str]:  # the data, this part, the training
-        "What a dry run says; it refuses data that are bad."
+        "Say what a dry run prints; refuse bad data."
         images = loaded(self.dataset, self.data, self.download)
         n, k, counts = len(images.train_targets), len(images.classes), images.counts
         if self.ratio > 1:
@@ -188,7 +188,7 @@ class Configuration(ClassifierFields):
         self,
         found: dict,  # the record of a run
     ) -> str:
-        "What was measured, for the foot of a table."
+        "Say what was measured, for the foot of a table."
         return (f'{Path(self.dataset).name}, {len(found["classes"])} classes, '
                 f'{self.epochs} epochs, {self.body}. Accuracy is that of the last '
                 'epoch. Accuracies and margins are measured on the test split, margins '
@@ -199,11 +199,11 @@ class Configuration(ClassifierFields):
 def train(
     configuration: Configuration,  # what to train
     data: ImageData | None = None,  # loaded before; None loads the configuration's
-    progress: Callable[[int, dict], None] | None = None,  # told epoch and margins
-    checkpoint: str | Path | None = None,  # file to go on from; the caller removes it
+    progress: Callable[[int, dict], None] | None = None,  # called after each epoch
+    checkpoint: str | Path | None = None,  # file to resume from; the caller removes it
     cbs: tuple[Callback, ...] = (),  # further callbacks
 ) -> Result:  # measured on the test split after the last epoch
-    "Train one configuration; the same seed gives the same numbers on the same machine."
+    "Train one configuration; a seed gives the same numbers again on the same machine."
     c = configuration
     if data is None: data = load(c.dataset, c.data, c.download)
     if c.ratio > 1:
@@ -286,13 +286,6 @@ def _examined(c, learn, data, seconds):
                   describe_margins(train_margins, train_targets, len(W)), seconds,
                   diverged, _history(learn), W, cosines, targets, scores.argmax(1),
                   list(data.classes), data.counts)
-
-
-def _history(learn):
-    "What `MarginRecorder` kept, with fastai's losses and the accuracy in percent."
-    kept = zip(learn.margin_recorder.history, learn.recorder.values, strict=False)
-    return [{**margins, 'train_loss': train, 'valid_loss': valid,
-             'accuracy': 100 * hits} for margins, (train, valid, hits, *_) in kept]
 
 
 def _in_order(loader):
