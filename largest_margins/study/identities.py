@@ -1,4 +1,4 @@
-"""Train on some people, and tell others apart: re-identification and verification
+"""Train on some people and tell others apart: re-identification and verification
 
 Docs: https://largest-margins.github.io/largest-margins/study/identities.html.md"""
 
@@ -80,7 +80,7 @@ class IdentityConfiguration(TrainingFields):
 def train_identities(
     configuration: IdentityConfiguration,  # what to train
     training: ImageData,  # on what; classes are the identities
-    checkpoint: Path | None = None,  # file to go on from; the caller removes it
+    checkpoint: Path | None = None,  # file to resume from; the caller removes it
 ) -> Learner:  # its model is Sequential(body, neck, head)
     "Train a network on identities; the same seed gives the same weights."
     c = configuration
@@ -154,7 +154,7 @@ def reid_folder(
     data: str | None = None,  # the folder of market1501 or dukemtmc
     despite_withdrawal: bool = False,  # see `duke_folder`
 ) -> Iterator[ReIDData]:  # for `with`; the pictures are there until its end
-    "The pictures of a data set for re-identification."
+    "Open the pictures of a data set for re-identification."
     if dataset == 'glyphs':
         with TemporaryDirectory() as folder:
             yield market_folder(write_glyph_market(Path(folder, 'glyphs')))
@@ -186,7 +186,7 @@ def reid_task(
     size: tuple[int, int] = (28, 28),  # height and width, pixels
     channels: int = 1,  # 3 for RGB, 1 for grey
 ) -> ReIDTask:
-    "The pictures themselves, kept in memory for the next training of this process."
+    "Load the pictures once, and keep them in memory for later trainings."
     with reid_folder(dataset, data, despite_withdrawal) as found:
         query, gallery = (split.pixels(size, channels)
                           for split in (found.query, found.gallery))
@@ -198,7 +198,7 @@ class ReIDConfiguration(IdentityConfiguration):
 
     def measure(
         self,
-        checkpoint: Path | None = None,  # file to go on from
+        checkpoint: Path | None = None,  # file to resume from
         progress: Callable | None = None,  # not used
     ) -> dict:  # the content of a record
         "Train on the identities, rank the gallery for each query, judge the rankings."
@@ -214,7 +214,7 @@ class ReIDConfiguration(IdentityConfiguration):
         return _measure(self, checkpoint, task.training, judge, names)
 
     def describe(self) -> tuple[str, str, str]:  # the data, this part, the training
-        "What a dry run says; it refuses data that are bad."
+        "Say what a dry run prints; refuse bad data."
         with reid_folder(self.dataset, self.data, self.despite_withdrawal) as data:
             return str(data), '', _how(self)
 
@@ -222,7 +222,7 @@ class ReIDConfiguration(IdentityConfiguration):
         self,
         found: dict,  # the record of a run
     ) -> str:
-        "What was measured, for the foot of a table."
+        "Say what was measured, for the foot of a table."
         return '. '.join([
             _who(self, found), 'Single query, matches on other cameras only, average '
             'precision as the mean of the precisions at the matches, cosines of '
@@ -243,7 +243,7 @@ def pairs_task(
     size: tuple[int, int] = (28, 28),  # height and width, pixels
     channels: int = 1,  # 3 for RGB, 1 for grey
 ) -> PairsTask:
-    "Identities to train with, and pairs, kept in memory for the next training."
+    "Load identities and pairs once, and keep them in memory for later trainings."
     if dataset == 'glyphs':
         training = reid_task(size=size, channels=channels).training
         with TemporaryDirectory() as folder:
@@ -300,7 +300,7 @@ class PairsConfiguration(IdentityConfiguration):
 
     def measure(
         self,
-        checkpoint: Path | None = None,  # file to go on from
+        checkpoint: Path | None = None,  # file to resume from
         progress: Callable | None = None,  # not used
     ) -> dict:  # the content of a record
         "Train on the identities, then judge ten folds of pairs of others."
@@ -312,7 +312,7 @@ class PairsConfiguration(IdentityConfiguration):
         return found | dict(pairs=len(task.pairs))
 
     def describe(self) -> tuple[str, str, str]:  # the data, this part, the training
-        "What a dry run says; it refuses data that are bad."
+        "Say what a dry run prints; refuse bad data."
         if self.dataset == 'glyphs':
             return ('glyphs: 250 letters in 6 typefaces to train with, 6000 pairs of '
                     '250 others', '', _how(self))
@@ -325,7 +325,7 @@ class PairsConfiguration(IdentityConfiguration):
         self,
         found: dict,  # the record of a run
     ) -> str:
-        "What was measured, for the foot of a table."
+        "Say what was measured, for the foot of a table."
         return '. '.join([
             _who(self, found), f'{found["pairs"]} pairs in 10 folds: the accuracy on a '
             'fold is that at the threshold which is best on the other nine, the '

@@ -1,4 +1,4 @@
-"""The class margins of the paper's imbalanced table, computed from class sizes and one scale
+"""Compute the class margins of the paper's imbalanced table from class sizes and one scale
 
 Docs: https://largest-margins.github.io/largest-margins/study/predicted.html.md"""
 
@@ -49,7 +49,7 @@ def predict_table2(
     dataset: str = 'cifar10',  # whose printed numbers
     rows: tuple[str, ...] | None = None,  # as printed; None: those without a star
 ) -> list[Prediction]:  # in the order of the slides
-    "Printed class margins of one data set beside those of the losses' optima."
+    "Compute the class margins of one data set from the optima of the losses."
     k, n_max = dict(cifar10=(10, 5000), cifar100=(100, 500))[dataset]
     found = []
     for printed in printed_numbers()['cells']:
@@ -69,13 +69,13 @@ def counts_of(
     n_max: int,  # images of the most frequent class, ≥ 1
     num_classes: int,  # k
 ) -> list[int]:  # [k]
-    "Images of each class in a setting of Table 2."
+    "Count the images of each class in a setting of Table 2."
     kind, _, ratio = setting.rpartition('-')
     return imbalanced_counts(n_max, num_classes, float(ratio), kind)
 
 # %% ../../nbs/study/44_predicted.ipynb #54cb9a66
 def fit_table2() -> ScaleFit:
-    "The scale of Table 2, from eleven printed class margins of CIFAR-10."
+    "Fit the scale of Table 2 to eleven printed class margins of CIFAR-10."
     chosen = [(c['row'], c['setting'], c['class_margin'])
               for c in printed_numbers()['cells']
               if c['table'] == '2' and c['dataset'] == 'cifar10'
@@ -89,7 +89,7 @@ def fit_table2() -> ScaleFit:
 def predicted_lines(
     predictions: list[Prediction],
 ) -> list[str]:  # of Markdown
-    "A table of printed and computed class margins, one line for each row."
+    "Write printed and computed class margins as a table, one line for each row."
     settings = list(dict.fromkeys(p.setting for p in predictions))
     lines = ['| degrees: printed, computed | ' + ' | '.join(
         f'{s.replace("-", ", ratio ").replace("long, ratio tailed", "long-tailed")} | '
@@ -106,7 +106,7 @@ def optimum_margin(
     configuration,  # a `Configuration`
     counts: list[int],  # training samples of each class
 ) -> float | None:  # degrees; None where the loss has no such optimum, as CE has none
-    "The class margin at the optimum of a classifier's loss, zero centroid included."
+    "Compute the class margin at the optimum of a loss, zero centroid included."
     c = configuration
     added = (c.sample_margin, c.fixed, c.reweighted,
              getattr(c, 'adjusted_sample_margin', 0))
