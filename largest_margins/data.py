@@ -182,7 +182,7 @@ class ImageLoader(DataLoader):
     def __iter__(self): return self.create_batches(torch.as_tensor(self.get_idxs()))
 
     def create_batches(self, samps):
-        "Make batches of the given indices, also for fastai's loader in several processes."
+        "Make batches of the given indices; fastai's loader in processes asks here."
         rows = samps if isinstance(samps, Tensor) else torch.tensor(list(samps))
         if self.drop_last: rows = rows[:len(rows) // self.bs * self.bs]
         for batch in rows.long().split(self.bs): yield self.batch(batch)

@@ -1,4 +1,4 @@
-"""The class margin at a loss's own optimum, for any class sizes, and how far a training is from it
+"""Compute the class margin at a loss's optimum for any class sizes, and see whether a training has converged
 
 Docs: https://largest-margins.github.io/largest-margins/theory/free_optimum.html.md"""
 
@@ -32,7 +32,7 @@ class FreeOptimum:
 
     @property
     def class_margin(self) -> float:
-        "The smallest angle between two prototypes, radians."
+        "Return the smallest angle between two prototypes, radians."
         return class_margin(self.prototypes).item()
 
 
@@ -41,10 +41,10 @@ def free_optimum(
     class_counts: Iterable[float],  # samples of each class, > 0, [k]
     d: int | None = None,  # dimension; None: k + 1, where no descent gets stuck
     *,
-    centroid: float = 0.,  # λ ≥ 0 of the zero-centroid regulariser
+    centroid: float = 0.,  # λ ≥ 0 of the zero-centroid regularizer
     starts: int = 1,  # random starts, ≥ 1; the lowest loss counts
 ) -> FreeOptimum:
-    "Minimise a loss over free prototypes and features, one for each class."
+    "Minimize a loss over free prototypes and features, one for each class."
     counts = torch.as_tensor(list(class_counts), dtype=torch.float64)
     k = len(counts)
     if k < 2 or not (counts > 0).all() or not counts.isfinite().all():
