@@ -349,7 +349,7 @@ def check_scores(scores: Tensor, name: str = 'logits') -> Tensor:
         slack = max(1e-3, 4 * torch.finfo(scores.dtype).eps)
         if name == 'cosines' and max(-low, high) > 1 + slack:
             raise ValueError(f'cosines must lie in [-1, 1], got {low:.4g} to '
-                             f'{high:.4g}: were logits passed? Normalise features '
+                             f'{high:.4g}: were logits passed? Normalize features '
                              'and prototypes (CosineLinear does) and leave the '
                              'scale to the loss')
     return at_least_float32(scores)

@@ -20,9 +20,9 @@ from .checks import check_scores, check_targets, integer
 
 # %% ../nbs/evaluation/29_reliability.ipynb #5cdf878d
 def calibration_error(
-    probabilities: Tensor,  # of the classes, rows sum to 1, [N, k]
+    probabilities: Tensor,  # class probabilities, rows sum to 1, [N, k]
     targets: Tensor,  # class of each sample, integers in 0..k−1, [N]
-    bins: int = 15,  # of equal width, ≥ 1
+    bins: int = 15,  # number of bins of equal width, ≥ 1
 ) -> float:  # in [0, 1]
     "Compute the expected calibration error of the predicted class, equation (eq-ece)."
     probabilities = check_scores(probabilities, 'probabilities').double()
@@ -55,8 +55,8 @@ class Calibration(NamedTuple):
     "How far probabilities are from frequencies, before and after a fitted temperature."
     ece: float  # expected calibration error, in [0, 1]
     nll: float  # mean negative log-likelihood, nats
-    fitted_ece: float  # with the temperature fitted on the other half
-    fitted_nll: float  # nats
+    fitted_ece: float  # ECE with the temperature fitted on the other half
+    fitted_nll: float  # NLL with that temperature, nats
     temperature: float  # fitted on all samples
 
 

@@ -58,7 +58,7 @@ class Comparison:
 
     def interval(
         self,
-        confidence: float = .95,  # in (0, 1)
+        confidence: float = .95,  # of the interval, in (0, 1)
     ) -> tuple[float, float]:  # its lower and upper end
         "Return the interval of the mean difference."
         se, df = self.standard_error, len(self.by_seed) - 1
@@ -99,7 +99,7 @@ _ROUNDING = 1e-5  # of differences of percents and degrees that were float32 onc
 
 # %% ../../nbs/study/42_comparisons.ipynb #60a09b1c
 def adjust(
-    comparisons: dict,  # by any key; comparisons whose verdicts are given together
+    comparisons: dict,  # comparisons whose verdicts are given together, by any key
 ) -> dict:  # the same keys, with adjusted p-values
     "Adjust the verdicts for their number (Holm 1979)."
     found, level = {}, 0.
@@ -111,7 +111,7 @@ def adjust(
 
 # %% ../../nbs/study/42_comparisons.ipynb #ccea29a2
 def plot_comparisons(
-    comparisons: dict[str, Comparison],  # by what to call them, from the top down
+    comparisons: dict[str, Comparison],  # comparisons by name, from the top down
     ax=None,  # matplotlib axes; None makes a figure
 ):  # the axes
     "Plot mean differences, intervals of 95 %, and cells as bars; a ring is unsure."
@@ -170,10 +170,10 @@ def _by_cell(finished, name):
 @dataclass(frozen=True)
 class Standing:
     "One row among others."
-    row: str  # its name
+    row: str  # name of the row
     mean: float  # over settings and seeds
     behind: Comparison | None  # the row minus the best one; None for the best
-    p: float  # of no difference to the best, adjusted; 1 for the best
+    p: float  # adjusted p-value of no difference to the best; 1 for the best
 
     @property
     def ties(self) -> bool:

@@ -44,7 +44,7 @@ QUANTILES = (.01, .05, .25, .5, .75)
 def describe_margins(
     margins: Tensor,  # sample margins, [N]
     targets: Tensor,  # class of each sample, int64, [N]
-    num_classes: int,  # k
+    num_classes: int,  # number of classes, k
 ) -> dict:  # min, mean, class_mean, by_class (means, [k]) and quantiles (of QUANTILES)
     "Summarize the sample margins of one split; nan where there is no sample."
     margins, bins = margins.double(), torch.zeros(num_classes, dtype=torch.float64)
@@ -66,15 +66,15 @@ class Result:
     "One trained configuration, measured on both splits."
     configuration: object  # what was trained, a `Configuration`
     bound: float  # the best possible class margin, degrees
-    train_margins: dict  # of the training split, without augmentation
-    seconds: float  # training and validation; epochs trained twice count once
+    train_margins: dict  # sample margins of the training split, without augmentation
+    seconds: float  # training and validation; an epoch trained twice counts once
     diverged: bool  # the loss became nan or infinite
     history: list[dict]  # losses, accuracy (percent) and margins of each epoch
     prototypes: Tensor  # [k, d]
-    cosines: Tensor  # of the test images with the prototypes, [M, k]
+    cosines: Tensor  # cosines of the test images with the prototypes, [M, k]
     targets: Tensor  # classes of the test images, [M]
-    predictions: Tensor  # of the test images, [M]
-    classes: list[str]  # their names
+    predictions: Tensor  # predicted classes of the test images, [M]
+    classes: list[str]  # names of the k classes
     counts: list[int]  # training images of each class, [k]
 
     @cached_property
@@ -192,7 +192,7 @@ class Configuration(ClassifierFields):
         return (f'{Path(self.dataset).name}, {len(found["classes"])} classes, '
                 f'{self.epochs} epochs, {self.body}. Accuracy is that of the last '
                 'epoch. Accuracies and margins are measured on the test split, margins '
-                'with normalised features and prototypes. No class margin can exceed '
+                'with normalized features and prototypes. No class margin can exceed '
                 f'{found["bound"]:.2f}°')
 
 # %% ../../nbs/study/31_experiments.ipynb #cf2b1041
@@ -201,7 +201,7 @@ def train(
     data: ImageData | None = None,  # loaded before; None loads the configuration's
     progress: Callable[[int, dict], None] | None = None,  # called after each epoch
     checkpoint: str | Path | None = None,  # file to resume from; the caller removes it
-    cbs: tuple[Callback, ...] = (),  # further callbacks
+    cbs: tuple[Callback, ...] = (),  # further fastai callbacks
 ) -> Result:  # measured on the test split after the last epoch
     "Train one configuration; a seed gives the same numbers again on the same machine."
     c = configuration

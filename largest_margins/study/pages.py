@@ -25,7 +25,7 @@ from ..plots import (
 @dataclass(frozen=True)
 class Table:
     "A table for people, and its numbers for machines."
-    title: str  # heading
+    title: str  # heading of the page or file
     parts: list  # (heading, column headings, rows of (text, bold)) of each part
     notes: list[str]  # paragraphs to print below
     numbers: list = ()  # rows for machines, unrounded; the first has the headings
@@ -121,8 +121,8 @@ WRITERS = {'md': markdown, 'csv': comma_separated, 'tex': latex, 'html': html_pa
 
 # %% ../../nbs/study/32_report.ipynb #3908a471
 def inline_image(
-    figure,  # of matplotlib; it is closed
-    description: str,  # for those who cannot see it
+    figure,  # a matplotlib figure, which is closed afterwards
+    description: str,  # alternative text for those who cannot see it
 ) -> Markup:  # an HTML element with the picture inside
     "Embed a figure in a page."
     buffer = io.BytesIO()
@@ -134,7 +134,7 @@ def inline_image(
 
 # %% ../../nbs/study/32_report.ipynb #76201c86
 def figures_of(
-    label: str,  # of the training
+    label: str,  # name of the training
     tensors: dict,  # prototypes [k, d]; of the test images: cosines [M, k], targets [M]
     history: list[dict],  # the margins of each epoch
 ) -> Markup:  # HTML elements

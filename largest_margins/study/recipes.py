@@ -25,8 +25,8 @@ from .configurations import LOSSES, TrainingFields
 @dataclass(frozen=True)
 class Row:
     "One row of a table."
-    name: str  # what `--rows` calls it, without spaces
-    label: str  # what the table calls it; a printed row of that label stands beside it
+    name: str  # name for `--rows`, without spaces
+    label: str  # name in the table; a printed row of that name stands beside it
     changes: dict  # fields of the configuration
 
 
@@ -41,16 +41,16 @@ class Setting:
 @dataclass(frozen=True)
 class Recipe:
     "One table: what is trained, how, and what is shown."
-    name: str  # as on the command line
+    name: str  # name on the command line
     rows: Callable[[int], list[Row]]  # takes k, the number of classes
     settings: tuple[Setting, ...]  # the parts of the table
     training: dict  # fields of the configuration by data set; '' for any other
-    beside: dict  # whose printed numbers stand beside which data set; '' for others
+    beside: dict  # data set → one whose printed numbers stand beside it; '' for others
     columns: tuple[str, ...]  # the numbers shown, names in `MEASURES`
-    notes: str = ''  # what a reader of the table has to know
-    kind: str | type = 'experiments.Configuration'  # what knows what a run does
+    notes: str = ''  # printed below the table
+    kind: str | type = 'experiments.Configuration'  # class of the configurations
     dataset: str | None = 'digits'  # the usual data set; None: there are no data
-    heading: str = ''  # of the table; '': what `printed_numbers` has
+    heading: str = ''  # heading; '' takes that of `printed_numbers`
     figures: bool = False  # whether the page shows each training
     remarks: Callable | None = None  # from the lines of the table to further notes
 
@@ -300,7 +300,7 @@ DEMO = Recipe('demo', demo_rows, (Setting('balanced', 'Balanced'),), {'': {}}, {
 
 # %% ../../nbs/study/36_recipes.ipynb #7889e89e
 def find_recipe(
-    name: str,  # of a table, a name in `TABLES`, or 'tails'
+    name: str,  # a name in `TABLES`, or 'tails'
     dataset: str | None = None,  # the data set; None: the usual one
 ) -> Recipe:
     "Return the recipe of a table."
@@ -309,7 +309,7 @@ def find_recipe(
 
 # %% ../../nbs/study/36_recipes.ipynb #e025a576
 def choose(
-    rows: list[Row],  # of a recipe
+    rows: list[Row],  # rows to choose from
     patterns: list[str] | None,  # names, with * and ? as in a shell; None chooses all
 ) -> list[Row]:  # in the order of the table
     "Return the rows that a list of names and patterns picks."
@@ -323,7 +323,7 @@ def choose(
 # %% ../../nbs/study/36_recipes.ipynb #695080b1
 def printed(
     recipe: Recipe,  # the table
-    dataset: str | None,  # ours
+    dataset: str | None,  # name of the data set that we train on
     setting: Setting,  # part of the table
     row: Row,  # row of the table
 ) -> dict:  # accuracy (percent), class_margin (degrees), …, as in `COLUMNS`; or {}

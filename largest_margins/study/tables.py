@@ -77,7 +77,7 @@ def plan(
     dataset: str | None = None,  # name or path of the data set; None: the recipe's
     rows: list[str] | None = None,  # names or patterns; None takes all rows
     seeds: int | list[int] = 1,  # trainings of each row, ≥ 1 (0, 1, …); or the seeds
-    num_classes: int = 10,  # k of the data set
+    num_classes: int = 10,  # number of classes in the data set
     **changes,  # fields of the configuration for all runs, such as epochs and data
 ) -> list[Run]:  # all rows with the first seed, then all with the next
     "List what a table will train, in that order."
@@ -99,7 +99,7 @@ def machine() -> dict:
 
 # %% ../../nbs/study/37_tables.ipynb #43a70d2d
 def record(
-    configuration: Any,  # of a run
+    configuration: Any,  # configuration of the run
     content: dict,  # what was measured
 ) -> dict:  # plain values, without nan
     "Make the record of a run: what was asked, what came out, and what it ran on."
@@ -134,7 +134,7 @@ def _git_state():
 
 # %% ../../nbs/study/37_tables.ipynb #d37f8754
 def read_record(
-    path: Path,  # of a record
+    path: Path,  # file of the record
     configuration: Any,  # that is asked for
 ) -> dict | None:  # the record; None if there is none
     "Read the record of a run; ValueError if it is of another configuration, or none."
@@ -152,8 +152,8 @@ def read_record(
 
 
 def read_records(
-    runs: list[Run],  # of a table
-    out: Path,  # its directory
+    runs: list[Run],  # runs of a table
+    out: Path,  # directory of the table
 ) -> list[tuple[Run, dict]]:  # the finished ones with their records
     "Read the records of a table that are there."
     found = ((run, read_record(out/run.path, run.configuration)) for run in runs)
@@ -164,8 +164,8 @@ def execute(
     runs: list[Run],  # what to train
     out: Path,  # directory; the records go to `Run.path` below it
     jobs: int = 1,  # runs at the same time, ≥ 1, or −1 for as many as there are cores
-    threads: int | None = 1,  # of the CPU, for each run; None: as torch takes
-    progress: Callable[[int, dict], None] | None = None,  # of one job: told each epoch
+    threads: int | None = 1,  # CPU threads of each run; None: torch's default
+    progress: Callable[[int, dict], None] | None = None,  # called after each epoch
 ) -> Iterator[tuple[Run, dict]]:  # each with its record, as it ends
     "Train the runs; write each record before returning it."
     if not isinstance(jobs, int) or (jobs < 1 and jobs != -1):
@@ -181,8 +181,8 @@ def execute(
 def run_one(
     run: Run,  # what to train
     out: Path,  # directory; the record goes to `Run.path` below it
-    threads: int | None = 1,  # of the CPU; None: as torch takes
-    progress: Callable[[int, dict], None] | None = None,  # told epoch and margins
+    threads: int | None = 1,  # CPU threads; None: torch's default
+    progress: Callable[[int, dict], None] | None = None,  # called after each epoch
 ) -> tuple[Run, dict]:  # the run and its record
     "Train one run, from its checkpoint if there is one, and write its record."
     c, before = run.configuration, torch.get_num_threads()
@@ -220,7 +220,7 @@ class Line:
     setting: Setting
     row: Row
     runs: int  # finished, diverged ones included
-    diverged: int  # of these
+    diverged: int  # how many of these diverged
     values: dict  # name in `MEASURES` → the numbers of the others, a list
     printed: dict  # name in `MEASURES` → the paper's number
 
@@ -361,7 +361,7 @@ def make_table(
     rows: list[str] | None = None,  # names or patterns; None takes all rows
     seeds: int | list[int] = 1,  # trainings of each row, ≥ 1 (0, 1, …); or the seeds
     jobs: int = 1,  # runs at the same time, ≥ 1, or −1 for as many as there are cores
-    threads: int | None = 1,  # of the CPU, for each run; None: as torch takes
+    threads: int | None = 1,  # CPU threads of each run; None: torch's default
     resume: bool = False,  # keep what is in `out`, finished or begun; False refuses it
     dry_run: bool = False,  # only print the plan
     tell: Callable[[str], None] = print,  # takes a line of output
