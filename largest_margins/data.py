@@ -39,7 +39,7 @@ from .images import ImageFiles, image_files, is_clutter
 @dataclass(frozen=True, eq=False)
 class ImageData:
     "Images and their classes, split into training and test."
-    name: str  # what it is called
+    name: str  # name of the data set
     train_images: Tensor  # bytes, or numbers of a table, [N, c, h, w]
     train_targets: Tensor  # classes, int64 in 0..k−1, [N]
     test_images: Tensor  # bytes, or numbers of a table, [M, c, h, w]
@@ -78,7 +78,7 @@ class ImageData:
         batch_size: int = 128,  # images in a batch
         augment: Callable | None = None,  # bytes to bytes, [n, c, h, w], training only
         device: torch.device | str | None = None,  # where batches go; None: fastai's
-        seed: int | None = None,  # of the order and the augmentation; None: torch's
+        seed: int | None = None,  # of order and augmentation; None: torch's generator
         valid: float | None = None,  # share held out of training; None: test
     ) -> DataLoaders:  # with the attributes `c` and `vocab`
         "Make in-memory batches for fastai's `Learner`, or for any loop."
@@ -125,8 +125,8 @@ class ImageDataset:
         images: Tensor,  # bytes, [N, c, h, w]
         targets: Tensor | None,  # classes, [N]; None for images to predict
         vocab: list[str],  # names of the k classes
-        mean: Tensor,  # of each channel, in bytes, [c]
-        std: Tensor,  # of each channel, in bytes, [c]
+        mean: Tensor,  # mean of each channel, in bytes, [c]
+        std: Tensor,  # standard deviation of each channel, in bytes, [c]
     ):
         self.images, self.targets = images, targets
         self.vocab = CategoryMap(vocab, sort=False)  # what fastai's tools expect
@@ -163,7 +163,7 @@ class ImageLoader(DataLoader):
         self,
         dataset: ImageDataset | Tensor,  # or bytes [n, c, h, w], for `test_dl`
         augment: Callable | None = None,  # bytes to bytes, [n, c, h, w]
-        seed: int | None = None,  # of the order; None: torch's
+        seed: int | None = None,  # seed of the order; None: torch's generator
         **kwargs,  # as for fastai's DataLoader: bs, shuffle, drop_last, device
     ):
         super().__init__(dataset, **kwargs)
@@ -208,7 +208,7 @@ class ImageLoader(DataLoader):
 
     def show_batch(
         self,
-        max_n: int = 10,  # how many images
+        max_n: int = 10,  # number of images to show
         axes=None,  # matplotlib axes; None makes a figure
     ):
         "Show the first images with their classes, as bytes."
@@ -219,7 +219,7 @@ class ImageLoader(DataLoader):
 def show_images(
     images: Tensor,  # bytes, [n, c, h, w]
     targets: Tensor,  # classes, [n]
-    classes: list[str],  # their names
+    classes: list[str],  # names of the classes
     axes=None,  # n matplotlib axes; None makes a figure in rows of ten
 ):
     "Show a row of images with the names of their classes."
@@ -273,7 +273,7 @@ class RandomAffine:
     def __call__(
         self,
         x: Tensor,  # images, bytes, [n, c, h, w]
-        generator: torch.Generator | None = None,  # of the randomness, on the CPU
+        generator: torch.Generator | None = None,  # source of randomness, on the CPU
     ) -> Tensor:  # moved images, bytes, [n, c, h, w]
         n, c, h, w = x.shape
         draw = partial(torch.randint, generator=generator)

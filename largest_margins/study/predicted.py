@@ -32,7 +32,7 @@ MARGIN_LOSSES: dict[str, Callable[[float, list[int]], nn.Module]] = {
 @dataclass(frozen=True)
 class Prediction:
     "One class margin of Table 2, printed and computed."
-    row: str  # as printed; a star is the zero centroid
+    row: str  # name of the row as printed; a star is the zero centroid
     setting: str  # 'long-tailed-100', 'long-tailed-10', 'step-100' or 'step-10'
     printed: float  # degrees
     computed: float  # degrees, at the loss's optimum
@@ -46,8 +46,8 @@ class Prediction:
 
 def predict_table2(
     scale: float = 5.,  # s > 0 of all losses
-    dataset: str = 'cifar10',  # whose printed numbers
-    rows: tuple[str, ...] | None = None,  # as printed; None: those without a star
+    dataset: str = 'cifar10',  # the data set whose printed numbers to compare with
+    rows: tuple[str, ...] | None = None,  # names as printed; None: rows without a star
 ) -> list[Prediction]:  # in the order of the slides
     "Compute the class margins of one data set from the optima of the losses."
     k, n_max = dict(cifar10=(10, 5000), cifar100=(100, 500))[dataset]
@@ -67,7 +67,7 @@ def predict_table2(
 def counts_of(
     setting: str,  # such as 'long-tailed-100'
     n_max: int,  # images of the most frequent class, ≥ 1
-    num_classes: int,  # k
+    num_classes: int,  # number of classes, k
 ) -> list[int]:  # [k]
     "Count the images of each class in a setting of Table 2."
     kind, _, ratio = setting.rpartition('-')
@@ -103,7 +103,7 @@ def predicted_lines(
 
 # %% ../../nbs/study/44_predicted.ipynb #0c6f9110
 def optimum_margin(
-    configuration,  # a `Configuration`
+    configuration,  # the `Configuration` of a training
     counts: list[int],  # training samples of each class
 ) -> float | None:  # degrees; None where the loss has no such optimum, as CE has none
     "Compute the class margin at the optimum of a loss, zero centroid included."

@@ -27,7 +27,7 @@ class FreeOptimum:
     "Where free prototypes and features end."
     prototypes: Tensor  # unit rows, float64, [k, d]
     features: Tensor  # unit rows, one for each class, float64, [k, d]
-    value: float  # their loss
+    value: float  # loss of these prototypes and features
     gap: float | None  # the loss could be lower by this at most; None: not certified
 
     @property
@@ -37,7 +37,7 @@ class FreeOptimum:
 
 
 def free_optimum(
-    loss: nn.Module,  # of cosines [N, k] and targets [N], smooth; its weight is ignored
+    loss: nn.Module,  # smooth, of cosines [N, k] and targets [N]; its weight is ignored
     class_counts: Iterable[float],  # samples of each class, > 0, [k]
     d: int | None = None,  # dimension; None: k + 1, where no descent gets stuck
     *,
@@ -84,7 +84,7 @@ class ScaleFit:
 # %% ../../nbs/theory/11e_free_optimum.ipynb #aaf07d1b
 def fit_scale(
     cases: list[tuple],  # (loss with a scale, class counts, printed angle in degrees)
-    first: float = 5.,  # where to start, > 0
+    first: float = 5.,  # scale to start from, > 0
 ) -> ScaleFit:
     "Fit one scale to several printed class margins (Gauss-Newton)."
     from scipy.stats import t
