@@ -52,9 +52,9 @@ class IdentityConfiguration(TrainingFields):
     body: str = 'conv3-narrow'  # a name in `BODIES`, or resnet50, see `resnet50_body`
     embedding: int | None = _field(128, at_least=1)  # dimension, ≥ 1; None: the body's
     weights: str | None = None  # file of weights to start from, for resnet50
-    height: int = _field(28, at_least=8)  # of the images, pixels, ≥ 8
-    width: int = _field(28, at_least=8)  # of the images, pixels, ≥ 8
-    channels: int = 1  # of the images, 3 for RGB, 1 for grey
+    height: int = _field(28, at_least=8)  # height of the images in pixels, ≥ 8
+    width: int = _field(28, at_least=8)  # width of the images in pixels, ≥ 8
+    channels: int = 1  # channels of the images: 3 for RGB, 1 for gray
     despite_withdrawal: bool = _field(False)  # see `duke_folder`
 
     def _check(self):
@@ -184,7 +184,7 @@ def reid_task(
     data: str | None = None,  # see `reid_folder`
     despite_withdrawal: bool = False,  # see `duke_folder`
     size: tuple[int, int] = (28, 28),  # height and width, pixels
-    channels: int = 1,  # 3 for RGB, 1 for grey
+    channels: int = 1,  # 3 for RGB, 1 for gray
 ) -> ReIDTask:
     "Load the pictures once, and keep them in memory for later trainings."
     with reid_folder(dataset, data, despite_withdrawal) as found:
@@ -233,7 +233,7 @@ class ReIDConfiguration(IdentityConfiguration):
 class PairsTask:
     "Images to train with, and pairs of other identities to judge."
     training: ImageData  # classes are the identities
-    pairs: list[Pair]  # in the order of their file
+    pairs: list[Pair]  # pairs of images, in the order of their file
     root: Path | None  # folder of the pairs' images; None: pairs hold the images
 
 
@@ -241,7 +241,7 @@ class PairsTask:
 def pairs_task(
     dataset: str = 'glyphs',  # or the path of a folder with train and test/pairs.txt
     size: tuple[int, int] = (28, 28),  # height and width, pixels
-    channels: int = 1,  # 3 for RGB, 1 for grey
+    channels: int = 1,  # 3 for RGB, 1 for gray
 ) -> PairsTask:
     "Load identities and pairs once, and keep them in memory for later trainings."
     if dataset == 'glyphs':
@@ -289,7 +289,7 @@ def _judge_pairs(c, learn, task, names):
 
 
 def _embedding(learn, channels):
-    "The features of images in [−1, 1] by a network trained on normalised bytes."
+    "The features of images in [−1, 1] by a network trained on normalized bytes."
     data, model = learn.dls.valid_ds, learn.model[:-1].eval()
     mean, std = (x.to(learn.dls.device)[:, None, None] for x in (data.mean, data.std))
     return lambda x: plain(model((127.5 * (x[:, :channels] + 1) - mean) / std))

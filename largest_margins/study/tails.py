@@ -87,8 +87,8 @@ class TailConfiguration(Configuration):
 # %% ../../nbs/study/43_tails.ipynb #3c49b155
 def noisy(
     data: ImageData,
-    share: float,  # of the training labels, in [0, 1)
-    seed: int = 0,  # which ones, and what they become
+    share: float,  # share of the training labels to replace, in [0, 1)
+    seed: int = 0,  # chooses the labels and their new classes
 ) -> ImageData:  # the test split stays
     "Replace a share of the training labels by other classes."
     generator = torch.Generator().manual_seed(seed)
