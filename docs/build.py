@@ -57,7 +57,7 @@ kinds = [
              Section('Results', 'What was measured, and how it compares with what the paper prints.', 'results')),
          ('theory/errata', 'glossary', 'bibliography')),
     Kind('Reference', 'The names that users need, grouped by what one does with them.', 'api/index', (
-        Section('Losses', 'One formula for the whole family, its regularisers and its heads.', 'losses'),
+        Section('Losses', 'One formula for the whole family, its regularizers and its heads.', 'losses'),
         Section('Engine', 'The same losses for any number of classes, on one machine and on many, and what they '
                 'cost.', 'engine'),
         Section('Training', 'Data, callbacks, plots and the Learner.', 'training'),

@@ -1,4 +1,4 @@
-"""What an argument must be, said once
+"""Refuse a wrong argument at once, with a sentence that names it
 
 Docs: https://largest-margins.github.io/largest-margins/losses/checks.html.md"""
 
@@ -56,7 +56,7 @@ def _in_range(name, value, bounds):
 
 # %% ../nbs/losses/10_checks.ipynb #56242781
 def number(name: str, value, **bounds: float) -> float:
-    "A finite number; `bounds` are `above`, `at_least`, `at_most` and `below`."
+    "Check a finite number; `bounds` are `above`, `at_least`, `at_most` and `below`."
     value = _scalar(name, value, Real, 'a number')
     try: given = float(value)
     except OverflowError: given = math.inf
@@ -66,18 +66,18 @@ def number(name: str, value, **bounds: float) -> float:
 
 # %% ../nbs/losses/10_checks.ipynb #56242783
 def integer(name: str, value, **bounds: float) -> int:
-    "A whole number within its bounds."
+    "Check a whole number and its bounds."
     return _in_range(name, int(_scalar(name, value, Integral, 'an int')), bounds)
 
 # %% ../nbs/losses/10_checks.ipynb #56242782
 def flag(name: str, value: bool) -> bool:
-    "True or False, and nothing else."
+    "Check that a value is True or False."
     if isinstance(value, bool): return value
     raise TypeError(f'{name} must be True or False, got {_described(value)}')
 
 # %% ../nbs/losses/10_checks.ipynb #56242784
 def choice(name: str, value: str, options: tuple) -> str:
-    "One of the options."
+    "Check that a value is one of the options."
     if not isinstance(value, str):
         raise TypeError(f'{name} must be a string, got {_described(value)}')
     if value in options: return value
@@ -131,13 +131,13 @@ class Choice(Checked):
 
 # %% ../nbs/losses/10_checks.ipynb #a62ef311
 def values_are_cheap(x: Tensor) -> bool:
-    "Whether values are here to be looked at: no GPU waits, no graph breaks."
+    "Say whether a check may look at values: no GPU waits, no graph breaks."
     return (x.is_cpu and type(x) in (Tensor, torch.nn.Parameter)
             and not is_traced() and not _is_fake())
 
 # %% ../nbs/losses/10_checks.ipynb #a62ef312
 def is_traced() -> bool:
-    "Whether what runs now is recorded or transformed: compiled, traced, `torch.func`."
+    "Say whether code is being recorded or transformed: compile, trace, `torch.func`."
     return (torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
             or torch._C._are_functorch_transforms_active())
 
@@ -150,7 +150,7 @@ def _is_fake():
 
 # %% ../nbs/losses/10_checks.ipynb #68661f2d
 def plain(x: Tensor) -> Tensor:
-    "The tensor itself: subclasses cost time, and may return the subclass again."
+    "Strip tensor subclasses, which cost time and may return the subclass again."
     if type(x) is Tensor or is_traced(): return x
     if isinstance(x, torch._subclasses.FakeTensor): return x
     if hasattr(x, 'full_tensor'):
@@ -160,17 +160,17 @@ def plain(x: Tensor) -> Tensor:
 
 # %% ../nbs/losses/10_checks.ipynb #68661f2f
 def at_least_float32(x: Tensor) -> Tensor:
-    "A plain tensor in float32, or in float64 if it was: half precision is for storage."
+    "Return a plain tensor in float32, or in float64 if it was."
     return plain(x).to(torch.promote_types(x.dtype, torch.float32))
 
 # %% ../nbs/losses/10_checks.ipynb #51b7a3ca
 def is_symbol(x) -> bool:
-    "Whether `x` is a name in a graph that fx is drawing."
+    "Say whether `x` is a name in a graph that fx is drawing."
     return isinstance(x, torch.fx.Proxy)
 
 # %% ../nbs/losses/10_checks.ipynb #51b7a3cb
 def as_one_node(module: torch.nn.Module, *args, given=None) -> torch.fx.Proxy:
-    "A call of `module` as one node of a graph: its checks of values cannot be drawn."
+    "Make a call of `module` one node of a graph, since its checks cannot be drawn."
     tracer = args[0].tracer
     try: path = tracer.path_of_module(module)
     except NameError: path = ''  # it is traced by itself
@@ -221,7 +221,7 @@ def _as_tensor(name, values):
 
 # %% ../nbs/losses/10_checks.ipynb #8d8ef922
 def per_class(name: str, values: Tensor | Iterable, **bounds: float) -> Tensor:
-    "One finite number within its bounds for each class, as a tensor, [k]."
+    "Check one finite number for each class and its bounds; return a tensor, [k]."
     values = _as_tensor(name, values)
     if values.ndim != 1 or len(values) < 2:
         raise ValueError(f'{name} must be [k] with k ≥ 2, '
@@ -257,7 +257,7 @@ class PerClass(Checked):
 
 # %% ../nbs/losses/10_checks.ipynb #529588f0
 def per_sample(name: str, value, x: Tensor, **bounds: float) -> Tensor:
-    "A number within its bounds for each row of `x`, or one for all, as [N]."
+    "Check a number for each row of `x`, or one for all; return [N]."
     dtype = torch.promote_types(x.dtype, torch.float32)
     if not isinstance(value, Tensor):
         return x.new_full(x.shape[:1], number(name, value, **bounds), dtype=dtype)
@@ -322,7 +322,7 @@ def check_integers(targets: Tensor, samples: int, device=None) -> Tensor:
 
 # %% ../nbs/losses/10_checks.ipynb #bb1549c0
 def check_range(targets: Tensor, num_classes: int, ignored: Tensor | None = None):
-    "Refuse classes that there are not, on a CPU; those of `ignored` samples may be."
+    "Refuse classes outside 0…k−1, on a CPU; those of `ignored` samples may be."
     if not values_are_cheap(targets): return
     if ignored is not None: targets = targets[~ignored]
     if not targets.numel(): return
@@ -349,7 +349,7 @@ def check_scores(scores: Tensor, name: str = 'logits') -> Tensor:
         slack = max(1e-3, 4 * torch.finfo(scores.dtype).eps)
         if name == 'cosines' and max(-low, high) > 1 + slack:
             raise ValueError(f'cosines must lie in [-1, 1], got {low:.4g} to '
-                             f'{high:.4g}: were logits passed? Normalise features '
+                             f'{high:.4g}: were logits passed? Normalize features '
                              'and prototypes (CosineLinear does) and leave the '
                              'scale to the loss')
     return at_least_float32(scores)

@@ -1,4 +1,4 @@
-"""`largest-margins`: prove, train, table, inspect, prototypes, demo
+"""Check claims, train, make tables, inspect files and compute prototypes from a terminal
 
 Docs: https://largest-margins.github.io/largest-margins/study/cli.html.md"""
 

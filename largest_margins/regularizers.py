@@ -1,4 +1,4 @@
-"""The zero-centroid term, for imbalanced classes
+"""Keep the prototypes of rare classes apart with the zero-centroid term
 
 Docs: https://largest-margins.github.io/largest-margins/losses/regularizers.html.md"""
 
@@ -58,7 +58,7 @@ def zero_centroid(
     prototypes: Tensor,  # one row for each class, of any norm, [k, d], k ≥ 2
     group=None,  # process group whose ranks hold different classes, [k_r, d] each
 ) -> Tensor:  # in [0, 1], []
-    "‖(1/k) Σ_j w_j/‖w_j‖‖², the squared norm of the centroid (Zhou et al. 2022, §3.4)."
+    "Compute ‖(1/k) Σ_j w_j/‖w_j‖‖², the centroid's squared norm (Zhou et al. 3.4)."
     check_prototypes(prototypes, least=2 if group is None else 1)
     if is_traced() and group is None:
         return unit_rows(at_least_float32(prototypes)).mean(0).square().sum()

@@ -1,4 +1,4 @@
-"""How honest a classifier's probabilities are, and whether it notices what it never saw
+"""Measure whether a classifier's probabilities are honest, and whether it notices what it never saw
 
 Docs: https://largest-margins.github.io/largest-margins/evaluation/reliability.html.md"""
 
@@ -20,11 +20,11 @@ from .checks import check_scores, check_targets, integer
 
 # %% ../nbs/evaluation/29_reliability.ipynb #5cdf878d
 def calibration_error(
-    probabilities: Tensor,  # of the classes, rows sum to 1, [N, k]
+    probabilities: Tensor,  # class probabilities, rows sum to 1, [N, k]
     targets: Tensor,  # class of each sample, integers in 0..k−1, [N]
-    bins: int = 15,  # of equal width, ≥ 1
+    bins: int = 15,  # number of bins of equal width, ≥ 1
 ) -> float:  # in [0, 1]
-    "The expected calibration error of the predicted class, equation (eq-ece)."
+    "Compute the expected calibration error of the predicted class, equation (eq-ece)."
     probabilities = check_scores(probabilities, 'probabilities').double()
     targets = check_targets(targets, *probabilities.shape, probabilities.device)
     bins = integer('bins', bins, at_least=1)
@@ -43,7 +43,7 @@ def fit_temperature(
     logits: Tensor,  # scores of the classes, [N, k]
     targets: Tensor,  # class of each sample, integers in 0..k−1, [N]
 ) -> float:  # T in [1e-3, 1e3]
-    "The temperature by which to divide logits for the smallest NLL (Guo et al. 2017)."
+    "Find the temperature by which to divide logits for the smallest NLL."
     logits = check_scores(logits, 'logits').double()
     targets = check_targets(targets, *logits.shape, logits.device)
     def nll(log_t): return F.cross_entropy(logits / math.exp(log_t), targets).item()
@@ -55,8 +55,8 @@ class Calibration(NamedTuple):
     "How far probabilities are from frequencies, before and after a fitted temperature."
     ece: float  # expected calibration error, in [0, 1]
     nll: float  # mean negative log-likelihood, nats
-    fitted_ece: float  # with the temperature fitted on the other half
-    fitted_nll: float  # nats
+    fitted_ece: float  # ECE with the temperature fitted on the other half
+    fitted_nll: float  # NLL with that temperature, nats
     temperature: float  # fitted on all samples
 
 # %% ../nbs/evaluation/29_reliability.ipynb #98a0d906
@@ -90,7 +90,7 @@ def detection(
     known: Tensor,  # scores of samples of the known classes, [N]
     unknown: Tensor,  # scores of samples from elsewhere, [M]
 ) -> Detection:
-    "AUROC and FPR95 of a score that is larger for known samples."
+    "Compute AUROC and FPR95 of a score that is larger for known samples."
     for name, x in (('known', known), ('unknown', unknown)):
         if x.ndim != 1 or not len(x) or not x.isfinite().all():
             raise ValueError(f'{name} must be finite scores [N] with N ≥ 1, got shape '

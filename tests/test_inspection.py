@@ -247,7 +247,8 @@ def test_parts_with_an_index_and_folders(tmp_path, capsys):
 @pytest.mark.parametrize('content,said', [
     (b'\x89HDF\r\n\x1a\n' + bytes(99), 'HDF5 .*keras'), (b'GGUF\3' + bytes(99), 'GGUF .*gguf'),
     (b'version https://git-lfs.github.com/spec/v1\noid', 'git lfs pull'), (b'\n<!DOCTYPE html><html>', 'web page'),
-    (b'<html>404', 'web page'), (b'<?xml version="1.0"?><Error>', 'web page'), (gzip.compress(b'x', mtime=0), 'unpack it'),
+    (b'<html>404', 'web page'), (b'<?xml version="1.0"?><Error>', 'web page'),
+    (gzip.compress(b'x', mtime=0), 'unpack it'),
     (bz2.compress(b'x'), 'unpack it'), (lzma.compress(b'x'), 'unpack it'), (b'\x1c\0\0\0TFL3' + bytes(9), 'TensorFlow'),
     (b'%PDF-1.4', 'document'), (b'\x89PNG\r\n', 'image'), (b'', 'is damaged'), (b'just some text', 'is damaged')])
 def test_what_is_not_read_is_called_by_its_name(tmp_path, capsys, content, said):

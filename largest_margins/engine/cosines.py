@@ -1,4 +1,4 @@
-"""The matrix of cosines, and the log-sum-exp of all but the target
+"""Compute the matrix of cosines, and the log-sum-exp of all classes but the target
 
 Docs: https://largest-margins.github.io/largest-margins/engine/cosines.html.md"""
 
@@ -20,7 +20,7 @@ from ..margins import unit_rows
 
 # %% ../../nbs/engine/11_cosines.ipynb #1597cc0f
 def full_precision(device_type):
-    "A context without autocast."
+    "Make a context without autocast."
     known = torch.amp.is_autocast_available(device_type)
     if not known or not torch.is_autocast_enabled(device_type): return nullcontext()
     return torch.autocast(device_type, enabled=False)
@@ -28,7 +28,7 @@ def full_precision(device_type):
 # %% ../../nbs/engine/11_cosines.ipynb #e9e69c0c
 @cache
 def work_dtype(first, second):
-    "At least float32: half precision is for storage, sums are formed in float32."
+    "Return at least float32: half precision is for storage."
     return torch.promote_types(torch.promote_types(first, second), torch.float32)
 
 # %% ../../nbs/engine/11_cosines.ipynb #7141e365
@@ -36,7 +36,7 @@ def cosine_matrix(
     features: Tensor,  # rows of any norm, [N, d], floating point
     prototypes: Tensor,  # rows of any norm, [k, d], floating point
 ) -> Tensor:  # cosines in [−1, 1] up to rounding, [N, k], in at least float32
-    "All cosines of features with prototypes; a row of zeros has cosine 0 with all."
+    "Compute all cosines of features with prototypes; a row of zeros has cosine 0."
     check_features(features, prototypes)
     dtype = work_dtype(features.dtype, prototypes.dtype)
     with full_precision(features.device.type):
@@ -48,7 +48,7 @@ def angle_from_cosine(
     cosine: Tensor,  # cosines in [−1, 1] up to rounding, any shape
     resolution: float,  # the distance of 1 to the next smaller cosine
 ) -> Tensor:  # angles in radians, in [0, π], same shape
-    "The angle whose cosine is given, by its chords; value and slope are finite at ±1."
+    "Compute the angle of a cosine, by its chords; value and slope are finite at ±1."
     def by_chords(c): return 2 * torch.atan2((1 - c).sqrt(), (1 + c).sqrt())
     inside = cosine + (cosine.clamp(resolution - 1, 1 - resolution) - cosine).detach()
     theta = by_chords(inside)
@@ -56,7 +56,7 @@ def angle_from_cosine(
 
 # %% ../../nbs/engine/11_cosines.ipynb #072f42a6
 def log_sum_exp_of_others(cosines, targets, scale, log_prior=None):
-    "log Σ_{j≠y} (π_j/π_y) exp(s·c_j) of each sample, [N]; with or without log π, [k]."
+    "Compute log Σ_{j≠y} (π_j/π_y) exp(s·c_j) for each sample, [N]; log π is optional."
     others = (scale * cosines).scatter(1, targets[:, None], -torch.inf)
     if log_prior is None: return others.logsumexp(1)
     return (others + log_prior).logsumexp(1) - log_prior[targets]

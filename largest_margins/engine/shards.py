@@ -1,4 +1,4 @@
-"""The same losses, with prototypes too many for one machine
+"""Compute the same losses when the prototypes are too many for one machine
 
 Docs: https://largest-margins.github.io/largest-margins/engine/shards.html.md"""
 

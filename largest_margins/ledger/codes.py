@@ -132,7 +132,7 @@ register(Claim(
     'BP', 'Energy and packing', 'mended',
     'argmax ‖w_i − w_j‖ is min_W lim_{t→∞} Σ ‖w_i − w_j‖^−t',
     '(min_W E_t)^{1/t} → 1/δ_k, the best packing having δ_k = max_W min_{i≠j} '
-    '‖w_i − w_j‖; cluster points of minimisers are best packings, but not every best '
+    '‖w_i − w_j‖; cluster points of minimizers are best packings, but not every best '
     'packing is one', 'every k and d',
     (Check('exact arithmetic', _bp_exact, '≥'),
      Check('search', _bp_optimised, '=', 2e-3, quick=False),
@@ -171,7 +171,7 @@ def _p3_exact(total=lambda k, square: k**3 - k * square):
 
 
 def _p3_optimised(largest=lambda k: k / (k - 1), k=10, d=12):
-    "The largest γ_min over prototypes and features that an optimiser finds."
+    "The largest γ_min over prototypes and features that an optimizer finds."
     return largest_margin(k, d, 0, scales=(5., 20.))[0], largest(k)
 
 
@@ -212,10 +212,10 @@ def _t2_exact(margin=1):
 
 register(Claim(
     'T2', "Sample margins and class margins, the slides' Theorem 2", 'mended',
-    'γ_min is maximal iff W maximises m_c and z_i is the normalised difference '
+    'γ_min is maximal iff W maximizes m_c and z_i is the normalized difference '
     'of w_y and the centroid of its nearest prototypes',
     'γ_min is maximal for a best packing with z = w; wherever it is maximal, the '
-    'normalised w + z are a best packing, and z = w at each of its contacts, which for '
+    'normalized w + z are a best packing, and z = w at each of its contacts, which for '
     'k ≤ 2d and for d = 2 leaves nothing else; the centroid formula is false',
     'every d and k',
     (Check('exact arithmetic', _t2_exact, '='),
@@ -262,7 +262,7 @@ def _t2b_certified(margin=lambda delta: 1 - math.cos(delta), k=8, d=3):
 
 
 def _t2b_optimised(margin=lambda delta: 1 - math.cos(delta)):
-    "The γ_min that an optimiser finds and 1 − cos δ*, where they differ most."
+    "The γ_min that an optimizer finds and 1 − cos δ*, where they differ most."
     pairs = []
     for d, k in ((3, 7), (3, 8), (4, 9)):
         found = max(largest_margin(k, d, seed)[0] for seed in range(4))
@@ -298,7 +298,7 @@ def _rl_exact(most=lambda k: Fraction(k**3, k - 1)):
 
 
 def _rl_optimised(largest=lambda k: math.sqrt(k / (k - 1)), k=4, d=5):
-    "The largest mean margin that an optimiser finds for features of squares."
+    "The largest mean margin that an optimizer finds for features of squares."
     torch.manual_seed(0)
     W, A = torch.randn(2, k, d, dtype=torch.float64)
     others = ~torch.eye(k, dtype=torch.bool)

@@ -28,17 +28,17 @@ class Comparison:
 
     @property
     def number(self) -> int:
-        "How many cells there are."
+        "Return how many cells there are."
         return len(self.cells)
 
     @property
     def raised(self) -> int:
-        "In how many cells the mean difference is above 0, by more than rounding."
+        "Count the cells whose mean difference is above 0 by more than rounding."
         return sum(fmean(cell.values()) > _ROUNDING for cell in self.cells.values())
 
     @cached_property
     def by_seed(self) -> dict:  # seed → mean over the cells
-        "What equation (eq-clustered) averages first; seeds that all cells have."
+        "Average within each seed, as equation (eq-clustered) does first."
         common = set.intersection(*(set(cell) for cell in self.cells.values()))
         if len(common) < 2:
             raise ValueError('cells must have two seeds or more in common, they have '
@@ -48,33 +48,33 @@ class Comparison:
 
     @property
     def mean(self) -> float:
-        "The mean over cells and seeds."
+        "Return the mean over cells and seeds."
         return fmean(self.by_seed.values())
 
     @property
     def standard_error(self) -> float:
-        "Of the mean, over the seeds."
+        "Return the standard error of the mean, over the seeds."
         return stdev(self.by_seed.values()) / math.sqrt(len(self.by_seed))
 
     def interval(
         self,
-        confidence: float = .95,  # in (0, 1)
+        confidence: float = .95,  # of the interval, in (0, 1)
     ) -> tuple[float, float]:  # its lower and upper end
-        "Where the mean difference lies."
+        "Return the interval of the mean difference."
         se, df = self.standard_error, len(self.by_seed) - 1
         half = se * t.ppf((1 + confidence) / 2, df) if se else 0.
         return self.mean - half, self.mean + half
 
     @property
     def p(self) -> float:
-        "The two-sided p-value of no difference."
+        "Return the two-sided p-value of no difference."
         se, df = self.standard_error, len(self.by_seed) - 1
         if not se: return float(not self.mean)
         return float(2 * t.sf(abs(self.mean) / se, df))
 
     @property
     def verdict(self) -> str:
-        "'raises', 'lowers', 'may raise', 'may lower' or 'no difference found', at 5 %."
+        "Say 'raises', 'lowers', 'may raise', 'may lower' or 'no difference found'."
         if self.p >= .05: return 'no difference found'
         may = self.adjusted is not None and self.adjusted >= .05
         verbs = ('may raise', 'may lower') if may else ('raises', 'lowers')
@@ -84,7 +84,7 @@ class Comparison:
         self,
         digits: int = 2,  # after the point
     ) -> str:  # for example '+4.25 [+3.01, +5.49], up in 2 of 2'
-        "Mean difference, interval of 95 %, and in how many cells it is above 0."
+        "Write mean difference, interval of 95 %, and the number of cells above 0."
         mean, low, high = (f'{x:+.{digits}f}'.replace('-', '−')
                            for x in (self.mean, *self.interval()))
         return f'{mean} [{low}, {high}], up in {self.raised} of {self.number}'
@@ -99,7 +99,7 @@ _ROUNDING = 1e-5  # of differences of percents and degrees that were float32 onc
 
 # %% ../../nbs/study/42_comparisons.ipynb #60a09b1c
 def adjust(
-    comparisons: dict,  # by any key; comparisons whose verdicts are given together
+    comparisons: dict,  # comparisons whose verdicts are given together, by any key
 ) -> dict:  # the same keys, with adjusted p-values
     "Adjust the verdicts for their number (Holm 1979)."
     found, level = {}, 0.
@@ -111,10 +111,10 @@ def adjust(
 
 # %% ../../nbs/study/42_comparisons.ipynb #ccea29a2
 def plot_comparisons(
-    comparisons: dict[str, Comparison],  # by what to call them, from the top down
+    comparisons: dict[str, Comparison],  # comparisons by name, from the top down
     ax=None,  # matplotlib axes; None makes a figure
 ):  # the axes
-    "Mean differences with intervals of 95 %; a ring if none is sure; bars are cells."
+    "Plot mean differences, intervals of 95 %, and cells as bars; a ring is unsure."
     from largest_margins.plots import BLUE, GREY, ORANGE, axes_for
     ax = axes_for(ax)
     looks = {'raises': (BLUE, BLUE), 'lowers': (ORANGE, ORANGE),
@@ -137,7 +137,7 @@ def compare_rows(
     pairs: list[tuple[str, str]],  # names of rows: without and with
     name: str,  # what was measured, such as 'accuracy'
 ) -> Comparison:  # with − without
-    "What the second row of each pair changes, in every setting, seed by seed."
+    "Compare the second row of each pair with the first, in each setting, by seed."
     if len({frozenset(pair) for pair in pairs}) < len(pairs) or any(
             a == b for a, b in pairs):
         raise ValueError('pairs must be different pairs of different rows, got '
@@ -170,14 +170,14 @@ def _by_cell(finished, name):
 @dataclass(frozen=True)
 class Standing:
     "One row among others."
-    row: str  # its name
+    row: str  # name of the row
     mean: float  # over settings and seeds
     behind: Comparison | None  # the row minus the best one; None for the best
-    p: float  # of no difference to the best, adjusted; 1 for the best
+    p: float  # adjusted p-value of no difference to the best; 1 for the best
 
     @property
     def ties(self) -> bool:
-        "Whether the row cannot be told from the best."
+        "Say whether the row cannot be told from the best."
         return self.p >= .05
 
 # %% ../../nbs/study/42_comparisons.ipynb #e5d7719b
@@ -186,7 +186,7 @@ def ranking(
     name: str,  # what was measured; more is better
     settings: list[str] | None = None,  # names; None takes all
 ) -> list[Standing]:  # the best first; rows that lack a setting are left out
-    "The rows in order of their mean, each compared with the best."
+    "Rank the rows by their mean, and compare each with the best."
     numbers = _by_cell(finished, name)
     settings = settings or list(dict.fromkeys(setting for setting, _ in numbers))
     rows = [row for row in dict.fromkeys(row for _, row in numbers)

@@ -1,4 +1,4 @@
-"""One configuration in, one honest row of numbers out
+"""Train one configuration, and keep every number that a table needs
 
 Docs: https://largest-margins.github.io/largest-margins/study/experiments.html.md"""
 
@@ -44,9 +44,9 @@ QUANTILES = (.01, .05, .25, .5, .75)
 def describe_margins(
     margins: Tensor,  # sample margins, [N]
     targets: Tensor,  # class of each sample, int64, [N]
-    num_classes: int,  # k
+    num_classes: int,  # number of classes, k
 ) -> dict:  # min, mean, class_mean, by_class (means, [k]) and quantiles (of QUANTILES)
-    "The sample margins of one split in a few numbers; nan where there is no sample."
+    "Summarize the sample margins of one split; nan where there is no sample."
     margins, bins = margins.double(), torch.zeros(num_classes, dtype=torch.float64)
     by_class = (bins.index_add(0, targets, margins)
                 / torch.bincount(targets, minlength=num_classes))
@@ -66,15 +66,15 @@ class Result:
     "One trained configuration, measured on both splits."
     configuration: object  # what was trained, a `Configuration`
     bound: float  # the best possible class margin, degrees
-    train_margins: dict  # of the training split, without augmentation
-    seconds: float  # training and validation; epochs trained twice count once
+    train_margins: dict  # sample margins of the training split, without augmentation
+    seconds: float  # training and validation; an epoch trained twice counts once
     diverged: bool  # the loss became nan or infinite
     history: list[dict]  # losses, accuracy (percent) and margins of each epoch
     prototypes: Tensor  # [k, d]
-    cosines: Tensor  # of the test images with the prototypes, [M, k]
+    cosines: Tensor  # cosines of the test images with the prototypes, [M, k]
     targets: Tensor  # classes of the test images, [M]
-    predictions: Tensor  # of the test images, [M]
-    classes: list[str]  # their names
+    predictions: Tensor  # predicted classes of the test images, [M]
+    classes: list[str]  # names of the k classes
     counts: list[int]  # training images of each class, [k]
 
     @cached_property
@@ -138,7 +138,7 @@ def loaded(
     data: str | None = None,  # directory of the data
     download: bool = False,  # whether the data may be downloaded into it
 ) -> ImageData:
-    "A data set, kept in memory for the next training of this process."
+    "Load a data set once, and keep it in memory for later trainings of this process."
     return load(dataset, data, download)
 
 # %% ../../nbs/study/31_experiments.ipynb #bd7ecd8a
@@ -151,17 +151,17 @@ class Configuration(ClassifierFields):
         dataset: str,  # a name in `data.DATASETS`, or the path of an image folder
         data: str | None = None,  # directory of the data
         download: bool = False,  # whether the data may be downloaded into it
-        **others,  # further fields, which do not matter
+        **others,  # further fields, ignored
     ) -> int:
-        "k, for rows that depend on it."
+        "Return k, for rows that depend on it."
         return len(loaded(dataset, data, download).classes)
 
     def measure(
         self,
-        checkpoint: Path | None = None,  # file to go on from
-        progress: Callable[[int, dict], None] | None = None,  # told epoch and margins
+        checkpoint: Path | None = None,  # file to resume from
+        progress: Callable[[int, dict], None] | None = None,  # called after each epoch
     ) -> dict:  # the content of a record, and tensors to keep beside it
-        "Train, and measure."
+        "Train, and measure on both splits."
         images = loaded(self.dataset, self.data, self.download)
         result = train(self, images, progress, checkpoint)
         kept = ('diverged', 'measured', 'bound', 'test_margins', 'train_margins',
@@ -173,7 +173,7 @@ class Configuration(ClassifierFields):
                      for name in ('prototypes', 'cosines', 'targets')})
 
     def describe(self) -> tuple[str, str, str]:  # the data, this part, the training
-        "What a dry run says; it refuses data that are bad."
+        "Say what a dry run prints; refuse bad data."
         images = loaded(self.dataset, self.data, self.download)
         n, k, counts = len(images.train_targets), len(images.classes), images.counts
         if self.ratio > 1:
@@ -188,22 +188,22 @@ class Configuration(ClassifierFields):
         self,
         found: dict,  # the record of a run
     ) -> str:
-        "What was measured, for the foot of a table."
+        "Say what was measured, for the foot of a table."
         return (f'{Path(self.dataset).name}, {len(found["classes"])} classes, '
                 f'{self.epochs} epochs, {self.body}. Accuracy is that of the last '
                 'epoch. Accuracies and margins are measured on the test split, margins '
-                'with normalised features and prototypes. No class margin can exceed '
+                'with normalized features and prototypes. No class margin can exceed '
                 f'{found["bound"]:.2f}°')
 
 # %% ../../nbs/study/31_experiments.ipynb #cf2b1041
 def train(
     configuration: Configuration,  # what to train
     data: ImageData | None = None,  # loaded before; None loads the configuration's
-    progress: Callable[[int, dict], None] | None = None,  # told epoch and margins
-    checkpoint: str | Path | None = None,  # file to go on from; the caller removes it
-    cbs: tuple[Callback, ...] = (),  # further callbacks
+    progress: Callable[[int, dict], None] | None = None,  # called after each epoch
+    checkpoint: str | Path | None = None,  # file to resume from; the caller removes it
+    cbs: tuple[Callback, ...] = (),  # further fastai callbacks
 ) -> Result:  # measured on the test split after the last epoch
-    "Train one configuration; the same seed gives the same numbers on the same machine."
+    "Train one configuration; a seed gives the same numbers again on the same machine."
     c = configuration
     if data is None: data = load(c.dataset, c.data, c.download)
     if c.ratio > 1:

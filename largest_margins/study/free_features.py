@@ -1,4 +1,4 @@
-"""Prototypes and features on the sphere that only a loss moves
+"""Train prototypes and features on the sphere with a loss alone, without images or a network
 
 Docs: https://largest-margins.github.io/largest-margins/study/free_features.html.md"""
 
@@ -36,7 +36,7 @@ class FreeFeatures(LossFields):
     k: int = _field(8, at_least=2)  # number of classes, ≥ 2
     d: int = _field(3, at_least=2)  # dimension, ≥ 2
     ratio: float = _field(1., at_least=1)  # most over least frequent class, ≥ 1
-    kind: str = _field('long-tailed', ('long-tailed', 'step'))  # of the imbalance
+    kind: str = _field('long-tailed', ('long-tailed', 'step'))  # kind of the imbalance
     rising: bool = _field(False)  # whether the scale rises to s, see `scales`
 
     @classmethod
@@ -44,22 +44,22 @@ class FreeFeatures(LossFields):
 
     @property
     def label(self) -> str:
-        "What a table calls it."
+        "Return the label of a row."
         return super().label + (' rising' if self.rising else '')
 
     @property
     def scales(self) -> list[float]:
-        "The scales in turn, each descent from where the last one ended."
+        "List the scales in turn; each descent starts where the last one ended."
         before = (5., 10., 20., 40.) if self.rising else ()
         return [*(s for s in before if s < self.scale), self.scale]
 
     @property
     def frequencies(self) -> torch.Tensor:  # the largest is 1, float64, [k]
-        "How often the classes occur."
+        "Return how often the classes occur."
         return class_frequencies(self.k, self.ratio, self.kind)
 
     def weighted_loss(self) -> nn.Module:
-        "The loss, in which classes weigh as often as they occur."
+        "Make the loss, in which classes weigh as often as they occur."
         loss = self.loss_func((self.ratio * self.frequencies).round().int().tolist())
         if self.ratio > 1: loss.weight = self.frequencies
         return loss
@@ -69,11 +69,11 @@ class FreeFeatures(LossFields):
         checkpoint: Path | None = None,  # not used: a second's work
         progress: Callable | None = None,  # not used
     ) -> dict:  # the content of a record
-        "Go down the loss from a random start, and measure where that ends."
+        "Minimize the loss from a random start, and measure the end."
         return _place(self)
 
     def describe(self) -> tuple[str, str, str]:  # the data, this part, the training
-        "What a dry run says."
+        "Say what a dry run prints."
         part = f'best packing {_best(self.k, self.d):.2f}°'
         if self.ratio > 1: part = f'shares 1 to {1 / self.ratio:g}, {part}'
         return ('no data: prototypes and one feature for each class, all of them free',
@@ -83,7 +83,7 @@ class FreeFeatures(LossFields):
         self,
         found: dict,  # the record of a run
     ) -> str:
-        "What was measured, for the foot of a table."
+        "Say what was measured, for the foot of a table."
         return ('points on the sphere without data, one free feature for each class; '
                 'L-BFGS from random starts until the gradient vanishes, one start for '
                 'each seed')

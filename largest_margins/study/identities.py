@@ -1,4 +1,4 @@
-"""Train on some people, and tell others apart: re-identification and verification
+"""Train on some people and tell others apart: re-identification and verification
 
 Docs: https://largest-margins.github.io/largest-margins/study/identities.html.md"""
 
@@ -51,9 +51,9 @@ class IdentityConfiguration(TrainingFields):
     body: str = 'conv3-narrow'  # a name in `BODIES`, or resnet50, see `resnet50_body`
     embedding: int | None = _field(128, at_least=1)  # dimension, ≥ 1; None: the body's
     weights: str | None = None  # file of weights to start from, for resnet50
-    height: int = _field(28, at_least=8)  # of the images, pixels, ≥ 8
-    width: int = _field(28, at_least=8)  # of the images, pixels, ≥ 8
-    channels: int = 1  # of the images, 3 for RGB, 1 for grey
+    height: int = _field(28, at_least=8)  # height of the images in pixels, ≥ 8
+    width: int = _field(28, at_least=8)  # width of the images in pixels, ≥ 8
+    channels: int = 1  # channels of the images: 3 for RGB, 1 for gray
     despite_withdrawal: bool = _field(False)  # see `duke_folder`
 
     def _check(self):
@@ -87,7 +87,7 @@ class IdentityConfiguration(TrainingFields):
 def train_identities(
     configuration: IdentityConfiguration,  # what to train
     training: ImageData,  # on what; classes are the identities
-    checkpoint: Path | None = None,  # file to go on from; the caller removes it
+    checkpoint: Path | None = None,  # file to resume from; the caller removes it
 ) -> Learner:  # its model is Sequential(body, neck, head)
     "Train a network on identities; the same seed gives the same weights."
     c = configuration
@@ -162,7 +162,7 @@ def reid_folder(
     data: str | None = None,  # the folder of market1501 or dukemtmc
     despite_withdrawal: bool = False,  # see `duke_folder`
 ) -> Iterator[ReIDData]:  # for `with`; the pictures are there until its end
-    "The pictures of a data set for re-identification."
+    "Open the pictures of a data set for re-identification."
     if dataset == 'glyphs':
         with TemporaryDirectory() as folder:
             yield market_folder(write_glyph_market(Path(folder, 'glyphs')))
@@ -197,9 +197,9 @@ def reid_task(
     data: str | None = None,  # see `reid_folder`
     despite_withdrawal: bool = False,  # see `duke_folder`
     size: tuple[int, int] = (28, 28),  # height and width, pixels
-    channels: int = 1,  # 3 for RGB, 1 for grey
+    channels: int = 1,  # 3 for RGB, 1 for gray
 ) -> ReIDTask:
-    "The pictures themselves, kept in memory for the next training of this process."
+    "Load the pictures once, and keep them in memory for later trainings."
     with reid_folder(dataset, data, despite_withdrawal) as found:
         query, gallery = (split.pixels(size, channels)
                           for split in (found.query, found.gallery))
@@ -222,7 +222,7 @@ class ReIDConfiguration(IdentityConfiguration):
                                                  cmc=found.cmc.tolist())
 
     def describe(self) -> tuple[str, str, str]:  # the data, this part, the training
-        "What a dry run says; it refuses data that are bad."
+        "Say what a dry run prints; refuse bad data."
         with reid_folder(self.dataset, self.data, self.despite_withdrawal) as data:
             return str(data), '', _how(self)
 
@@ -230,7 +230,7 @@ class ReIDConfiguration(IdentityConfiguration):
         self,
         found: dict,  # the record of a run
     ) -> str:
-        "What was measured, for the foot of a table."
+        "Say what was measured, for the foot of a table."
         return '. '.join([
             _who(self, found), 'Single query, matches on other cameras only, average '
             'precision as the mean of the precisions at the matches, cosines of '
@@ -241,7 +241,7 @@ class ReIDConfiguration(IdentityConfiguration):
 class PairsTask:
     "Images to train with, and pairs of other identities to judge."
     training: ImageData  # classes are the identities
-    pairs: list[Pair]  # in the order of their file
+    pairs: list[Pair]  # pairs of images, in the order of their file
     root: Path | None  # folder of the pairs' images; None: pairs hold the images
 
     @property
@@ -254,9 +254,9 @@ class PairsTask:
 def pairs_task(
     dataset: str = 'glyphs',  # or the path of a folder with train and test/pairs.txt
     size: tuple[int, int] = (28, 28),  # height and width, pixels
-    channels: int = 1,  # 3 for RGB, 1 for grey
+    channels: int = 1,  # 3 for RGB, 1 for gray
 ) -> PairsTask:
-    "Identities to train with, and pairs, kept in memory for the next training."
+    "Load identities and pairs once, and keep them in memory for later trainings."
     if dataset == 'glyphs':
         training = reid_task(size=size, channels=channels).training
         with TemporaryDirectory() as folder:
@@ -288,7 +288,7 @@ def _pairs_folder(dataset):
 
 # %% ../../nbs/study/39_identities.ipynb #aa3901aa
 def _embedding(learn, channels):
-    "The features of images in [−1, 1] by a network trained on normalised bytes."
+    "The features of images in [−1, 1] by a network trained on normalized bytes."
     data, model = learn.dls.valid_ds, learn.model[:-1].eval()
     mean, std = (x.to(learn.dls.device)[:, None, None] for x in (data.mean, data.std))
     return lambda x: plain(model((127.5 * (x[:, :channels] + 1) - mean) / std))
@@ -314,7 +314,7 @@ class PairsConfiguration(IdentityConfiguration):
             standard_deviation=100 * folds.std, warnings=notes)
 
     def describe(self) -> tuple[str, str, str]:  # the data, this part, the training
-        "What a dry run says; it refuses data that are bad."
+        "Say what a dry run prints; refuse bad data."
         if self.dataset == 'glyphs':
             return ('glyphs: 250 letters in 6 typefaces to train with, 6000 pairs of '
                     '250 others', '', _how(self))
@@ -327,7 +327,7 @@ class PairsConfiguration(IdentityConfiguration):
         self,
         found: dict,  # the record of a run
     ) -> str:
-        "What was measured, for the foot of a table."
+        "Say what was measured, for the foot of a table."
         return '. '.join([
             _who(self, found), f'{found["pairs"]} pairs in 10 folds: the accuracy on a '
             'fold is that at the threshold which is best on the other nine, the '

@@ -1,4 +1,4 @@
-"""One model of a table, four renderings, and one page for people
+"""Write a table as Markdown, CSV, LaTeX or a page of HTML
 
 Docs: https://largest-margins.github.io/largest-margins/study/report.html.md"""
 
@@ -24,8 +24,8 @@ from ..plots import (
 # %% ../../nbs/study/32_report.ipynb #f7b37f3b
 @dataclass(frozen=True)
 class Table:
-    "A table, ready to be written."
-    title: str  # heading
+    "A table for people, and its numbers for machines."
+    title: str  # heading of the page or file
     parts: list  # (heading, column headings, rows of (text, bold)) of each part
     notes: list[str]  # paragraphs to print below
     numbers: list = ()  # rows for machines, unrounded; the first has the headings
@@ -36,7 +36,7 @@ class Table:
 def markdown(
     table: Table,
 ) -> str:
-    "The table in Markdown; the best of each part in bold."
+    "Write a table in Markdown; the best numbers of each part are bold."
     def row(texts): return f'| {" | ".join(texts)} |'
     def plain(text): return escape(text, 'markdown')
     out = [f'# {plain(table.title)}']
@@ -51,7 +51,7 @@ def markdown(
 def comma_separated(
     table: Table,
 ) -> str:
-    "All numbers, one line for each line of the table, unrounded."
+    "Write all numbers as CSV, unrounded, one line for each row."
     out = io.StringIO()
     csv.writer(out, lineterminator='\n').writerows(table.numbers)
     return out.getvalue()
@@ -60,7 +60,7 @@ def comma_separated(
 def latex(
     table: Table,
 ) -> str:
-    "The table as LaTeX for the package booktabs, one tabular for each part."
+    "Write a table in LaTeX for the package booktabs, one tabular for each part."
     def plain(text): return escape(text, 'latex')
     out = []
     for heading, heads, rows in table.parts:
@@ -109,7 +109,7 @@ _TEMPLATE = '''<!doctype html><html lang="en"><meta charset="utf-8">
 def html_page(
     table: Table,
 ) -> str:
-    "The table as one self-contained page that suits light and dark screens."
+    "Write a table as one self-contained page for light and dark screens."
     def shown(value):
         if isinstance(value, Markup): return value
         return Markup(escape(str(value), 'html'))
@@ -121,10 +121,10 @@ WRITERS = {'md': markdown, 'csv': comma_separated, 'tex': latex, 'html': html_pa
 
 # %% ../../nbs/study/32_report.ipynb #3908a471
 def inline_image(
-    figure,  # of matplotlib; it is closed
-    description: str,  # for those who cannot see it
+    figure,  # a matplotlib figure, which is closed afterwards
+    description: str,  # alternative text for those who cannot see it
 ) -> Markup:  # an HTML element with the picture inside
-    "A figure as part of a page."
+    "Embed a figure in a page."
     buffer = io.BytesIO()
     figure.savefig(buffer, format='png', dpi=130, transparent=True)
     plt.close(figure)
@@ -134,11 +134,11 @@ def inline_image(
 
 # %% ../../nbs/study/32_report.ipynb #76201c86
 def figures_of(
-    label: str,  # of the training
+    label: str,  # name of the training
     tensors: dict,  # prototypes [k, d]; of the test images: cosines [M, k], targets [M]
     history: list[dict],  # the margins of each epoch
 ) -> Markup:  # HTML elements
-    "Histograms and prototypes in one row, the history in the next."
+    "Draw histograms and prototypes in one row, the history in the next."
     W, shown = tensors['prototypes'], (tensors['cosines'], tensors['targets'])
     figure = plt.figure(figsize=(11, 2.9), facecolor='none', layout='constrained')
     left, middle, right = figure.subplots(1, 3)

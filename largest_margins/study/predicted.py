@@ -1,4 +1,4 @@
-"""The class margins of the paper's imbalanced table, computed from class sizes and one scale
+"""Compute the class margins of the paper's imbalanced table from class sizes and one scale
 
 Docs: https://largest-margins.github.io/largest-margins/study/predicted.html.md"""
 
@@ -32,7 +32,7 @@ MARGIN_LOSSES: dict[str, Callable[[float, list[int]], nn.Module]] = {
 @dataclass(frozen=True)
 class Prediction:
     "One class margin of Table 2, printed and computed."
-    row: str  # as printed; a star is the zero centroid
+    row: str  # name of the row as printed; a star is the zero centroid
     setting: str  # 'long-tailed-100', 'long-tailed-10', 'step-100' or 'step-10'
     printed: float  # degrees
     computed: float  # degrees, at the loss's optimum
@@ -46,10 +46,10 @@ class Prediction:
 # %% ../../nbs/study/44_predicted.ipynb #edd405c4
 def predict_table2(
     scale: float = 5.,  # s > 0 of all losses
-    dataset: str = 'cifar10',  # whose printed numbers
-    rows: tuple[str, ...] | None = None,  # as printed; None: those without a star
+    dataset: str = 'cifar10',  # the data set whose printed numbers to compare with
+    rows: tuple[str, ...] | None = None,  # names as printed; None: rows without a star
 ) -> list[Prediction]:  # in the order of the slides
-    "Printed class margins of one data set beside those of the losses' optima."
+    "Compute the class margins of one data set from the optima of the losses."
     k, n_max = dict(cifar10=(10, 5000), cifar100=(100, 500))[dataset]
     found = []
     for printed in printed_numbers()['cells']:
@@ -67,15 +67,15 @@ def predict_table2(
 def counts_of(
     setting: str,  # such as 'long-tailed-100'
     n_max: int,  # images of the most frequent class, ≥ 1
-    num_classes: int,  # k
+    num_classes: int,  # number of classes, k
 ) -> list[int]:  # [k]
-    "Images of each class in a setting of Table 2."
+    "Count the images of each class in a setting of Table 2."
     kind, _, ratio = setting.rpartition('-')
     return imbalanced_counts(n_max, num_classes, float(ratio), kind)
 
 # %% ../../nbs/study/44_predicted.ipynb #54cb9a66
 def fit_table2() -> ScaleFit:
-    "The scale of Table 2, from eleven printed class margins of CIFAR-10."
+    "Fit the scale of Table 2 to eleven printed class margins of CIFAR-10."
     chosen = [(c['row'], c['setting'], c['class_margin'])
               for c in printed_numbers()['cells']
               if c['table'] == '2' and c['dataset'] == 'cifar10'
@@ -89,7 +89,7 @@ def fit_table2() -> ScaleFit:
 def predicted_lines(
     predictions: list[Prediction],
 ) -> list[str]:  # of Markdown
-    "A table of printed and computed class margins, one line for each row."
+    "Write printed and computed class margins as a table, one line for each row."
     settings = list(dict.fromkeys(p.setting for p in predictions))
     lines = ['| degrees: printed, computed | ' + ' | '.join(
         f'{s.replace("-", ", ratio ").replace("long, ratio tailed", "long-tailed")} | '
@@ -103,10 +103,10 @@ def predicted_lines(
 
 # %% ../../nbs/study/44_predicted.ipynb #0c6f9110
 def optimum_margin(
-    configuration,  # a `Configuration`
+    configuration,  # the `Configuration` of a training
     counts: list[int],  # training samples of each class
 ) -> float | None:  # degrees; None where the loss has no such optimum, as CE has none
-    "The class margin at the optimum of a classifier's loss, zero centroid included."
+    "Compute the class margin at the optimum of a loss, zero centroid included."
     c = configuration
     added = (c.sample_margin, c.fixed, c.reweighted,
              getattr(c, 'adjusted_sample_margin', 0))

@@ -1,4 +1,4 @@
-"""What the tables train, and what the paper printed
+"""What each table trains, and the numbers that the paper printed
 
 Docs: https://largest-margins.github.io/largest-margins/study/recipes.html.md"""
 
@@ -24,8 +24,8 @@ from .configurations import LOSSES, TrainingFields
 @dataclass(frozen=True)
 class Row:
     "One row of a table."
-    name: str  # what `--rows` calls it, without spaces
-    label: str  # what the table calls it; a printed row of that label stands beside it
+    name: str  # name for `--rows`, without spaces
+    label: str  # name in the table; a printed row of that name stands beside it
     changes: dict  # fields of the configuration
 
 
@@ -40,16 +40,16 @@ class Setting:
 @dataclass(frozen=True)
 class Recipe:
     "One table: what is trained, how, and what is shown."
-    name: str  # as on the command line
+    name: str  # name on the command line
     rows: Callable[[int], list[Row]]  # takes k, the number of classes
     settings: tuple[Setting, ...]  # the parts of the table
     training: dict  # fields of the configuration by data set; '' for any other
-    beside: dict  # whose printed numbers stand beside which data set; '' for others
+    beside: dict  # data set → one whose printed numbers stand beside it; '' for others
     columns: tuple[str, ...]  # the numbers shown, names in `MEASURES`
-    notes: str = ''  # what a reader of the table has to know
-    kind: str | type = 'experiments.Configuration'  # what knows what a run does
+    notes: str = ''  # printed below the table
+    kind: str | type = 'experiments.Configuration'  # class of the configurations
     dataset: str | None = 'digits'  # the usual data set; None: there are no data
-    heading: str = ''  # of the table; '': what `printed_numbers` has
+    heading: str = ''  # heading; '' takes that of `printed_numbers`
     figures: bool = False  # whether the page shows each training
     remarks: Callable | None = None  # from the lines of the table to further notes
 
@@ -72,7 +72,7 @@ class Recipe:
         row: Row,  # row of the table
         **changes,  # further fields, such as seed and epochs
     ) -> Any:  # a configuration
-        "What one row trains in one setting; later changes win."
+        "Return what one row trains in one setting; later changes win."
         if dataset is not None: changes['dataset'] = dataset
         for name in changes.keys() - {f.name for f in fields(self.configurations)}:
             raise ValueError(f'{name} has no meaning for the table {self.name}')
@@ -113,7 +113,7 @@ _FACES = dict(body='resnet18', embedding=512, height=112, width=112, channels=3,
 def table1_rows(
     num_classes: int,  # k; nothing here depends on it
 ) -> list[Row]:
-    "CE and the margin softmax family, each without and with 0.5 R_sm."
+    "List CE and the margin softmax family, each without and with 0.5 R_sm."
     rows = [_CE, *_at_scales('cosface', 'arcface', 'normface', 'lm-softmax')]
     return [r for row in rows for r in (
         row, Row(f'{row.name}+rsm', f'{row.label} + 0.5 R_sm',
@@ -132,7 +132,7 @@ def _at_scales(*losses, scales=(10, 20, 64)):
 def table2_rows(
     num_classes: int,  # k, for the weight of the zero centroid
 ) -> list[Row]:
-    "The printed rows, starred ones included, and then ours."
+    "List the printed rows, starred ones included, and then ours."
     star = dict(zero_centroid=5. * num_classes**2)
     rows = [_CE, Row('focal', 'Focal', dict(loss='focal'))]
     for loss in ('cosface', 'arcface', 'normface', 'ldam', 'lm-softmax'):
@@ -178,7 +178,7 @@ def table2_rows(
 def scale_rows(
     num_classes: int,  # k, for the weight of the zero centroid
 ) -> list[Row]:
-    "Some rows of Table 2 at a smaller and a larger scale than its 20."
+    "List some rows of Table 2 at a smaller and a larger scale than its 20."
     chosen = ('ldam-drw', 'normface+prior', 'lm-tilted', 'lm-class-mean')
     rows = [row for row in table2_rows(num_classes) if row.name in chosen]
     return [Row(f'{row.name}-{s}', f'{row.label}, s={s}',
@@ -188,14 +188,14 @@ def scale_rows(
 def table3_rows(
     num_classes: int,  # k; nothing here depends on it
 ) -> list[Row]:
-    "CE and the margin softmax family at three scales."
+    "List CE and the margin softmax family at three scales."
     return [_CE, *_at_scales('arcface', 'cosface', 'normface', 'lm-softmax')]
 
 # %% ../../nbs/study/36_recipes.ipynb #4ad66f0c
 def sphere_rows(
     num_classes: int,  # k; nothing here depends on it
 ) -> list[Row]:
-    "The margin softmax family at four scales, and with a scale that rises."
+    "List the margin softmax family at four scales, and with a scale that rises."
     losses = 'arcface', 'cosface', 'normface', 'lm-softmax', 'lm-softmax-logsumexp'
     return [row for loss in losses for row in (
         *_at_scales(loss, scales=(5, 10, 20, 64)),
@@ -257,7 +257,7 @@ TABLES = {recipe.name: recipe for recipe in (
 def single(
     configuration: TrainingFields,  # what to train, say a `Configuration`
 ) -> Recipe:
-    "The recipe of one training."
+    "Make a recipe of one training."
     row = Row('trained', configuration.label, asdict(configuration))
     return Recipe('train', lambda num_classes: [row], _BALANCED, {'': {}}, {}, _BRIEF,
                   kind=type(configuration), heading=configuration.label, figures=True)
@@ -271,7 +271,7 @@ _BRIEF = ('accuracy', 'class_margin', 'bound', 'mean_sample_margin',
 def demo_rows(
     num_classes: int,  # k; nothing here depends on it
 ) -> list[Row]:
-    "CE, CosFace and LM-Softmax, each without and with 0.5 R_sm."
+    "List CE, CosFace and LM-Softmax, each without and with 0.5 R_sm."
     return [Row(f'{loss}{name}', f'{LOSSES[loss].title}{label}',
                 dict(loss=loss, sample_margin=weight))
             for loss in ('ce', 'cosface', 'lm-softmax')
@@ -299,19 +299,19 @@ DEMO = Recipe('demo', demo_rows, (Setting('balanced', 'Balanced'),), {'': {}}, {
 
 # %% ../../nbs/study/36_recipes.ipynb #7889e89e
 def find_recipe(
-    name: str,  # of a table, a name in `TABLES`, or 'tails'
+    name: str,  # a name in `TABLES`, or 'tails'
     dataset: str | None = None,  # the data set; None: the usual one
 ) -> Recipe:
-    "The recipe of a table."
+    "Return the recipe of a table."
     if name != 'tails': return TABLES[name]
     return import_module('largest_margins.study.tails').study(dataset or 'digits')
 
 # %% ../../nbs/study/36_recipes.ipynb #e025a576
 def choose(
-    rows: list[Row],  # of a recipe
+    rows: list[Row],  # rows to choose from
     patterns: list[str] | None,  # names, with * and ? as in a shell; None chooses all
 ) -> list[Row]:  # in the order of the table
-    "The rows that a list of names and patterns picks."
+    "Return the rows that a list of names and patterns picks."
     if patterns is None: return rows
     for pattern in patterns:
         if not any(fnmatchcase(row.name, pattern) for row in rows):
@@ -322,11 +322,11 @@ def choose(
 # %% ../../nbs/study/36_recipes.ipynb #695080b1
 def printed(
     recipe: Recipe,  # the table
-    dataset: str | None,  # ours
+    dataset: str | None,  # name of the data set that we train on
     setting: Setting,  # part of the table
     row: Row,  # row of the table
 ) -> dict:  # accuracy (percent), class_margin (degrees), …, as in `COLUMNS`; or {}
-    "The printed numbers that stand beside a row; without those printed as a dash."
+    "Return the printed numbers for a row; without those printed as a dash."
     beside = recipe.beside.get(dataset, recipe.beside.get(''))
     where = dict(table=recipe.name, row=row.label, dataset=beside, setting=setting.name)
     for cell in printed_numbers()['cells']:

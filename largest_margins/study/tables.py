@@ -1,4 +1,4 @@
-"""From a recipe to runs, from runs to one table with the printed numbers beside ours
+"""Turn a recipe into runs, and runs into a table with the printed numbers beside ours
 
 Docs: https://largest-margins.github.io/largest-margins/study/tables.html.md"""
 
@@ -76,10 +76,10 @@ def plan(
     dataset: str | None = None,  # name or path of the data set; None: the recipe's
     rows: list[str] | None = None,  # names or patterns; None takes all rows
     seeds: int | list[int] = 1,  # trainings of each row, ≥ 1 (0, 1, …); or the seeds
-    num_classes: int = 10,  # k of the data set
+    num_classes: int = 10,  # number of classes in the data set
     **changes,  # fields of the configuration for all runs, such as epochs and data
 ) -> list[Run]:  # all rows with the first seed, then all with the next
-    "What a table will train, in that order."
+    "List what a table will train, in that order."
     if isinstance(seeds, int): seeds = range(integer('seeds', seeds, at_least=1))
     chosen, dataset = choose(recipe.rows(num_classes), rows), dataset or recipe.dataset
     return [Run(setting, row, recipe.configuration(dataset, setting, row, seed=seed,
@@ -88,7 +88,7 @@ def plan(
 
 # %% ../../nbs/study/37_tables.ipynb #2c10ab3d
 def machine() -> dict:
-    "Versions and hardware, for the foot of a table."
+    "Return versions and hardware, for the foot of a table."
     import fastai
     gpu = torch.cuda.is_available()
     return dict(python=platform.python_version(), torch=str(torch.__version__),
@@ -107,10 +107,10 @@ def processor() -> str:
 
 # %% ../../nbs/study/37_tables.ipynb #43a70d2d
 def run_record(
-    configuration: Any,  # of a run
+    configuration: Any,  # configuration of the run
     content: dict,  # what was measured
 ) -> dict:  # plain values, without nan
-    "What is kept of a run: what was asked, what came out, and what it ran on."
+    "Make the record of a run: what was asked, what came out, and what it ran on."
     return _plain(dict(asked=_asked(configuration), **content, machine=machine(),
                        version=largest_margins.__version__, git=_git_state()))
 
@@ -142,10 +142,10 @@ def _git_state():
 
 # %% ../../nbs/study/37_tables.ipynb #d37f8754
 def read_record(
-    path: Path,  # of a record
+    path: Path,  # file of the record
     configuration: Any,  # that is asked for
 ) -> dict | None:  # the record; None if there is none
-    "The record of a run; ValueError if it is of another configuration, or none."
+    "Read the record of a run; ValueError if it is of another configuration, or none."
     try: found = json.loads(path.read_text(encoding='utf-8'))
     except FileNotFoundError: return None
     except ValueError as e:
@@ -160,10 +160,10 @@ def read_record(
 
 # %% ../../nbs/study/37_tables.ipynb #565ee78b
 def read_records(
-    runs: list[Run],  # of a table
-    out: Path,  # its directory
+    runs: list[Run],  # runs of a table
+    out: Path,  # directory of the table
 ) -> list[tuple[Run, dict]]:  # the finished ones with their records
-    "What is there of a table."
+    "Read the records of a table that are there."
     found = ((run, read_record(out/run.path, run.configuration)) for run in runs)
     return [(run, kept) for run, kept in found if kept]
 
@@ -172,15 +172,15 @@ def execute(
     runs: list[Run],  # what to train
     out: Path,  # directory; the records go to `Run.path` below it
     jobs: int = 1,  # runs at the same time, ≥ 1, or −1 for as many as there are cores
-    threads: int | None = 1,  # of the CPU, for each run; None: as torch takes
-    progress: Callable[[int, dict], None] | None = None,  # of one job: told each epoch
+    threads: int | None = 1,  # CPU threads of each run; None: torch's default
+    progress: Callable[[int, dict], None] | None = None,  # called after each epoch
 ) -> Iterator[tuple[Run, dict]]:  # each with its record, as it ends
-    "Train what is given; a record is written before it is handed on."
+    "Train the runs; write each record before returning it."
     if not isinstance(jobs, int) or (jobs < 1 and jobs != -1):
         raise ValueError(f'jobs must be an int ≥ 1 or -1, got {jobs!r}')
     if threads is not None: integer('threads', threads, at_least=1)
     workers = Parallel(n_jobs=jobs, return_as='generator_unordered', batch_size=1,
-                       pre_dispatch='n_jobs')
+                       pre_dispatch='n_jobs', idle_worker_timeout=2)
     shown = progress if jobs == 1 else None
     return workers(delayed(_work)(run, Path(out), threads, shown, os.getpid())
                    for run in runs)
@@ -189,10 +189,10 @@ def execute(
 def run_one(
     run: Run,  # what to train
     out: Path,  # directory; the record goes to `Run.path` below it
-    threads: int | None = 1,  # of the CPU; None: as torch takes
-    progress: Callable[[int, dict], None] | None = None,  # told epoch and margins
+    threads: int | None = 1,  # CPU threads; None: torch's default
+    progress: Callable[[int, dict], None] | None = None,  # called after each epoch
 ) -> tuple[Run, dict]:  # the run and its record
-    "Do one run, from its checkpoint if there is one, and write its record."
+    "Train one run, from its checkpoint if there is one, and write its record."
     c, before = run.configuration, torch.get_num_threads()
     if threads is not None: torch.set_num_threads(threads)
     try:
@@ -228,7 +228,7 @@ class Line:
     setting: Setting
     row: Row
     runs: int  # finished, diverged ones included
-    diverged: int  # of these
+    diverged: int  # how many of these diverged
     values: dict  # name in `MEASURES` → the numbers of the others, a list
     printed: dict  # name in `MEASURES` → the paper's number
 
@@ -236,7 +236,7 @@ class Line:
         self,
         name: str,  # a name in `MEASURES`
     ) -> float:  # nan if there is no number
-        "The mean over the seeds."
+        "Return the mean over the seeds."
         numbers = self.values.get(name)
         return statistics.fmean(numbers) if numbers else math.nan
 
@@ -244,7 +244,7 @@ class Line:
         self,
         name: str,  # a name in `MEASURES`
     ) -> float:  # nan for fewer than two seeds
-        "The standard deviation over the seeds, with n − 1."
+        "Return the standard deviation over the seeds, with n − 1."
         numbers = self.values.get(name, [])
         return statistics.stdev(numbers) if len(numbers) > 1 else math.nan
 
@@ -315,7 +315,7 @@ def summarise(
     finished: list[tuple[Run, dict]],  # runs and their records, at least one
     out: Path | None = None,  # where tensors were kept, for figures; None: without
 ) -> Table:
-    "The table of what is finished, ready to be written."
+    "Make the table of the finished runs, ready to be written."
     if not finished: raise ValueError('finished must hold at least one run, got none')
     lines, (run, found) = aggregate(recipe, finished), finished[0]
     beside = _NAMES.get(recipe.beside.get(run.dataset, recipe.beside.get('')))
@@ -369,7 +369,7 @@ def make_table(
     rows: list[str] | None = None,  # names or patterns; None takes all rows
     seeds: int | list[int] = 1,  # trainings of each row, ≥ 1 (0, 1, …); or the seeds
     jobs: int = 1,  # runs at the same time, ≥ 1, or −1 for as many as there are cores
-    threads: int | None = 1,  # of the CPU, for each run; None: as torch takes
+    threads: int | None = 1,  # CPU threads of each run; None: torch's default
     resume: bool = False,  # keep what is in `out`, finished or begun; False refuses it
     dry_run: bool = False,  # only print the plan
     tell: Callable[[str], None] = print,  # takes a line of output

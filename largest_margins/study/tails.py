@@ -35,7 +35,7 @@ def adjusted_margins(
     prior: Tensor,  # counts or shares of the classes, > 0, [k]
     scale: float,  # s > 0 of the logit adjustment
 ) -> Tensor:  # [N]
-    "Sample margins with the prior inside: minus equation (eq-rsm-prior)."
+    "Compute sample margins with the prior inside: minus equation (eq-rsm-prior)."
     adjusted = cosines + prior.to(cosines).log() / scale
     own = adjusted.gather(1, targets[:, None])
     return own[:, 0] - adjusted.scatter(1, targets[:, None], -torch.inf).amax(1)
@@ -59,7 +59,7 @@ class _AdjustedTerm(HeadCallback):
 # %% ../../nbs/study/43_tails.ipynb #b0d7dea3
 @dataclass(frozen=True)
 class TailConfiguration(Configuration):
-    "A `Configuration` with what only this study varies."
+    "A `Configuration` with two fields that only this study varies."
     adjusted_sample_margin: float = 0.  # weight of R_sm with the prior inside, ≥ 0
     noise: float = 0.  # share of the training labels replaced by other classes, < 1
 
@@ -70,7 +70,7 @@ class TailConfiguration(Configuration):
 
     @property
     def label(self) -> str:
-        "What a table calls it."
+        "Return the label of a row."
         parts = [super().label]
         if self.adjusted_sample_margin:
             parts.append(f'+ {self.adjusted_sample_margin:g} R_sm with prior')
@@ -80,10 +80,10 @@ class TailConfiguration(Configuration):
 # %% ../../nbs/study/43_tails.ipynb #3c49b155
 def noisy(
     data: ImageData,
-    share: float,  # of the training labels, in [0, 1)
-    seed: int = 0,  # which ones, and what they become
+    share: float,  # share of the training labels to replace, in [0, 1)
+    seed: int = 0,  # chooses the labels and their new classes
 ) -> ImageData:  # the test split stays
-    "The data with a share of the training labels replaced by other classes."
+    "Replace a share of the training labels by other classes."
     generator = torch.Generator().manual_seed(seed)
     targets, k = data.train_targets.clone(), len(data.classes)
     rows = torch.randperm(len(targets), generator=generator)
@@ -179,7 +179,7 @@ def _features(model, batches):
 @patch
 def measure(
     self: TailConfiguration,
-    checkpoint: Path | None = None,  # file to go on from
+    checkpoint: Path | None = None,  # file to resume from
     progress: Callable | None = None,  # not used
 ) -> dict:  # the content of a record
     "Train a classifier; measure accuracy, margins, collapse, calibration, detection."
@@ -249,7 +249,7 @@ _STUDY = {  # settings and training by data set
 def study(
     dataset: str,  # 'digits', 'letters', 'shuttle', 'mnist_10k' or 'fashion_small'
 ) -> Recipe:
-    "The part of the study on one data set."
+    "Return the part of the study on one data set."
     if dataset not in _STUDY:
         raise ValueError(f'dataset must be one of {", ".join(_STUDY)}, got {dataset!r}')
     settings, training = _STUDY[dataset]

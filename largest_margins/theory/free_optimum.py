@@ -1,4 +1,4 @@
-"""The class margin at a loss's own optimum, for any class sizes, and how far a training is from it
+"""Compute the class margin at a loss's optimum for any class sizes, and see whether a training has converged
 
 Docs: https://largest-margins.github.io/largest-margins/theory/free_optimum.html.md"""
 
@@ -27,24 +27,24 @@ class FreeOptimum:
     "Where free prototypes and features end."
     prototypes: Tensor  # unit rows, float64, [k, d]
     features: Tensor  # unit rows, one for each class, float64, [k, d]
-    value: float  # their loss
+    value: float  # loss of these prototypes and features
     gap: float | None  # the loss could be lower by this at most; None: not certified
 
     @property
     def class_margin(self) -> float:
-        "The smallest angle between two prototypes, radians."
+        "Return the smallest angle between two prototypes, radians."
         return class_margin(self.prototypes).item()
 
 
 def free_optimum(
-    loss: nn.Module,  # of cosines [N, k] and targets [N], smooth; its weight is ignored
+    loss: nn.Module,  # smooth, of cosines [N, k] and targets [N]; its weight is ignored
     class_counts: Iterable[float],  # samples of each class, > 0, [k]
     d: int | None = None,  # dimension; None: k + 1, where no descent gets stuck
     *,
-    centroid: float = 0.,  # λ ≥ 0 of the zero-centroid regulariser
+    centroid: float = 0.,  # λ ≥ 0 of the zero-centroid regularizer
     starts: int = 1,  # random starts, ≥ 1; the lowest loss counts
 ) -> FreeOptimum:
-    "Minimise a loss over free prototypes and features, one for each class."
+    "Minimize a loss over free prototypes and features, one for each class."
     counts = torch.as_tensor(list(class_counts), dtype=torch.float64)
     k = len(counts)
     if k < 2 or not (counts > 0).all() or not counts.isfinite().all():
@@ -84,7 +84,7 @@ class ScaleFit:
 # %% ../../nbs/theory/11e_free_optimum.ipynb #aaf07d1b
 def fit_scale(
     cases: list[tuple],  # (loss with a scale, class counts, printed angle in degrees)
-    first: float = 5.,  # where to start, > 0
+    first: float = 5.,  # scale to start from, > 0
 ) -> ScaleFit:
     "Fit one scale to several printed class margins (Gauss-Newton)."
     from scipy.stats import t

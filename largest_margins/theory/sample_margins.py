@@ -32,7 +32,7 @@ def _hull_weights(points, y):
 def largest_sample_margins(
     prototypes: Tensor,  # one row for each class, of any norm, [k, d], k ≥ 2
 ) -> tuple[Tensor, Tensor]:  # unit features [k, d]; margins in [0, 2], [k]; float64
-    "For fixed prototypes, each class's best feature and the sample margin that it has."
+    "Find each class's best feature for fixed prototypes, and its sample margin."
     check_prototypes(prototypes)
     points = unit_rows(prototypes.detach().cpu().double()).numpy()
     features, margins = points.copy(), np.zeros(len(points))
@@ -46,8 +46,8 @@ def largest_sample_margins(
 def sample_margin_certificate(
     prototypes: Tensor,  # one row for each class, of any norm, [k, d], k ≥ 2
     target: int,  # the class, 0 … k − 1
-) -> dict:  # for `verify`; JSON-able; its points are the normalised prototypes
-    "Proof that a class's largest sample margin lies between two rational numbers."
+) -> dict:  # for `verify`; JSON-able; its points are the normalized prototypes
+    "Prove that a class's largest sample margin lies between two rational numbers."
     check_prototypes(prototypes)
     points = unit_rows(prototypes.detach().cpu().double()).numpy()
     if not isinstance(target, int) or not 0 <= target < len(points):

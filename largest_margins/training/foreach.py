@@ -1,4 +1,4 @@
-"""fastai's optimisers with a step that does not grow with the number of layers
+"""Run fastai's Adam and SGD with a step that does not grow with the number of layers
 
 Docs: https://largest-margins.github.io/largest-margins/training/foreach.html.md"""
 
@@ -107,7 +107,7 @@ def foreach(
     opt_func: Callable = Adam,  # fastai's Adam or SGD, or a partial of one
     **kwargs,  # passed to `opt_func`: lr, wd, mom, …
 ) -> Optimizer:  # a `ForeachOptimizer`; what `opt_func` makes if it is of another kind
-    "Make one of fastai's optimisers, with one operation for all parameters."
+    "Make one of fastai's optimizers, with one operation for all parameters."
     made = opt_func(params, *args, **kwargs)
     known = type(made) is Optimizer and all(_bare(cb) in _OF_LISTS for cb in made.cbs)
     if not known: return made
@@ -131,5 +131,5 @@ class CountOperations(TorchDispatchMode):
 
     @property
     def total(self) -> int:
-        "All of them."
+        "Return the number of all operations."
         return sum(self.counts.values())

@@ -1,4 +1,4 @@
-"""How the learning rate moves, and the optimiser that goes with it
+"""How the learning rate moves, and the optimizer that goes with it
 
 Docs: https://largest-margins.github.io/largest-margins/training/schedules.html.md"""
 
@@ -53,7 +53,7 @@ SCHEDULES = {
 def optimiser_for(
     schedule: str,  # a name in `SCHEDULES`
 ) -> dict:  # arguments of a Learner; empty for fastai's own
-    "The optimiser of a schedule: fastai's Adam for one-cycle, else with L2."
+    "The optimizer of a schedule: fastai's Adam for one-cycle, else with L2."
     if SCHEDULES[schedule].factor is None: return {}
     from fastai.optimizer import SGD, Adam
 

@@ -4,7 +4,7 @@ import {closedBounds, closedMargin, degrees, greedyMargin, levenshteinBound, rad
         suggestedScale} from './formulas.js';
 import {keep, kept, linkButton} from './state.js';
 
-const width = 640, height = 300, edge = {left: 52, right: 16, top: 14, bottom: 44};
+const width = 640, height = 316, edge = {left: 52, right: 16, top: 14, bottom: 60};
 const mostClasses = 1e7, mostDimensions = 4096;
 
 const markup = `
@@ -74,7 +74,7 @@ function plot(svg, data, k, d) {
     .call(d3.axisBottom(x).tickValues([10, 100, 1e3, 1e4, 1e5, 1e6, 1e7]).tickFormat(d3.format('~s')));
   svg.append('g').attr('class', 'axis').attr('transform', `translate(${edge.left},0)`)
     .call(d3.axisLeft(y).tickValues([0, 30, 60, 90, 120, 150, 180]).tickFormat(v => `${v}°`));
-  svg.append('text').attr('x', (edge.left + width) / 2).attr('y', height - 8).attr('text-anchor', 'middle')
+  svg.append('text').attr('x', (edge.left + width) / 2).attr('y', height - 6).attr('text-anchor', 'middle')
     .text(`classes k, in ${d} dimensions`);
   const line = which => d3.line()(found.map(([n, m]) => [x(n), y(m[which].degrees)]));
   svg.append('path').attr('class', 'between').attr('d', `${line('bound')}L${d3.line()(

@@ -68,7 +68,7 @@ export const suggestedScale = (k, probability) =>
 
 // --- which smallest sample margin a scale guarantees, for NormFace and k classes of one size ---
 
-// the least of all minimisers, where `largest` is the largest possible in this dimension
+// the least of all minimizers, where `largest` is the largest possible in this dimension
 export function guaranteedMargin(k, largest, s) {
   const logX = Math.log(k - 1) - s * largest;
   const power = k * Math.log1p(Math.exp(logX));        // log (1 + x)^k
@@ -166,7 +166,7 @@ export function capShare(d, angle) {
   return 0.5 * incompleteBeta(x, a, 0.5);
 }
 
-// the regularised incomplete beta function, by its continued fraction (Lentz)
+// the regularized incomplete beta function, by its continued fraction (Lentz)
 function incompleteBeta(x, a, b) {
   if (x <= 0) return 0;
   if (x >= 1) return 1;

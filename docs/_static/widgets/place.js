@@ -42,7 +42,7 @@ const markup = `
 function toView([x, y, z], turn, tilt) {
   const [ct, st, cu, su] = [Math.cos(turn), Math.sin(turn), Math.cos(tilt), Math.sin(tilt)];
   const across = x * ct - y * st, away = x * st + y * ct;
-  return [across, z * cu - away * su, away * cu + z * su];     // right, up, towards the reader
+  return [across, z * cu - away * su, away * cu + z * su];     // right, up, toward the reader
 }
 
 function fromView([right, up, near], turn, tilt) {

@@ -2,7 +2,7 @@
 import d3, {marks} from './d3.js';
 import {lmSoftmaxLoss, lmSoftmaxOnCircle, logits, marginLoss, octagon, radians, stack} from './formulas.js';
 
-const width = 420, height = 260, margin = {left: 46, right: 10, top: 10, bottom: 40};
+const width = 420, height = 274, margin = {left: 64, right: 10, top: 10, bottom: 54};
 const classes = 10;
 const scaleOf = position => 2 ** position;
 const signed = (x, digits) => x.toFixed(digits).replace('-', '−');
@@ -23,8 +23,8 @@ const markup = `
 function chart(svg, x, y, xLabel, yLabel, xAxis) {
   svg.append('g').attr('class', 'axis').attr('transform', `translate(0,${height - margin.bottom})`).call(xAxis);
   svg.append('g').attr('class', 'axis').attr('transform', `translate(${margin.left},0)`).call(d3.axisLeft(y).ticks(5));
-  svg.append('text').attr('x', (margin.left + width) / 2).attr('y', height - 6).attr('text-anchor', 'middle').text(xLabel);
-  svg.append('text').attr('transform', `translate(12,${height / 2 - 10}) rotate(-90)`).attr('text-anchor', 'middle')
+  svg.append('text').attr('x', (margin.left + width) / 2).attr('y', height - 5).attr('text-anchor', 'middle').text(xLabel);
+  svg.append('text').attr('transform', `translate(14,${height / 2 - 10}) rotate(-90)`).attr('text-anchor', 'middle')
     .text(yLabel);
 }
 
@@ -70,9 +70,9 @@ export default function draw(widget) {
   const steps = d3.range(0, 8.01, 0.1).map(scaleOf);
   series(marks(right.append('g'), 'path', 'curve', both), 'curve')
     .attr('d', ([, angles]) => d3.line()(steps.map(s => [scale(s), value(lmSoftmaxOnCircle(angles, s))])));
-  legend(right, both.map(([name]) => name), 150, margin.top + 20);
-  spokes(right, octagon, 0, 278, 38);
-  spokes(right, stack, 1, 334, 38);
+  legend(right, both.map(([name]) => name), 138, margin.top + 20);
+  spokes(right, octagon, 0, 262, 38);
+  spokes(right, stack, 1, 313, 38);
   const here = right.append('line').attr('class', 'here').attr('y1', down[0]).attr('y2', down[1]);
   const dots = series(marks(right.append('g'), 'circle', 'dot', both), 'dot').attr('r', 4);
 
