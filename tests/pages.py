@@ -12,4 +12,4 @@ pages = [build.page_path(p).with_suffix('.html').as_posix() for p in notebooks]
 pages += [Path(d.lower()).with_suffix('.html').as_posix() for d in build.documents]
 pages += [f'{name}.html' for name in build.written]
 pages += [f'{address}.html' for address in build.own_pages(notebooks)]
-made = ['genindex.html', 'search.html', *(f'{page}.html' for page in build.moved)]    # Sphinx's own; old addresses
+made = ['genindex.html', 'search.html']    # Sphinx's own

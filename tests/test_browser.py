@@ -1,5 +1,6 @@
 "Every page in a real Chromium: loaded, read in both themes, on a phone, and by keyboard."
 import json
+import re
 from importlib import import_module
 
 import pytest
@@ -22,6 +23,14 @@ drawn = '''(async () => {
     scrollTo(0, 0);
     return true;
 })()'''
+
+
+@pytest.mark.parametrize('old, new', build.moved.items())
+def test_an_old_address_leads_on(site, old, new):
+    page = (site/f'{old}.html').read_text(encoding='utf-8')
+    address, = re.findall(r'http-equiv="refresh" content="0; url=([^"]+)"', page)
+    assert (site/f'{old}.html').parent.joinpath(address).resolve() == (site/f'{new}.html').resolve()
+    assert f'<a href="{address}">' in page and f'{new}.html' in pages + made
 
 
 @pytest.mark.parametrize('page', pages + made)
