@@ -157,9 +157,10 @@ class ClassificationLoss(_Reduction):
     def split_ignored(self, targets, num_classes):
         "Class 0 in the place of `ignore_index`, and which samples count (None: all)."
         if values_are_cheap(targets):
-            low, high = (v.item() for v in targets.aminmax())
+            low, high = targets.aminmax()
+            low, high, ignored = low.item(), high.item(), self.ignore_index
             fine = 0 <= low and high < num_classes
-            if fine and not low <= self.ignore_index <= high: return targets, None
+            if fine and not low <= ignored <= high: return targets, None
         valid = targets != self.ignore_index
         check_range(targets, num_classes, ~valid)
         return torch.where(valid, targets, 0), valid
@@ -381,7 +382,7 @@ def _with_slopes(num, den, by_num, by_den, rest, s):
     if den is None: return rest / s - num, dict(own=-by_num, rest=1 / s)
     excess = torch.sub(rest, den, alpha=s)
     losses, miss = F.softplus(excess, threshold=40), excess.sigmoid_()
-    if den is num: return losses, dict(own=miss * (-s * by_num), rest=miss)
+    if den is num: return losses, dict(own=miss * (by_num * -s), rest=miss)
     by_own = s * ((1 - miss) * by_den - by_num)
     return torch.add(losses, den - num, alpha=s), dict(own=by_own, rest=miss)
 

@@ -37,9 +37,9 @@ def _scaled(x):
 def moderate(norms: Tensor) -> bool:
     "Whether squares on the way to these norms kept their precision; False if not seen."
     if not values_are_cheap(norms): return False
-    low, high = (v.item() for v in norms.aminmax())
+    low, high = norms.aminmax()
     tiny = torch.finfo(norms.dtype).tiny ** .4  # 1e-15 in float32, 1e-123 in float64
-    return tiny < low and high < 1 / tiny
+    return tiny < low.item() and high.item() < 1 / tiny
 
 # %% ../nbs/theory/01_margins.ipynb #42200c76
 def unit_rows(x: Tensor) -> Tensor:

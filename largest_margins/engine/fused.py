@@ -343,9 +343,8 @@ class _Fused(torch.autograd.Function):
         names = plan.names + plan.numbers
         plan.wanted = tuple(n for n, need in zip(names, ctx.needs_input_grad[1:])
                             if need) if plan.learns else ()
-        plan.share, plan.logs = (
-            weights(targets, plan.valid, plan.shards.num_classes, tensors[1].dtype)
-            for weights in (loss.shares, loss.log_shares))
+        batch = targets, plan.valid, plan.shards.num_classes, tensors[1].dtype
+        plan.share, plan.logs = loss.shares(*batch), loss.log_shares(*batch)
         now = () if loss.reduction == 'none' else plan.wanted
         losses, leads, plan.gradients = _pass(plan, tensors, now, plan.share)
         return loss.total(losses, leads, plan.share, plan.logs)
@@ -415,8 +414,8 @@ def fused_loss(loss, features, prototypes, targets, numbers, chunk_size='auto',
     if chunk_size != 'auto': chunk_size = integer('chunk_size', chunk_size, at_least=1)
     else: chunk_size = rows_at_once(features.shape[0], shards.largest_size)
     dtype = work_dtype(features.dtype, prototypes.dtype)
-    tensors = (x if x.dtype == dtype else x.to(dtype)
-               for x in (features, prototypes, *numbers.values()))
+    tensors = [x if x.dtype is dtype else x.to(dtype)
+               for x in (features, prototypes, *numbers.values())]
     plan = _Plan(loss.frozen(), valid, shards, chunk_size, tuple(numbers))
     value = _Fused.apply(plan, targets, *tensors)
     if shards.alone or value.ndim == 0: return value
