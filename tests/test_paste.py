@@ -34,14 +34,32 @@ def blocks(notebook, languages):
     return found
 
 
+QUIET = dict(MPLBACKEND='agg', OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore',
+             PYTHONPATH=os.pathsep.join([str(root), os.environ.get('PYTHONPATH', '')]),
+             PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ['PATH']]))
+
+
 def run(command, folder, seconds=600, **environment):
-    quiet = dict(MPLBACKEND='agg', OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore',
-                 PYTHONPATH=os.pathsep.join([str(root), os.environ.get('PYTHONPATH', '')]))
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ['PATH']])
-    done = subprocess.run(command, cwd=folder, env=os.environ | quiet | environment | dict(PATH=path), text=True,
+    done = subprocess.run(command, cwd=folder, env=os.environ | QUIET | environment, text=True,
                           stdin=subprocess.DEVNULL, capture_output=True, timeout=seconds)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     return done.stdout
+
+
+@pytest.fixture(scope='module')
+def fresh():
+    "Runs a file in an interpreter that has loaded libraries only; returns what it printed."
+    server = subprocess.Popen([sys.executable, root/'tests/fresh.py'], env=os.environ | QUIET, text=True,
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def run(path):
+        printed = path.with_suffix('.txt')
+        print(json.dumps([str(path), str(path.parent), str(printed)]), file=server.stdin, flush=True)
+        status, text = server.stdout.readline().strip(), printed.read_text(encoding='utf-8')
+        assert status == '0', f'{status}: {text[-3000:]}'
+        return text
+    yield run
+    server.communicate()
 
 
 def page(notebook):
@@ -50,9 +68,9 @@ def page(notebook):
 
 
 @pytest.mark.parametrize('notebook', [page(n) for n in notebooks])
-def test_python_blocks(notebook, tmp_path):
+def test_python_blocks(notebook, tmp_path, fresh):
     (tmp_path/'page.py').write_text('\n\n'.join(blocks(notebook, {'python', 'py'})), encoding='utf-8')
-    run([sys.executable, 'page.py'], tmp_path)
+    fresh(tmp_path/'page.py')
 
 
 def test_the_list_names_pages():
@@ -99,13 +117,16 @@ def test_shell_blocks(notebook, tmp_path):
 
 # --- the tests themselves can fail ---
 
-def test_what_counts_as_seen(tmp_path):
+def test_what_counts_as_seen(tmp_path, fresh):
     seen = ['x = 1', '#| output: false\nx', '#| code-fold: show\nx']
     unseen = ['#| hide\nx', '#| export\nx', '#| exports\nx', '#| exporti\nx', '#| echo: false\nx',
               '#| code-fold: true\nx', '#| default_exp x', 'show_doc(x)']
     assert not any(map(UNSEEN.search, seen)) and all(map(UNSEEN.search, unseen))
     assert fences('a\n```sh\nls\n```\n```python\nx\n```', {'sh'}) == ['ls\n']
-    with pytest.raises(AssertionError):
-        run([sys.executable, '-c', 'nothing'], tmp_path)
+    for code, said in ('nothing', '1: .*NameError'), ('import os; os._exit(3)', '3: '):
+        (tmp_path/'page.py').write_text(code)
+        with pytest.raises(AssertionError, match=f'(?s)^{said}'): fresh(tmp_path/'page.py')
+    (tmp_path/'page.py').write_text('print(__name__)')
+    assert fresh(tmp_path/'page.py').endswith('__main__\n')
     with pytest.raises(AssertionError):
         run(['bash', '-euc', 'false'], tmp_path)
