@@ -12,6 +12,7 @@ from mpmath import mp, mpf
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck
 
+from largest_margins import margins
 from largest_margins.losses import SampleMarginLoss
 from largest_margins.margins import (
     class_margin,
@@ -112,6 +113,15 @@ def test_class_margin_is_differentiable():
     gradient, = torch.autograd.grad(class_margin(near), near)
     assert gradient.norm(dim=1).tolist() == pytest.approx([.5, .5], rel=1e-6)  # 1 / norm, apart along the tangent
     assert gradient[0, 1] < 0 < gradient[1, 1]
+
+
+def test_class_margin_where_there_is_no_float64(monkeypatch):
+    "As on Apple's GPUs: of pairs whose cosines are 1 in float32, the closest is found by its chord."
+    monkeypatch.setattr(margins, 'precise', lambda x: torch.float32)
+    apart = torch.tensor([4e-5, 1e-5, 7e-5])
+    first = torch.eye(3)
+    second = first + apart[:, None] * first.roll(1, 1)
+    assert class_margin(torch.cat([first, second])).item() == pytest.approx(1e-5, rel=1e-4)
 
 
 # --- class margin: two passes, float32 and float64 ---
