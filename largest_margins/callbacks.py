@@ -31,6 +31,7 @@ from fastai.data.transforms import get_c
 from fastai.learner import Learner, Recorder, ValueMetric
 from fastai.optimizer import Optimizer
 from fastai.torch_core import apply, find_bs, num_distrib, to_device
+from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import Tensor, nn
 
@@ -708,87 +709,107 @@ class Checkpoint(Callback):
         self._fitting = self._trained = self._ended = False
         self._content, self._asleep = None, []
 
-    def read(
-        self,
-        **fit,  # what else must be equal: `epochs` and `batches`
-    ) -> dict | None:  # the content; None if there is no file
-        "Read the file; raise ValueError if it is damaged or from another training."
-        kind = 'a checkpoint (remove it to start anew)'
-        try: content = load_file(self.path, kind)
-        except FileNotFoundError: return None
-        if not isinstance(content, dict) or content.get('format') != _FORMAT:
-            raise ValueError(f'{self.path} is not {kind}')
-        was, now = content['configuration'], self.configuration
-        if fit: was, now = was | content['fit'], now | fit
-        if not (changes := differences(was, now)): return content
-        raise ValueError(f'{self.path} is of another training (remove it to start '
-                         f'anew): {changes}')
+# %% ../nbs/training/23_callbacks.ipynb #f6d8603f
+@patch
+def read(
+    self: Checkpoint,
+    **fit,  # what else must be equal: `epochs` and `batches`
+) -> dict | None:  # the content; None if there is no file
+    "Read the file; raise ValueError if it is damaged or from another training."
+    kind = 'a checkpoint (remove it to start anew)'
+    try: content = load_file(self.path, kind)
+    except FileNotFoundError: return None
+    if not isinstance(content, dict) or content.get('format') != _FORMAT:
+        raise ValueError(f'{self.path} is not {kind}')
+    was, now = content['configuration'], self.configuration
+    if fit: was, now = was | content['fit'], now | fit
+    if not (changes := differences(was, now)): return content
+    raise ValueError(f'{self.path} is of another training (remove it to start '
+                     f'anew): {changes}')
 
-    def remove(self):
-        "Remove the file, and parts that a killed process left behind."
-        self._ended = False
-        remove_file(self.path)
+# %% ../nbs/training/23_callbacks.ipynb #58d331d8
+@patch
+def remove(self: Checkpoint):
+    "Remove the file, and parts that a killed process left behind."
+    self._ended = False
+    remove_file(self.path)
 
-    def before_fit(self):
-        self._content, self.order = None, type(self).order
-        self.seconds, self._began = 0., time.perf_counter()
-        self._fitting = self._trained = False
+# %% ../nbs/training/23_callbacks.ipynb #64c3bb63
+@patch
+def before_fit(self: Checkpoint):
+    self._content, self.order = None, type(self).order
+    self.seconds, self._began = 0., time.perf_counter()
+    self._fitting = self._trained = False
 
-    def before_train(self):
-        "Begin or continue the fit."
-        if hasattr(self.learn, 'lr_finder'): return
-        if not self._fitting: self._begin()
-        self._trained = True
 
-    def _begin(self):
-        "If there is a file, skip its epochs and disable other callbacks meanwhile."
-        if num_distrib() > 1: raise ValueError('Checkpoint is for a single process')
-        if self.learn.epoch:
-            raise ValueError('start_epoch must be 0: the file says where to go on')
-        if self._ended and self.path.exists():
-            raise ValueError(f'{self.path} is of a fit that has ended: remove it, or '
-                             'give each fit a Checkpoint of its own')
-        self._fitting, self._content = True, self.read(**self._fit())
-        if self._content is None: return
-        self._asleep = [cb for cb in self.learn.cbs if cb.run and cb is not self]
-        for cb in self._asleep: cb.run = False
-        self.order = -inf  # the first to see the next epoch begin
-        raise CancelEpochException
+@patch
+def before_train(self: Checkpoint):
+    "Begin or continue the fit."
+    if hasattr(self.learn, 'lr_finder'): return
+    if not self._fitting: self._begin()
+    self._trained = True
 
-    def before_epoch(self):
-        if self._content is None: return
-        if self.learn.epoch < self._content['epoch']: raise CancelEpochException
-        self._wake()
+# %% ../nbs/training/23_callbacks.ipynb #c58f3ec9
+@patch
+def _begin(self: Checkpoint):
+    "If there is a file, skip its epochs and disable other callbacks meanwhile."
+    if num_distrib() > 1: raise ValueError('Checkpoint is for a single process')
+    if self.learn.epoch:
+        raise ValueError('start_epoch must be 0: the file says where to go on')
+    if self._ended and self.path.exists():
+        raise ValueError(f'{self.path} is of a fit that has ended: remove it, or '
+                         'give each fit a Checkpoint of its own')
+    self._fitting, self._content = True, self.read(**self._fit())
+    if self._content is None: return
+    self._asleep = [cb for cb in self.learn.cbs if cb.run and cb is not self]
+    for cb in self._asleep: cb.run = False
+    self.order = -inf  # the first to see the next epoch begin
+    raise CancelEpochException
 
-    def _wake(self):
-        "Restore the state at the end of the last epoch in the file."
-        content, self._content, self.order = self._content, None, type(self).order
-        for cb in self._asleep: cb.run = True
-        try: _set_training_state(self.learn, content['training'])
-        except (RuntimeError, ValueError, TypeError, LookupError, AssertionError) as e:
-            raise ValueError(f'{self.path} does not fit this Learner (remove it to '
-                             f'start anew): {e}') from e
-        self.seconds, self._began = content['seconds'], time.perf_counter()
+# %% ../nbs/training/23_callbacks.ipynb #46666379
+@patch
+def before_epoch(self: Checkpoint):
+    if self._content is None: return
+    if self.learn.epoch < self._content['epoch']: raise CancelEpochException
+    self._wake()
 
-    def after_epoch(self):
-        "Save the file if this epoch trained."
-        if not self._trained: return
-        self._trained, done = False, self.learn.epoch + 1
-        if done % self.every and done < self.learn.n_epoch: return
-        seconds = self.seconds + time.perf_counter() - self._began
-        content = dict(format=_FORMAT, configuration=self.configuration, epoch=done,
-                       fit=self._fit(), seconds=seconds,
-                       training=_training_state(self.learn))
-        save_file(_as_plain(content), self.path)
 
-    def after_fit(self):
-        if self._content is not None: self._wake()  # all epochs were there already
-        self._ended = self._ended or self._fitting
-        self._fitting = self._trained = False
+@patch
+def _wake(self: Checkpoint):
+    "Restore the state at the end of the last epoch in the file."
+    content, self._content, self.order = self._content, None, type(self).order
+    for cb in self._asleep: cb.run = True
+    try: _set_training_state(self.learn, content['training'])
+    except (RuntimeError, ValueError, TypeError, LookupError, AssertionError) as e:
+        raise ValueError(f'{self.path} does not fit this Learner (remove it to '
+                         f'start anew): {e}') from e
+    self.seconds, self._began = content['seconds'], time.perf_counter()
 
-    def _fit(self):
-        "Return what the schedule depends on."
-        return dict(epochs=self.learn.n_epoch, batches=len(self.learn.dls.train))
+# %% ../nbs/training/23_callbacks.ipynb #dfa515dc
+@patch
+def after_epoch(self: Checkpoint):
+    "Save the file if this epoch trained."
+    if not self._trained: return
+    self._trained, done = False, self.learn.epoch + 1
+    if done % self.every and done < self.learn.n_epoch: return
+    seconds = self.seconds + time.perf_counter() - self._began
+    content = dict(format=_FORMAT, configuration=self.configuration, epoch=done,
+                   fit=self._fit(), seconds=seconds,
+                   training=_training_state(self.learn))
+    save_file(_as_plain(content), self.path)
+
+# %% ../nbs/training/23_callbacks.ipynb #18fe736c
+@patch
+def after_fit(self: Checkpoint):
+    if self._content is not None: self._wake()  # all epochs were there already
+    self._ended = self._ended or self._fitting
+    self._fitting = self._trained = False
+
+
+@patch
+def _fit(self: Checkpoint):
+    "Return what the schedule depends on."
+    return dict(epochs=self.learn.n_epoch, batches=len(self.learn.dls.train))
 
 # %% ../nbs/training/23_callbacks.ipynb #2d83cbe2
 _FORMAT = 'largest_margins checkpoint 1'
