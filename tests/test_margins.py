@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -377,6 +378,25 @@ def test_no_value_is_read_on_a_gpu():
         assert class_sample_margins(cosines, targets).shape == (4,)
         assert min_sample_margin(cosines, targets).shape == ()
         with pytest.raises(ValueError, match='^prototypes must'): class_margin(prototypes[0])
+
+
+def test_neural_collapse_is_the_definition():
+    "With NumPy, class by class; the classes have 2, 7 and 30 samples, so that no mean is one over all samples."
+    rng = np.random.default_rng(0)
+    targets = np.repeat(np.arange(3), [2, 7, 30])
+    features, prototypes = rng.standard_normal((39, 5)) + 2 * np.eye(3, 5)[targets], rng.standard_normal((3, 5))
+    groups = [features[targets == c] for c in range(3)]
+    means = np.stack([g.mean(0) for g in groups])
+    within = np.mean([np.cov(g.T, bias=True) for g in groups], 0)
+    between = np.cov(means.T, bias=True)
+    centred, simplex = means - means.mean(0), (np.eye(3) - 1 / 3) / 2**.5
+    nc1 = np.trace(within @ np.linalg.pinv(between, rcond=1e-9)) / 3
+    nc2, nc3 = (np.linalg.norm(g / np.linalg.norm(g) - simplex) for g in (centred @ centred.T, prototypes @ centred.T))
+    by_mean = np.linalg.norm(features[:, None] - means, axis=2).argmin(1)
+    by_prototype = (features @ (prototypes / np.linalg.norm(prototypes, axis=1, keepdims=True)).T).argmax(1)
+    found = neural_collapse(torch.tensor(features), torch.tensor(targets), torch.tensor(prototypes))
+    assert [x.item() for x in found] == pytest.approx([nc1, nc2, nc3, np.mean(by_mean != by_prototype)], rel=1e-9)
+    assert 0 < found.nc4 < 1
 
 
 @pytest.mark.parametrize('dtype, size', [(torch.float64, 1e200), (torch.float64, 1e-200), (torch.float32, 3e37)])
