@@ -422,63 +422,80 @@ class MarginRecorder(HeadCallback):
     def _predicting(self):
         return hasattr(self.learn, 'gather_preds') or hasattr(self.learn, 'lr_finder')
 
-    def before_epoch(self): self._trained = False
-
-    def before_train(self):
-        "Start a new history with a new fit."
-        self._trained = not self._predicting
-        if self._trained and self.learn.epoch == 0: self.history = []
-
-    def before_validate(self): self.latest, self._margins, self._targets = {}, [], []
-
     def before_batch(self):
         if not self._predicting: super().before_batch()
 
-    def after_pred(self):
-        "Remember the sample margins of the batch."
-        if self._predicting or not self.learn.yb: return
-        targets, features = plain(self.learn.yb[0]), vars(self.learn).get('features')
-        ignored = targets == _ignore_index(self.learn.loss_func)
-        targets = targets.masked_fill(ignored, 0)
-        margins = (sample_margins(self.batch_cosines(), targets) if features is None
-                   else self.head.sample_margins(features, targets))
-        targets = targets.long().masked_fill(ignored, -1)
-        seen = self.learn.to_detach((margins, targets))  # of all processes, if several
-        self._margins.append(seen[0])
-        self._targets.append(seen[1])
+# %% ../nbs/training/23_callbacks.ipynb #b4b1f625
+@patch
+def before_epoch(self: MarginRecorder): self._trained = False
 
-    def after_validate(self): self._measure()
 
-    def _value(self, key):
-        "Return a measure to fastai's Recorder, which asks right after validation."
-        self._measure()
-        return self.latest.get(key)
+@patch
+def before_train(self: MarginRecorder):
+    "Start a new history with a new fit."
+    self._trained = not self._predicting
+    if self._trained and self.learn.epoch == 0: self.history = []
 
-    def _measure(self):
-        "Measure, and add to the history if this epoch trained."
-        if self._predicting or not self._margins: return
-        margins, targets = torch.cat(self._margins), torch.cat(self._targets)
-        self._margins, self._targets = [], []
-        margins, targets = margins[targets >= 0], targets[targets >= 0]
-        if not len(margins): return  # all samples are ignored
-        prototypes = _prototypes(self.head)
-        few = len(prototypes) <= self.most_classes
-        seen = SimpleNamespace(prototypes=prototypes, margins=margins,
-                               optimum=self.optimum)
-        angles = ('class_margin', 'bound', 'less_optimum')
-        numbers = dict.fromkeys(self.names, nan) | measure(
-            seen, [name for name in self.names if few or name not in angles])
-        self.latest = dict(
-            epoch=self.learn.epoch, **numbers, class_sample_margins=smallest_by_class(
-                margins, targets, len(prototypes)).tolist())
-        if self._trained: self.history.append(self.latest)
+# %% ../nbs/training/23_callbacks.ipynb #e0de53b7
+@patch
+def before_validate(self: MarginRecorder):
+    self.latest, self._margins, self._targets = {}, [], []
 
-    def plot(
-        self,
-        axes=None,  # three matplotlib axes; None: a new figure
-    ):  # the axes
-        "Plot the recorded margins by epoch."
-        return plot_margin_history(self.history, axes)
+
+@patch
+def after_pred(self: MarginRecorder):
+    "Remember the sample margins of the batch."
+    if self._predicting or not self.learn.yb: return
+    targets, features = plain(self.learn.yb[0]), vars(self.learn).get('features')
+    ignored = targets == _ignore_index(self.learn.loss_func)
+    targets = targets.masked_fill(ignored, 0)
+    margins = (sample_margins(self.batch_cosines(), targets) if features is None
+               else self.head.sample_margins(features, targets))
+    targets = targets.long().masked_fill(ignored, -1)
+    seen = self.learn.to_detach((margins, targets))  # of all processes, if several
+    self._margins.append(seen[0])
+    self._targets.append(seen[1])
+
+# %% ../nbs/training/23_callbacks.ipynb #4b9b8d8c
+@patch
+def after_validate(self: MarginRecorder): self._measure()
+
+
+@patch
+def _value(self: MarginRecorder, key):
+    "Return a measure to fastai's Recorder, which asks right after validation."
+    self._measure()
+    return self.latest.get(key)
+
+# %% ../nbs/training/23_callbacks.ipynb #abc07ee4
+@patch
+def _measure(self: MarginRecorder):
+    "Measure, and add to the history if this epoch trained."
+    if self._predicting or not self._margins: return
+    margins, targets = torch.cat(self._margins), torch.cat(self._targets)
+    self._margins, self._targets = [], []
+    margins, targets = margins[targets >= 0], targets[targets >= 0]
+    if not len(margins): return  # all samples are ignored
+    prototypes = _prototypes(self.head)
+    few = len(prototypes) <= self.most_classes
+    seen = SimpleNamespace(prototypes=prototypes, margins=margins,
+                           optimum=self.optimum)
+    angles = ('class_margin', 'bound', 'less_optimum')
+    numbers = dict.fromkeys(self.names, nan) | measure(
+        seen, [name for name in self.names if few or name not in angles])
+    self.latest = dict(
+        epoch=self.learn.epoch, **numbers, class_sample_margins=smallest_by_class(
+            margins, targets, len(prototypes)).tolist())
+    if self._trained: self.history.append(self.latest)
+
+# %% ../nbs/training/23_callbacks.ipynb #c01aa318
+@patch
+def plot(
+    self: MarginRecorder,
+    axes=None,  # three matplotlib axes; None: a new figure
+):  # the axes
+    "Plot the recorded margins by epoch."
+    return plot_margin_history(self.history, axes)
 
 # %% ../nbs/training/23_callbacks.ipynb #cb5baade
 def _prototypes(head):
