@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mpmath import mp, mpf
+from pairs import named, pairs
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck
 
@@ -166,9 +167,8 @@ ARRANGEMENTS = {
 }
 
 
-@pytest.mark.parametrize('orders', [0, 30])
-@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize('name', ARRANGEMENTS)
+@pytest.mark.parametrize('name, dtype, orders', pairs(
+    list(ARRANGEMENTS), [torch.float32, torch.float64, torch.bfloat16], [0, 30]), ids=named)
 def test_class_margin_of_hard_arrangements(name, dtype, orders):
     "With norms of one size, and from 1e-30 to 1e30 (1e-180 to 1e180 in float64)."
     torch.manual_seed(0)
