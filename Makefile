@@ -8,7 +8,7 @@ METADATA := settings.ini setup.py pyproject.toml
 DIFF := diff -rq -x __pycache__ -x .ipynb_checkpoints
 
 OLDEST := $(abspath build/oldest)
-.PHONY: help study demo test oldest gpu-check notebooks docs hooks
+.PHONY: help study demo test mutants oldest gpu-check notebooks docs hooks
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -51,6 +51,10 @@ test: .venv/.test  ## every check: notebooks, export, style, site, pytest
 	cd $(CHECK) && $(BIN)/nbdev-test --n-workers 2
 	$(BIN)/python docs/build.py --check
 	$(BIN)/python -m pytest -n 2
+
+mutants: export OMP_NUM_THREADS = 1
+mutants: .venv/.test  ## small mistakes made in the core, and whether its tests notice: half an hour or more
+	nice -n 15 $(BIN)/python tests/mutants.py
 
 # In a .venv of its own, since other libraries are built for newer ones. The versions have wheels for Python 3.10 and 3.11.
 oldest:  ## the tests of what computes and reads, with the oldest NumPy and SciPy that settings.ini allows

@@ -31,6 +31,7 @@ from fastai.data.transforms import get_c
 from fastai.learner import Learner, Recorder, ValueMetric
 from fastai.optimizer import Optimizer
 from fastai.torch_core import apply, find_bs, num_distrib, to_device
+from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import Tensor, nn
 
@@ -421,63 +422,80 @@ class MarginRecorder(HeadCallback):
     def _predicting(self):
         return hasattr(self.learn, 'gather_preds') or hasattr(self.learn, 'lr_finder')
 
-    def before_epoch(self): self._trained = False
-
-    def before_train(self):
-        "Start a new history with a new fit."
-        self._trained = not self._predicting
-        if self._trained and self.learn.epoch == 0: self.history = []
-
-    def before_validate(self): self.latest, self._margins, self._targets = {}, [], []
-
     def before_batch(self):
         if not self._predicting: super().before_batch()
 
-    def after_pred(self):
-        "Remember the sample margins of the batch."
-        if self._predicting or not self.learn.yb: return
-        targets, features = plain(self.learn.yb[0]), vars(self.learn).get('features')
-        ignored = targets == _ignore_index(self.learn.loss_func)
-        targets = targets.masked_fill(ignored, 0)
-        margins = (sample_margins(self.batch_cosines(), targets) if features is None
-                   else self.head.sample_margins(features, targets))
-        targets = targets.long().masked_fill(ignored, -1)
-        seen = self.learn.to_detach((margins, targets))  # of all processes, if several
-        self._margins.append(seen[0])
-        self._targets.append(seen[1])
+# %% ../nbs/training/23_callbacks.ipynb #b4b1f625
+@patch
+def before_epoch(self: MarginRecorder): self._trained = False
 
-    def after_validate(self): self._measure()
 
-    def _value(self, key):
-        "Return a measure to fastai's Recorder, which asks right after validation."
-        self._measure()
-        return self.latest.get(key)
+@patch
+def before_train(self: MarginRecorder):
+    "Start a new history with a new fit."
+    self._trained = not self._predicting
+    if self._trained and self.learn.epoch == 0: self.history = []
 
-    def _measure(self):
-        "Measure, and add to the history if this epoch trained."
-        if self._predicting or not self._margins: return
-        margins, targets = torch.cat(self._margins), torch.cat(self._targets)
-        self._margins, self._targets = [], []
-        margins, targets = margins[targets >= 0], targets[targets >= 0]
-        if not len(margins): return  # all samples are ignored
-        prototypes = _prototypes(self.head)
-        few = len(prototypes) <= self.most_classes
-        seen = SimpleNamespace(prototypes=prototypes, margins=margins,
-                               optimum=self.optimum)
-        angles = ('class_margin', 'bound', 'less_optimum')
-        numbers = dict.fromkeys(self.names, nan) | measure(
-            seen, [name for name in self.names if few or name not in angles])
-        self.latest = dict(
-            epoch=self.learn.epoch, **numbers, class_sample_margins=smallest_by_class(
-                margins, targets, len(prototypes)).tolist())
-        if self._trained: self.history.append(self.latest)
+# %% ../nbs/training/23_callbacks.ipynb #e0de53b7
+@patch
+def before_validate(self: MarginRecorder):
+    self.latest, self._margins, self._targets = {}, [], []
 
-    def plot(
-        self,
-        axes=None,  # three matplotlib axes; None: a new figure
-    ):  # the axes
-        "Plot the recorded margins by epoch."
-        return plot_margin_history(self.history, axes)
+
+@patch
+def after_pred(self: MarginRecorder):
+    "Remember the sample margins of the batch."
+    if self._predicting or not self.learn.yb: return
+    targets, features = plain(self.learn.yb[0]), vars(self.learn).get('features')
+    ignored = targets == _ignore_index(self.learn.loss_func)
+    targets = targets.masked_fill(ignored, 0)
+    margins = (sample_margins(self.batch_cosines(), targets) if features is None
+               else self.head.sample_margins(features, targets))
+    targets = targets.long().masked_fill(ignored, -1)
+    seen = self.learn.to_detach((margins, targets))  # of all processes, if several
+    self._margins.append(seen[0])
+    self._targets.append(seen[1])
+
+# %% ../nbs/training/23_callbacks.ipynb #4b9b8d8c
+@patch
+def after_validate(self: MarginRecorder): self._measure()
+
+
+@patch
+def _value(self: MarginRecorder, key):
+    "Return a measure to fastai's Recorder, which asks right after validation."
+    self._measure()
+    return self.latest.get(key)
+
+# %% ../nbs/training/23_callbacks.ipynb #abc07ee4
+@patch
+def _measure(self: MarginRecorder):
+    "Measure, and add to the history if this epoch trained."
+    if self._predicting or not self._margins: return
+    margins, targets = torch.cat(self._margins), torch.cat(self._targets)
+    self._margins, self._targets = [], []
+    margins, targets = margins[targets >= 0], targets[targets >= 0]
+    if not len(margins): return  # all samples are ignored
+    prototypes = _prototypes(self.head)
+    few = len(prototypes) <= self.most_classes
+    seen = SimpleNamespace(prototypes=prototypes, margins=margins,
+                           optimum=self.optimum)
+    angles = ('class_margin', 'bound', 'less_optimum')
+    numbers = dict.fromkeys(self.names, nan) | measure(
+        seen, [name for name in self.names if few or name not in angles])
+    self.latest = dict(
+        epoch=self.learn.epoch, **numbers, class_sample_margins=smallest_by_class(
+            margins, targets, len(prototypes)).tolist())
+    if self._trained: self.history.append(self.latest)
+
+# %% ../nbs/training/23_callbacks.ipynb #c01aa318
+@patch
+def plot(
+    self: MarginRecorder,
+    axes=None,  # three matplotlib axes; None: a new figure
+):  # the axes
+    "Plot the recorded margins by epoch."
+    return plot_margin_history(self.history, axes)
 
 # %% ../nbs/training/23_callbacks.ipynb #cb5baade
 def _prototypes(head):
@@ -708,87 +726,107 @@ class Checkpoint(Callback):
         self._fitting = self._trained = self._ended = False
         self._content, self._asleep = None, []
 
-    def read(
-        self,
-        **fit,  # what else must be equal: `epochs` and `batches`
-    ) -> dict | None:  # the content; None if there is no file
-        "Read the file; raise ValueError if it is damaged or from another training."
-        kind = 'a checkpoint (remove it to start anew)'
-        try: content = load_file(self.path, kind)
-        except FileNotFoundError: return None
-        if not isinstance(content, dict) or content.get('format') != _FORMAT:
-            raise ValueError(f'{self.path} is not {kind}')
-        was, now = content['configuration'], self.configuration
-        if fit: was, now = was | content['fit'], now | fit
-        if not (changes := differences(was, now)): return content
-        raise ValueError(f'{self.path} is of another training (remove it to start '
-                         f'anew): {changes}')
+# %% ../nbs/training/23_callbacks.ipynb #f6d8603f
+@patch
+def read(
+    self: Checkpoint,
+    **fit,  # what else must be equal: `epochs` and `batches`
+) -> dict | None:  # the content; None if there is no file
+    "Read the file; raise ValueError if it is damaged or from another training."
+    kind = 'a checkpoint (remove it to start anew)'
+    try: content = load_file(self.path, kind)
+    except FileNotFoundError: return None
+    if not isinstance(content, dict) or content.get('format') != _FORMAT:
+        raise ValueError(f'{self.path} is not {kind}')
+    was, now = content['configuration'], self.configuration
+    if fit: was, now = was | content['fit'], now | fit
+    if not (changes := differences(was, now)): return content
+    raise ValueError(f'{self.path} is of another training (remove it to start '
+                     f'anew): {changes}')
 
-    def remove(self):
-        "Remove the file, and parts that a killed process left behind."
-        self._ended = False
-        remove_file(self.path)
+# %% ../nbs/training/23_callbacks.ipynb #58d331d8
+@patch
+def remove(self: Checkpoint):
+    "Remove the file, and parts that a killed process left behind."
+    self._ended = False
+    remove_file(self.path)
 
-    def before_fit(self):
-        self._content, self.order = None, type(self).order
-        self.seconds, self._began = 0., time.perf_counter()
-        self._fitting = self._trained = False
+# %% ../nbs/training/23_callbacks.ipynb #64c3bb63
+@patch
+def before_fit(self: Checkpoint):
+    self._content, self.order = None, type(self).order
+    self.seconds, self._began = 0., time.perf_counter()
+    self._fitting = self._trained = False
 
-    def before_train(self):
-        "Begin or continue the fit."
-        if hasattr(self.learn, 'lr_finder'): return
-        if not self._fitting: self._begin()
-        self._trained = True
 
-    def _begin(self):
-        "If there is a file, skip its epochs and disable other callbacks meanwhile."
-        if num_distrib() > 1: raise ValueError('Checkpoint is for a single process')
-        if self.learn.epoch:
-            raise ValueError('start_epoch must be 0: the file says where to go on')
-        if self._ended and self.path.exists():
-            raise ValueError(f'{self.path} is of a fit that has ended: remove it, or '
-                             'give each fit a Checkpoint of its own')
-        self._fitting, self._content = True, self.read(**self._fit())
-        if self._content is None: return
-        self._asleep = [cb for cb in self.learn.cbs if cb.run and cb is not self]
-        for cb in self._asleep: cb.run = False
-        self.order = -inf  # the first to see the next epoch begin
-        raise CancelEpochException
+@patch
+def before_train(self: Checkpoint):
+    "Begin or continue the fit."
+    if hasattr(self.learn, 'lr_finder'): return
+    if not self._fitting: self._begin()
+    self._trained = True
 
-    def before_epoch(self):
-        if self._content is None: return
-        if self.learn.epoch < self._content['epoch']: raise CancelEpochException
-        self._wake()
+# %% ../nbs/training/23_callbacks.ipynb #c58f3ec9
+@patch
+def _begin(self: Checkpoint):
+    "If there is a file, skip its epochs and disable other callbacks meanwhile."
+    if num_distrib() > 1: raise ValueError('Checkpoint is for a single process')
+    if self.learn.epoch:
+        raise ValueError('start_epoch must be 0: the file says where to go on')
+    if self._ended and self.path.exists():
+        raise ValueError(f'{self.path} is of a fit that has ended: remove it, or '
+                         'give each fit a Checkpoint of its own')
+    self._fitting, self._content = True, self.read(**self._fit())
+    if self._content is None: return
+    self._asleep = [cb for cb in self.learn.cbs if cb.run and cb is not self]
+    for cb in self._asleep: cb.run = False
+    self.order = -inf  # the first to see the next epoch begin
+    raise CancelEpochException
 
-    def _wake(self):
-        "Restore the state at the end of the last epoch in the file."
-        content, self._content, self.order = self._content, None, type(self).order
-        for cb in self._asleep: cb.run = True
-        try: _set_training_state(self.learn, content['training'])
-        except (RuntimeError, ValueError, TypeError, LookupError, AssertionError) as e:
-            raise ValueError(f'{self.path} does not fit this Learner (remove it to '
-                             f'start anew): {e}') from e
-        self.seconds, self._began = content['seconds'], time.perf_counter()
+# %% ../nbs/training/23_callbacks.ipynb #46666379
+@patch
+def before_epoch(self: Checkpoint):
+    if self._content is None: return
+    if self.learn.epoch < self._content['epoch']: raise CancelEpochException
+    self._wake()
 
-    def after_epoch(self):
-        "Save the file if this epoch trained."
-        if not self._trained: return
-        self._trained, done = False, self.learn.epoch + 1
-        if done % self.every and done < self.learn.n_epoch: return
-        seconds = self.seconds + time.perf_counter() - self._began
-        content = dict(format=_FORMAT, configuration=self.configuration, epoch=done,
-                       fit=self._fit(), seconds=seconds,
-                       training=_training_state(self.learn))
-        save_file(_as_plain(content), self.path)
 
-    def after_fit(self):
-        if self._content is not None: self._wake()  # all epochs were there already
-        self._ended = self._ended or self._fitting
-        self._fitting = self._trained = False
+@patch
+def _wake(self: Checkpoint):
+    "Restore the state at the end of the last epoch in the file."
+    content, self._content, self.order = self._content, None, type(self).order
+    for cb in self._asleep: cb.run = True
+    try: _set_training_state(self.learn, content['training'])
+    except (RuntimeError, ValueError, TypeError, LookupError, AssertionError) as e:
+        raise ValueError(f'{self.path} does not fit this Learner (remove it to '
+                         f'start anew): {e}') from e
+    self.seconds, self._began = content['seconds'], time.perf_counter()
 
-    def _fit(self):
-        "Return what the schedule depends on."
-        return dict(epochs=self.learn.n_epoch, batches=len(self.learn.dls.train))
+# %% ../nbs/training/23_callbacks.ipynb #dfa515dc
+@patch
+def after_epoch(self: Checkpoint):
+    "Save the file if this epoch trained."
+    if not self._trained: return
+    self._trained, done = False, self.learn.epoch + 1
+    if done % self.every and done < self.learn.n_epoch: return
+    seconds = self.seconds + time.perf_counter() - self._began
+    content = dict(format=_FORMAT, configuration=self.configuration, epoch=done,
+                   fit=self._fit(), seconds=seconds,
+                   training=_training_state(self.learn))
+    save_file(_as_plain(content), self.path)
+
+# %% ../nbs/training/23_callbacks.ipynb #18fe736c
+@patch
+def after_fit(self: Checkpoint):
+    if self._content is not None: self._wake()  # all epochs were there already
+    self._ended = self._ended or self._fitting
+    self._fitting = self._trained = False
+
+
+@patch
+def _fit(self: Checkpoint):
+    "Return what the schedule depends on."
+    return dict(epochs=self.learn.n_epoch, batches=len(self.learn.dls.train))
 
 # %% ../nbs/training/23_callbacks.ipynb #2d83cbe2
 _FORMAT = 'largest_margins checkpoint 1'

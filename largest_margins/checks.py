@@ -202,6 +202,9 @@ def check_matrix(name: str, x: Tensor, **least: int):
                          f'got shape {tuple(x.shape)}')
 
 # %% ../nbs/losses/10_checks.ipynb #8d8ef921
+_FAINT = 1e-37  # below that float32 loses digits, and GPUs take 0
+
+
 def _as_tensor(name, values):
     "A tensor, or what makes one, as a plain tensor of numbers."
     wanted = f'{name} must be a tensor or a list of numbers [k]'
@@ -211,7 +214,9 @@ def _as_tensor(name, values):
         try:
             values = list(values)
             if any(isinstance(v, bool) for v in values): raise TypeError('got a bool')
-            values = torch.as_tensor(values, device='cpu')  # never on meta
+            faint = any(isinstance(v, float) and 0 < abs(v) < _FAINT for v in values)
+            values = torch.as_tensor(values, dtype=torch.float64 if faint else None,
+                                     device='cpu')  # never on meta
         except (TypeError, ValueError, RuntimeError) as e:
             raise TypeError(f'{wanted}: {e}') from e
     _refuse_gradient(name, values)
@@ -229,11 +234,13 @@ def per_class(name: str, values: Tensor | Iterable, **bounds: float) -> Tensor:
     if not values.is_floating_point() or values.dtype.itemsize < 4:
         values = values.float()
     if values.device.type == 'meta': return values
-    fine = values.isfinite()
+    fine = values.isfinite() & ((values == 0) | (values.abs() >= _FAINT))
     for kind, bound in bounds.items(): fine &= _BOUNDS[kind][1](values, bound)
     for j in (~fine).nonzero().flatten().tolist():
         try: number(name, values[j], **bounds)
         except ValueError as e: raise type(e)(f'{e} for class {j}') from None
+        raise ValueError(f'{name} must be 0 or at least {_FAINT:g} in size, '
+                         f'got {values[j].item():g} for class {j}')
     return values
 
 # %% ../nbs/losses/10_checks.ipynb #529588ed

@@ -198,7 +198,7 @@ class NeuralCollapse(NamedTuple):
 # %% ../nbs/theory/01_margins.ipynb #c01nc008b
 def _class_means(z, targets, k):
     "Mean of each class, [k, d], and what samples add to the covariance within, [N, d]."
-    counts = torch.bincount(targets, minlength=k)
+    counts = torch.bincount(targets, minlength=k).to(z.dtype)
     if (counts == 0).any():
         raise ValueError('targets must have a sample of each class, class '
                          f'{counts.argmin().item()} has none')

@@ -1,6 +1,5 @@
 "The losses in one table, each with its formula written out again in high precision; the core's tests share it."
 from collections.abc import Callable
-from itertools import combinations
 from math import pi
 from typing import NamedTuple
 
@@ -163,26 +162,6 @@ def adaface(row, y, s, z, m=.4):
     rest = sum(mp.exp(s * c) for j, c in enumerate(row) if j != y)
     own = s * (mp.cos(theta) - mpf(m) * z - mpf(m))
     return mp.log(mp.exp(own) + rest) - own
-
-
-def pairs(*options):
-    "Few combinations of options, in which every two values of different options meet."
-    values = [(i, n) for i, option in enumerate(options) for n in range(len(option))]
-    missing = {frozenset(two) for two in combinations(values, 2) if two[0][0] != two[1][0]}
-    rows = []
-    while missing:
-        row = dict(min(missing, key=sorted))
-        for i in set(range(len(options))) - row.keys():
-            met = [sum(frozenset([(i, n), other]) in missing for other in row.items()) for n in range(len(options[i]))]
-            row[i] = met.index(max(met))
-        missing -= {frozenset(two) for two in combinations(row.items(), 2)}
-        rows.append(tuple(option[row[i]] for i, option in enumerate(options)))
-    return rows
-
-
-def named(option):
-    "A combination's part in the name of a test."
-    return 'tensor' if isinstance(option, torch.Tensor) else str(option)
 
 
 def ignoring(targets, every=3):

@@ -24,6 +24,7 @@ from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper
+from pairs import pairs
 from processes import returned, run_on_ranks
 from torch import nn
 from torch.nn import functional as F
@@ -417,9 +418,7 @@ ENDS = dict(
     interrupt=('after_batch', KeyboardInterrupt()))
 
 
-@pytest.mark.parametrize('end', ENDS)
-@pytest.mark.parametrize('head', ['cosine', 'linear'])
-@pytest.mark.parametrize('where', ['fit', 'learner'])
+@pytest.mark.parametrize('end, head, where', pairs(list(ENDS), ['cosine', 'linear'], ['fit', 'learner']))
 def test_no_trace(end, head, where):
     ours = everything()
     learn = learner(head, metrics=accuracy, cbs=ours if where == 'learner' else None)

@@ -114,6 +114,13 @@ def test_numbers_of_each_class():
         with pytest.raises(error, match='^x must be'): per_class('x', values, above=0, below=1e30)
 
 
+@pytest.mark.parametrize('values', [
+    [1., 1e-320], torch.tensor([1., 1e-320], dtype=torch.float64), np.array([1e-40, 1])],
+    ids=['list', 'tensor', 'array'])
+def test_a_weight_that_float32_takes_for_0_is_refused(values):
+    with pytest.raises(ValueError, match='^x must be 0 or at least 1e-37'): per_class('x', values, at_least=0)
+
+
 class Subclass(torch.Tensor): pass
 
 

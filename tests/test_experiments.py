@@ -279,9 +279,10 @@ def test_seeds(line, seed, capsys):
 
 
 def test_completion_is_what_the_parser_knows():
+    script = shell('lm --completion')[1]
     def complete(*words):
         words = shlex.join(('largest-margins', *words))
-        return set(shell(f'eval "$(lm --completion)"; COMP_WORDS=({words}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))\n'
+        return set(shell(f'{script}\nCOMP_WORDS=({words}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))\n'
                          '_largest_margins; echo "${COMPREPLY[@]}"')[1].split())
     assert complete('') >= set(COMMANDS) | {'--version'} and complete('pro') == {'prove', 'prototypes'}
     assert complete('table', 'sph') == {'sphere'} and '--resume' in complete('table', '2', '--')

@@ -7,7 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_family import ANGULAR, FAMILY, ON_COSINES, SMOOTHABLE, ignoring, named, pairs
+from loss_family import ANGULAR, FAMILY, ON_COSINES, SMOOTHABLE, ignoring
+from pairs import named, pairs
 from torch.autograd import gradcheck
 
 from largest_margins.checks import NotFinite

@@ -34,6 +34,7 @@ from fastai.vision.core import imagenet_stats
 from fastai.vision.data import ImageDataLoaders
 from fastai.vision.learner import create_body, vision_learner
 from fastcore.foundation import L
+from pairs import pairs
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
@@ -459,9 +460,9 @@ def test_very_many_classes(monkeypatch):
     assert many.features is None
 
 
-@pytest.mark.parametrize('error', [RuntimeError, KeyboardInterrupt, CancelBatchException, CancelFitException])
-@pytest.mark.parametrize('place', [0, 2, 'before_batch', 'after_pred', 'after_loss'])
-@pytest.mark.parametrize('loss', [CosFaceLoss, nn.CrossEntropyLoss])
+@pytest.mark.parametrize('error, place, loss', pairs(
+    [RuntimeError, KeyboardInterrupt, CancelBatchException, CancelFitException],
+    [0, 2, 'before_batch', 'after_pred', 'after_loss'], [CosFaceLoss, nn.CrossEntropyLoss]))
 def test_nothing_is_left_behind(error, place, loss):
     "Wherever a batch ends: in the body, in the head, or in another callback."
     def fail(*_):

@@ -20,12 +20,11 @@ from loss_family import (
     batch,
     ignoring,
     ldam_margin,
-    named,
-    pairs,
     quality,
     reduced,
 )
 from mpmath import mp, mpf
+from pairs import named, pairs
 from pytorch_metric_learning import losses as metric_learning
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck

@@ -4,14 +4,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mpmath import mp, mpf
+from pairs import named, pairs
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck
 
+from largest_margins import margins
 from largest_margins.losses import SampleMarginLoss
 from largest_margins.margins import (
     class_margin,
@@ -114,6 +117,15 @@ def test_class_margin_is_differentiable():
     assert gradient[0, 1] < 0 < gradient[1, 1]
 
 
+def test_class_margin_where_there_is_no_float64(monkeypatch):
+    "As on Apple's GPUs: of pairs whose cosines are 1 in float32, the closest is found by its chord."
+    monkeypatch.setattr(margins, 'precise', lambda x: torch.float32)
+    apart = torch.tensor([4e-5, 1e-5, 7e-5])
+    first = torch.eye(3)
+    second = first + apart[:, None] * first.roll(1, 1)
+    assert class_margin(torch.cat([first, second])).item() == pytest.approx(1e-5, rel=1e-4)
+
+
 # --- class margin: two passes, float32 and float64 ---
 
 def brute_pairs(prototypes):
@@ -155,9 +167,8 @@ ARRANGEMENTS = {
 }
 
 
-@pytest.mark.parametrize('orders', [0, 30])
-@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize('name', ARRANGEMENTS)
+@pytest.mark.parametrize('name, dtype, orders', pairs(
+    list(ARRANGEMENTS), [torch.float32, torch.float64, torch.bfloat16], [0, 30]), ids=named)
 def test_class_margin_of_hard_arrangements(name, dtype, orders):
     "With norms of one size, and from 1e-30 to 1e30 (1e-180 to 1e180 in float64)."
     torch.manual_seed(0)
@@ -367,6 +378,25 @@ def test_no_value_is_read_on_a_gpu():
         assert class_sample_margins(cosines, targets).shape == (4,)
         assert min_sample_margin(cosines, targets).shape == ()
         with pytest.raises(ValueError, match='^prototypes must'): class_margin(prototypes[0])
+
+
+def test_neural_collapse_is_the_definition():
+    "With NumPy, class by class; the classes have 2, 7 and 30 samples, so that no mean is one over all samples."
+    rng = np.random.default_rng(0)
+    targets = np.repeat(np.arange(3), [2, 7, 30])
+    features, prototypes = rng.standard_normal((39, 5)) + 2 * np.eye(3, 5)[targets], rng.standard_normal((3, 5))
+    groups = [features[targets == c] for c in range(3)]
+    means = np.stack([g.mean(0) for g in groups])
+    within = np.mean([np.cov(g.T, bias=True) for g in groups], 0)
+    between = np.cov(means.T, bias=True)
+    centred, simplex = means - means.mean(0), (np.eye(3) - 1 / 3) / 2**.5
+    nc1 = np.trace(within @ np.linalg.pinv(between, rcond=1e-9)) / 3
+    nc2, nc3 = (np.linalg.norm(g / np.linalg.norm(g) - simplex) for g in (centred @ centred.T, prototypes @ centred.T))
+    by_mean = np.linalg.norm(features[:, None] - means, axis=2).argmin(1)
+    by_prototype = (features @ (prototypes / np.linalg.norm(prototypes, axis=1, keepdims=True)).T).argmax(1)
+    found = neural_collapse(torch.tensor(features), torch.tensor(targets), torch.tensor(prototypes))
+    assert [x.item() for x in found] == pytest.approx([nc1, nc2, nc3, np.mean(by_mean != by_prototype)], rel=1e-9)
+    assert 0 < found.nc4 < 1
 
 
 @pytest.mark.parametrize('dtype, size', [(torch.float64, 1e200), (torch.float64, 1e-200), (torch.float32, 3e37)])

@@ -18,6 +18,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from pairs import pairs
 from PIL import Image
 from sklearn.metrics import roc_curve
 from torch import nn
@@ -461,9 +462,9 @@ IMAGES, FLAGS = [b'one', b'', b'three' * 100, b'\xff\x00four'], [True, False]
 PAIRS = [Pair(b'one', b'', True), Pair(b'three' * 100, b'\xff\x00four', False)]
 
 
-@pytest.mark.parametrize('protocol', range(6))
-@pytest.mark.parametrize('kind', [bytes, 'array', 'column', 'row'])
-@pytest.mark.parametrize('flags', [list, tuple, np.array, partial(np.array, dtype='>i2'), lambda x: list(map(int, x))])
+@pytest.mark.parametrize('protocol, kind, flags', pairs(
+    range(6), [bytes, 'array', 'column', 'row'],
+    [list, tuple, np.array, partial(np.array, dtype='>i2'), lambda x: list(map(int, x))]))
 def test_bin_in_every_form(protocol, kind, flags):
     def made(x):
         if kind is bytes: return x
