@@ -19,9 +19,11 @@ from numbers import Integral, Real
 
 import numpy as np
 import torch
+from scipy.linalg import cho_factor, cho_solve
 from scipy.optimize import linprog, minimize
-from scipy.sparse import csr_matrix, hstack, vstack
+from scipy.sparse import csr_matrix, hstack, identity, vstack
 from scipy.sparse.linalg import splu
+from scipy.spatial import cKDTree
 from torch import Tensor
 
 from .bounds import class_margin_bound
@@ -66,6 +68,22 @@ def _log_energy(points, p):
         gradient[a + n:] += terms[:, n:].T @ rows
     return (top + math.log(total)) / p, gradient * (2 / total)
 
+# %% ../nbs/theory/03_packing.ipynb #063aabc0
+def _near_energy(points, p):
+    "`_log_energy` without pairs that add less than 1e-22 of what the closest adds."
+    tree = cKDTree(points)
+    closest = tree.query(points, 2)[0].max(1).min()
+    pairs = tree.query_pairs(closest * 10**(22 / p), output_type='ndarray')
+    squares = np.square(points[pairs[:, 0]] - points[pairs[:, 1]]).sum(1)
+    logs = np.log(squares) * (-p / 2)
+    terms = np.exp(logs - logs.max())
+    total = 2 * terms.sum()
+    k = len(points)
+    pulls = csr_matrix((terms / squares, pairs.T), (k, k))
+    value = (logs.max() + math.log(total)) / p
+    return value, (pulls @ points + pulls.T @ points) * (2 / total)
+
+
 # %% ../nbs/theory/03_packing.ipynb #6fa38346
 _EXPONENTS = 2, 8, 40, 200, 1000, 5000
 _LAST = 30_000, 200_000  # of packings that are too large for a linear programme
@@ -76,14 +94,15 @@ class _TimeIsUp(Exception): pass
 
 def _descend(points, p, iterations, deadline):
     "L-BFGS on the energy, the rows normalised inside; the points and their energy."
-    latest = points, math.inf
+    (k, d), latest = points.shape, (points, math.inf)
+    measured = _near_energy if p >= 40 and k > 300 and d < 5 else _log_energy
     def energy(flat):
         nonlocal latest
         if time.monotonic() > deadline: raise _TimeIsUp
         rows = flat.reshape(points.shape)
         norms = np.linalg.norm(rows, axis=1, keepdims=True)
         unit = rows / norms
-        value, gradient = _log_energy(unit, p)
+        value, gradient = measured(unit, p)
         if value < latest[1]: latest = unit, value
         gradient -= (gradient * unit).sum(1, keepdims=True) * unit
         return value, (gradient / norms).ravel()
@@ -131,18 +150,21 @@ def _tangents(points):
     return np.eye(points.shape[1])[1:] - mirror[:, 1:, None] * scaled[:, None]
 
 # %% ../nbs/theory/03_packing.ipynb #5d1e8a42
-def _solved(square, wanted):
-    "The solution of a symmetric system that may be singular, dense or sparse."
-    lift = 1e-13 * square.diagonal().max()
+def _factored(square):
+    "A function that solves with a positive definite matrix, dense or sparse."
     if square.nnz > .05 * square.shape[0]**2 or square.shape[0] < 200:
-        square = square.toarray()
-        square[np.diag_indices_from(square)] += lift
-        return np.linalg.solve(square, wanted)
-    square = square.tocsc()
-    square.setdiag(square.diagonal() + lift)
-    return splu(square, permc_spec='MMD_AT_PLUS_A').solve(wanted)
+        factor = cho_factor(square.toarray(), overwrite_a=True, check_finite=False)
+        return lambda wanted: cho_solve(factor, wanted, check_finite=False)
+    return splu(square.tocsc(), permc_spec='MMD_AT_PLUS_A').solve
 
 
+def _solved(square, wanted):
+    "The solution of a symmetric system that may be singular."
+    lift = 1e-13 * square.diagonal().max()
+    return _factored(square + lift * identity(square.shape[0]))(wanted)
+
+
+# %% ../nbs/theory/03_packing.ipynb #5d1e8a43
 def _newton(points, i, j, steps=10):
     "Move the points so that these pairs all have the same cosine."
     k, d = points.shape
@@ -159,33 +181,94 @@ def _newton(points, i, j, steps=10):
         points = _normalised(points + moves[:-1].reshape(k, d))
     return points
 
+# %% ../nbs/theory/03_packing.ipynb #5d1e8a45
+def _in_balance(points, i, j, slack=1e-9):
+    "Whether pushes of these contacts cancel, with weights > 0 of sum 1."
+    c = (points[i] * points[j]).sum(1, keepdims=True)
+    rows = _rows_of(i, j, points[j] - c * points[i], points[i] - c * points[j],
+                    points.size)
+    weights = _solved(rows @ rows.T, np.ones(len(i)))
+    weights /= weights.sum()
+    return weights.min() > 0 and abs(rows.T @ weights).max() < slack
+
+
+# %% ../nbs/theory/03_packing.ipynb #7a9c3e16
+def _fraction(x, step):
+    "How much of a step leaves all of x positive."
+    return min(1., (-.995 * x[step < 0] / step[step < 0]).min(initial=1))
+
+
+# %% ../nbs/theory/03_packing.ipynb #7a9c3e17
+def _interior_step(rows, room, cost, u, g, slack, stress):
+    "Mehrotra's predictor and corrector: the next u, g, slack and stress."
+    m, n = rows.shape
+    pull, miss = cost * u + rows.T @ stress, rows @ u + g + slack - room
+    weights = stress / slack
+    weighted = rows.T.multiply(weights).tocsr()
+    solve = _factored(weighted @ rows + cost * identity(n))
+    ones = weighted @ np.ones(m)
+    raised = solve(ones)
+    def newton(products):
+        push = products / slack - weights * miss
+        still = solve(rows.T @ push - pull)
+        total = push.sum() - stress.sum() + 1
+        dg = (total - ones @ still) / (weights.sum() - ones @ raised)
+        du = still - dg * raised
+        ds = -miss - rows @ du - dg
+        return du, dg, ds, -(products + stress * ds) / slack
+    _, _, ds, dw = newton(stress * slack)
+    left = (slack + _fraction(slack, ds) * ds) @ (stress + _fraction(stress, dw) * dw)
+    centre = left**3 / (stress @ slack)**2 / m
+    steps = newton(stress * slack + ds * dw - centre)
+    part = min(_fraction(slack, steps[2]), _fraction(stress, steps[3]))
+    return [x + part * dx for x, dx in zip((u, g, slack, stress), steps)]
+
+
+def _interior(rows, room, cost, most=50):
+    "Maximise g − cost·‖u‖²/2 with rows·u + g ≤ room: u, g and the dual, of sum 1."
+    m, n = rows.shape
+    u, g, slack, stress = np.zeros(n), 0., room + .1 * room.mean(), np.full(m, 1 / m)
+    for _ in range(most):
+        miss = abs(rows @ u + g + slack - room).max()
+        if stress @ slack < 1e-11 and miss < 1e-10: break
+        try: u, g, slack, stress = _interior_step(rows, room, cost, u, g, slack, stress)
+        except np.linalg.LinAlgError: break  # as far as rounding allows
+    return u, g, stress
+
+
 # %% ../nbs/theory/03_packing.ipynb #7a9c3e15
 def _programme(points, pairs, top, radius):
     "The best moves up to a radius: moves, what they gain, and which pairs have stress."
     (k, d), (i, j, cosines), tangents = points.shape, pairs, _tangents(points)
     rows = _rows_of(i, j, np.einsum('nbd,nd->nb', tangents[i], points[j]),
                     np.einsum('nbd,nd->nb', tangents[j], points[i]), k * (d - 1))
-    rows = hstack([rows, -np.ones((len(i), 1))])
-    cost, limits = np.zeros(rows.shape[1]), [(-1, 1)] * (k * (d - 1)) + [(None, 0)]
-    cost[-1] = 1  # all lengths in units of the radius
-    found = linprog(cost, A_ub=rows, b_ub=(top - cosines) / radius, bounds=limits,
-                    method='highs-ds' if points.size <= _FEW else 'highs-ipm',
-                    options=_EXACT)
-    if found.x is None: return None
-    moves = found.x[:-1].reshape(k, d - 1, 1) * tangents
-    return radius * moves.sum(1), -radius * found.x[-1], found.ineqlin.marginals < -1e-7
+    room = (top - cosines) / radius  # all lengths in units of the radius
+    if points.size > _FEW: moves, gain, stress = _interior(rows, room, 1e-3 / k)
+    else:
+        rows = hstack([rows, -np.ones((len(i), 1))])
+        cost, limits = np.zeros(rows.shape[1]), [(-1, 1)] * (k * (d - 1)) + [(None, 0)]
+        cost[-1] = 1
+        found = linprog(cost, A_ub=rows, b_ub=room, bounds=limits, method='highs-ds',
+                        options=_EXACT)
+        if found.x is None: return None
+        moves, gain, stress = found.x[:-1], -found.x[-1], -found.ineqlin.marginals
+    moves = (moves.reshape(k, d - 1, 1) * tangents).sum(1)
+    longest = max(1, np.linalg.norm(moves, axis=1).max() / 4)
+    return radius / longest * moves, radius / longest * gain, stress > 1e-7
 
 
 _EXACT = dict.fromkeys(('primal_feasibility_tolerance', 'dual_feasibility_tolerance'),
                        1e-10)
 _FEW = 400  # coordinates, up to which the dual simplex method is faster
 
+
 # %% ../nbs/theory/03_packing.ipynb #7a9c3e1g
-def _lift(points, deadline, steps=60, exact=True):
+def _lift(points, deadline, exact=True):
     "Sequential linear programming: lower the largest cosine while that is possible."
     top = _largest_cosine(points)
     radius = min(.01, .05 * math.sqrt(2 - 2 * top))
-    for _ in range(steps):
+    largest = .1 * math.sqrt(2 - 2 * top)
+    for _ in range(300 if points.size <= _MANY // 4 else 30):
         pairs = i, j, _ = _close_pairs(points, 4 * radius)
         found = _programme(points, pairs, top, radius)
         if found is None: break
@@ -199,8 +282,9 @@ def _lift(points, deadline, steps=60, exact=True):
         moved = min(tries, key=_largest_cosine)
         gain = top - _largest_cosine(moved)
         if gain > 0: points, top = moved, top - gain
+        if exact and moved is tries[2] and _in_balance(points, i, j): break
         part = gain / promised
-        radius = min(.2, radius * (2 if part > .5 else 1 / 2 if part > 0 else 1 / 4))
+        radius = min(largest, radius * (2 if part > .5 else 1 / 2 if part > 0 else 1 / 4))
         if radius < 1e-10 or time.monotonic() > deadline: break
     return points
 
@@ -334,17 +418,23 @@ def _less_one(points):
 
 _TURNS = (('random', 0), ('symmetric', 2), ('random', 3), ('hop', 3), ('random', 3),
           ('crowded', 2), ('shaken', 3), ('symmetric', 2))  # and the first exponent
-_TURNS_IN_SPACE = (('symmetric', 2), ('random', 3), ('symmetric', 2), ('shaken', 3),
-                   ('crowded', 2), ('shaken', 3), ('hop', 3), ('shaken', 3))  # k > 40
+_TURNS_IN_SPACE = (('symmetric', 2), ('random', 3), ('symmetric', 2), ('stirred', 3),
+                   ('crowded', 2), ('stirred', 3), ('hop', 3), ('stirred', 3))  # k > 40
 
 # %% ../nbs/theory/03_packing.ipynb #05d791bg
 def _start(kind, k, d, n, best, rng):
     "Where a search begins: points of one kind, the n-th."
     if kind == 'hop': return _hop(best, rng)
     noise = rng.standard_normal((k + (kind == 'crowded'), d))
-    if kind == 'shaken':
+    if kind in ('shaken', 'stirred'):
         closest = math.sqrt(2 - 2 * _largest_cosine(best))
+    if kind == 'shaken':
         return _normalised(best + rng.choice((.03, .06, .12, .24)) * closest * noise)
+    if kind == 'stirred':  # all of them, or some neighbors
+        some = rng.choice((k, rng.integers(4, max(6, k // 3))))
+        moved = (best @ best[rng.integers(k)]).argsort()[-some:]
+        noise[np.delete(np.arange(k), moved)] = 0
+        return _normalised(best + rng.choice((.02, .04, .07, .14)) * closest * noise)
     if kind != 'symmetric': return _normalised(noise)
     group, fixed, free = _symmetries(k)[n % len(_symmetries(k))]
     turned = _normalised(noise[:free]) @ group
@@ -356,13 +446,14 @@ def _kind(m, k, d):
     turns = _TURNS if k <= 40 or d > 3 else _TURNS_IN_SPACE
     kind, first = turns[(m - 1) % len(turns)]
     if kind == 'symmetric' and (d > 3 or not _symmetries(k)): kind, first = 'random', 3
-    if m <= len(turns) and kind in ('hop', 'shaken'): kind, first = 'random', 1
+    if m <= len(turns) and kind in ('hop', 'shaken', 'stirred'): kind, first = 'random', 1
+    if kind == 'stirred' and k * d <= _FEW: return kind, len(_EXPONENTS)
     return kind, first if k * d <= 10_000 else 2
 
 # %% ../nbs/theory/03_packing.ipynb #05d791bh
-def _search(k, d, rng, starts, deadline, bound, progress):
+def _search(k, d, rng, starts, deadline, bound, progress, best=None):
     "The best of many starts, each taken down the energies and polished."
-    best, top, highest, ends = None, 2., 2., []
+    top, highest, ends = 2. if best is None else _largest_cosine(best), 2., []
     energies, random, distinct, symmetric = {p: [] for p in _EXPONENTS}, 0, 0, 0
     for m in count(1):
         kind, first = _kind(m, k, d)
@@ -371,6 +462,7 @@ def _search(k, d, rng, starts, deadline, bound, progress):
         random += kind in ('random', 'crowded')
         if kind == 'crowded': points = _less_one(_descend(points, 40, 300, deadline)[0])
         if best is None: best = points
+        known = False
         for n, p in enumerate(_EXPONENTS[first:], first):
             now = time.monotonic()
             until = now + (deadline - now) / (len(_EXPONENTS) - n)
@@ -384,7 +476,8 @@ def _search(k, d, rng, starts, deadline, bound, progress):
             ends.append(end)
             distinct += away > 2e-6 and kind in ('random', 'crowded')
             highest = min(highest, end)
-            if math.acos(end) > (.98 if d == 3 else .9995) * math.acos(highest):
+            if first == len(_EXPONENTS) or (
+                    math.acos(end) > (.98 if d == 3 else .9995) * math.acos(highest)):
                 points = _polish(points, deadline)
                 if (now := _largest_cosine(points)) < top: best, top = points, now
         if progress: progress(m, starts if starts < math.inf else m, math.acos(top))
@@ -531,12 +624,14 @@ def best_packing(
         if k <= 2 * d or d == 2 or known.gap <= _RESOLUTION: return known
     largest = starts or min(40 if d > 3 else 400, max(1, 2_000_000 // (k * k * d)))
     if seconds is not None: largest = starts or math.inf
+    first = known.points.numpy() if known and k * d <= 1000 else None
     with one_thread() if k * k * d <= _SMALL else nullcontext():
         deadline = time.monotonic() + (seconds or math.inf)
         points = _search(k, d, np.random.default_rng(seed), largest, deadline, bound,
-                         progress)
+                         progress, first)
     found = Packing(torch.from_numpy(points), bound, f'search, seed {seed}')
-    return max(found, known or found, key=lambda packing: packing.class_margin)
+    better = not known or found.class_margin > known.class_margin + _RESOLUTION
+    return found if better else known
 
 
 _SMALL = 10**7  # multiplications for all pairs, up to which one thread is best

@@ -108,6 +108,15 @@ def test_symmetric_starts_find_the_best_known_120_points():
     assert math.degrees(best_packing(120, 3, starts=1).class_margin) == pytest.approx(19.3240201, abs=1e-7)
 
 
+def test_stirred_starts_find_the_best_known_100_points():
+    assert math.degrees(best_packing(100, 3, starts=12).class_margin) == pytest.approx(21.0312020, abs=1e-7)
+
+
+def test_a_part_of_a_construction_is_no_worse_and_says_what_it_is():
+    packing = best_packing(60, 8, starts=1)
+    assert packing.optimum == 'local' and packing.class_margin >= math.acos(1 / 3) - 1e-12
+
+
 @pytest.mark.parametrize('k', [43, 60, 100, 120])
 def test_symmetric_starts_have_their_symmetry(k):
     rng = np.random.default_rng(0)
@@ -251,3 +260,30 @@ def test_energy_and_its_gradient_in_blocks(monkeypatch):
             value, gradient = codes._log_energy(points, p)
             assert value == pytest.approx(wanted.item(), rel=1e-12)
             assert np.abs(tangent(gradient) - tangent(W.grad.numpy())).max() < 1e-12
+
+
+@pytest.mark.parametrize('k,d,p', [(400, 3, 40.), (320, 4, 200.), (500, 3, 5000.)])
+def test_the_energy_of_neighbors_is_the_whole_energy(k, d, p):
+    points = codes._normalised(np.random.default_rng(0).standard_normal((k, d)))
+    points = codes._descend(points, 2, 20, math.inf)[0]
+    value, gradient = codes._log_energy(points, p)
+    near, by_tree = codes._near_energy(points, p)
+    def tangent(g): return g - (g * points).sum(1, keepdims=True) * points
+    assert near == pytest.approx(value, rel=1e-13)
+    assert np.abs(tangent(gradient - by_tree)).max() < 1e-9 * np.abs(tangent(gradient)).max()
+
+
+@pytest.mark.parametrize('k,d', [(150, 3), (60, 8)])
+def test_an_interior_point_gains_what_the_dual_allows(k, d):
+    rng = np.random.default_rng(0)
+    points = codes._normalised(rng.standard_normal((k, d)))
+    points = codes._descend(points, 200, 100, math.inf)[0]
+    top, (i, j, cosines) = codes._largest_cosine(points), codes._close_pairs(points, .04)
+    rows = codes._rows_of(i, j, points[j] - cosines[:, None] * points[i], points[i] - cosines[:, None] * points[j],
+                          k * d)
+    room, cost = (top - cosines) / .01, 1e-3 / k
+    u, gain, stress = codes._interior(rows, room, cost)
+    assert gain > 0 and stress.min() > 0 and stress.sum() == pytest.approx(1, abs=1e-9)
+    assert (rows @ u + gain - room).max() < 1e-9
+    assert np.abs(cost * u + rows.T @ stress).max() < 1e-9
+    assert stress @ room == pytest.approx(gain - cost * u @ u, rel=1e-8)
