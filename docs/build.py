@@ -418,8 +418,9 @@ def convert(nb, cfg, syms):
             if 'code-summary' in found:
                 render |= dict.fromkeys(('code_prompt_show', 'code_prompt_hide'), found['code-summary'])
             nameless = not re.search(r'^(?:class|def) (?!_)', text, re.M) and text.count('\n') < 40
-            if re.search(r'^register\(', text, re.M) or nameless:
-                found.pop('code-fold', None)    # checks of claims, and short parts that have no entry, stand open
+            short = nameless and found.get('code-fold') == 'show'
+            if short or re.search(r'^register\(', text, re.M):
+                found.pop('code-fold', None)    # checks of claims, and short exports without an entry, stand open
             if 'fig-alt' in found:
                 render['image'] = {'alt': found['fig-alt']}
             if 'fig-cap' in found:

@@ -1,4 +1,4 @@
-"""The last layer: cosines out, or, with targets, the loss
+"""Add a last layer that returns cosines or, with targets, the loss
 
 Docs: https://largest-margins.github.io/largest-margins/losses/heads.html.md"""
 
@@ -56,7 +56,7 @@ class CosineLinear(_Prototypes):
         self,
         features: Tensor,  # features of any norm, [N, d]
     ) -> Tensor:  # cosines in [−1, 1], [N, k], in at least float32
-        "The cosine of every feature with every prototype."
+        "Compute the cosine of every feature with every prototype."
         if is_symbol(features): return as_one_node(self, features)
         return cosine_matrix(features, self.weight)
 
@@ -114,7 +114,7 @@ class _WithLoss(CosineLinear):
         targets: Tensor | None = None,  # integers in 0..k−1, [N]; None: cosines
         **given: float | Tensor,  # what the loss takes for each sample, a number or [N]
     ) -> Tensor:  # the loss, [] (or [N]); without targets cosines, [N, k]
-        "The loss, and nothing of size N×k is kept; without targets the cosines."
+        "Return the loss, and keep nothing of size N×k; without targets the cosines."
         if is_symbol(features): return as_one_node(self, features, targets, given=given)
         if targets is None and not given: return cosine_matrix(features, self.weight)
         return self.loss.linear(features, self.weight, targets, group=self.shards,
@@ -127,9 +127,9 @@ class MarginHead(_WithLoss):
     def top(
         self,
         features: Tensor,  # features of any norm, [N, d]
-        n: int = 1,  # how many classes, 1..k
+        n: int = 1,  # number of classes to return, 1..k
     ) -> tuple[Tensor, Tensor]:  # cosines, largest first, and classes, [N, n] each
-        "The nearest classes of each feature, found chunk by chunk; no gradient."
+        "Find the nearest classes of each feature, chunk by chunk; no gradient."
         return nearest_classes(features, self.weight, n, self.shards)
 
     @torch.no_grad()
@@ -138,7 +138,7 @@ class MarginHead(_WithLoss):
         features: Tensor,  # features of any norm, [N, d]
         targets: Tensor,  # class of each sample, integers in 0..k−1, [N]
     ) -> Tensor:  # c_y − max_{j≠y} c_j in [−2, 2], [N]
-        "The sample margins, found chunk by chunk; no gradient."
+        "Compute the sample margins, chunk by chunk; no gradient."
         if not len(features): return features.new_zeros(0)
         lead = SampleMarginLoss(reduction='none', ignore_index=-2**62)  # all count
         return -lead.linear(features, self.weight, targets, group=self.shards)
@@ -226,7 +226,7 @@ class ShardedMarginHead(_SavedShard):
         targets: Tensor | None = None,  # integers in 0..k−1, [n]; None: cosines
         **given: float | Tensor,  # what the loss takes for each sample, a number or [n]
     ) -> Tensor:  # the loss of all ranks' samples; without targets cosines, [n, k]
-        "The loss of the whole batch, on every rank; every rank must bring the same n."
+        "Return the loss of the whole batch; every rank must bring the same n."
         if is_symbol(features): return as_one_node(self, features, targets, given=given)
         _refuse_ddp(self.weight)
         if targets is None and not given:
