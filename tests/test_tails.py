@@ -1,12 +1,14 @@
 "The study with few-shot tails: its term, its noise, its records, and what a plan without them says."
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
+import largest_margins
 from largest_margins.cli import main
 from largest_margins.data import load
-from largest_margins.study.tables import plan, read_records
+from largest_margins.study.tables import plan, read_records, run_record
 from largest_margins.study.tails import TailConfiguration, adjusted_margins, noisy, study
 
 RESULTS = Path(__file__).parent.parent/'results'
@@ -41,12 +43,33 @@ def test_the_adjusted_term_trains_and_is_recorded():
     assert 'best_accuracy' not in added['measured']
 
 
-@pytest.mark.parametrize('dataset, k', [('digits', 10), ('letters', 26)])
-def test_stored_runs_are_of_this_study_and_of_a_clean_state(dataset, k):
+@pytest.mark.parametrize('dataset, k, settings', [
+    ('digits', 10, 3), ('letters', 26, 1), ('shuttle', 7, 1), ('mnist_10k', 10, 1), ('fashion_small', 10, 1)])
+def test_stored_runs_are_the_whole_study_at_one_commit(dataset, k, settings):
     finished = read_records(plan(study(dataset), None, seeds=5, num_classes=k), RESULTS/dataset/'tails')
-    assert len(finished) == len([*(RESULTS/dataset/'tails').rglob('seed-*.json')]) > 10
-    for _, found in finished: assert found['git']['changed'] is False and len(found['git']['commit']) == 40
+    assert len(finished) == len([*(RESULTS/dataset/'tails').rglob('seed-*.json')]) == 13 * 5 * settings
+    # "changed" there: the study's own records, untracked, which `_git_state` counted at that commit
+    assert {found['git']['commit'][:7] for _, found in finished} == {'b090266'}
     assert not any(found['diverged'] for _, found in finished)
+
+
+def test_a_record_says_whether_the_package_differs_from_its_commit(tmp_path, monkeypatch):
+    module = tmp_path/'package'/'__init__.py'
+    module.parent.mkdir()
+    module.touch()
+    def git(*args):
+        subprocess.run(['git', '-C', tmp_path, '-c', 'user.name=x', '-c', 'user.email=x', *args], check=True)
+    def changed(): return run_record(TailConfiguration(), {})['git']['changed']
+    git('init', '-q')
+    git('add', '.')
+    git('commit', '-qm', 'x')
+    monkeypatch.setattr(largest_margins, '__file__', str(module))
+    assert not changed()
+    (tmp_path/'results').mkdir()
+    (tmp_path/'results'/'seed-0.json').touch()
+    assert not changed()  # what the study itself writes
+    module.write_text('x = 1')
+    assert changed()
 
 
 def test_the_commands(tmp_path, capsys):

@@ -129,7 +129,7 @@ def _plain(value):
 
 # %% ../../nbs/study/37_tables.ipynb #fc801a59
 def _git_state():
-    "Commit of the checkout that runs, and whether files differ; None if there is none."
+    "Commit of the checkout that runs, and whether the package differs from it."
     here = Path(largest_margins.__file__).parent
     def git(*args):
         return subprocess.run(['git', '-C', here, *args], capture_output=True,
@@ -137,7 +137,7 @@ def _git_state():
     try:
         git('ls-files', '--error-unmatch', '__init__.py')
         return dict(commit=git('rev-parse', 'HEAD'),
-                    changed=bool(git('status', '--porcelain')))
+                    changed=bool(git('status', '--porcelain', '.')))
     except (OSError, subprocess.CalledProcessError): return None
 
 # %% ../../nbs/study/37_tables.ipynb #d37f8754
