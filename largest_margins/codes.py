@@ -268,7 +268,7 @@ def _lift(points, deadline, exact=True):
     top = _largest_cosine(points)
     radius = min(.01, .05 * math.sqrt(2 - 2 * top))
     largest = .1 * math.sqrt(2 - 2 * top)
-    for _ in range(300 if points.size <= _MANY // 4 else 30):
+    for _ in range(300 if points.size <= _MANY // 4 else 15):
         pairs = i, j, _ = _close_pairs(points, 4 * radius)
         found = _programme(points, pairs, top, radius)
         if found is None: break
