@@ -8,7 +8,7 @@ import torch
 import largest_margins
 from largest_margins.cli import main
 from largest_margins.data import load
-from largest_margins.study.tables import plan, read_records, run_record
+from largest_margins.study.tables import plan, read_records, run_record, summarise
 from largest_margins.study.tails import TailConfiguration, adjusted_margins, noisy, study
 
 RESULTS = Path(__file__).parent.parent/'results'
@@ -51,6 +51,20 @@ def test_stored_runs_are_the_whole_study_at_one_commit(dataset, k, settings):
     # "changed" there: the study's own records, untracked, which `_git_state` counted at that commit
     assert {found['git']['commit'][:7] for _, found in finished} == {'b090266'}
     assert not any(found['diverged'] for _, found in finished)
+
+
+def test_the_table_has_the_gap_to_the_optimum_where_the_loss_has_one():
+    recipe = study('digits')
+    rows = ['ce', 'normface-5+prior', 'normface-5-fixed+prior']
+    finished = read_records(plan(recipe, None, rows=rows, seeds=2), RESULTS/'digits'/'tails')
+    optima = {'As it is': 96.37, 'Long-tailed, ratio 100': 78.04}  # degrees; the first is the simplex's but for 0.01°
+    parts = {title: (heads, body) for title, heads, body in summarise(recipe, finished).parts}
+    for title, optimum in optima.items():
+        heads, body = parts[title]
+        gaps = [row[heads.index('less the optimum°')][0] for row in body]
+        assert gaps[0] == gaps[2] == '—'
+        angle = body[1][heads.index('class margin°')][0]
+        assert float(angle.split()[0]) - float(gaps[1].split()[0]) == pytest.approx(optimum, abs=.02)
 
 
 def test_a_record_says_whether_the_package_differs_from_its_commit(tmp_path, monkeypatch):

@@ -31,6 +31,7 @@ from ..callbacks import Checkpoint, has_bfloat16, load_file, save_file
 from ..checks import integer
 from ..files import differences, write_file
 from .pages import WRITERS, Table, figures_of, markdown
+from .predicted import optimum_margin
 from .recipes import (
     Recipe, Row, Setting, choose, printed, printed_numbers)
 from ..training.measures import MEASURES
@@ -266,12 +267,26 @@ def aggregate(
 def _line(recipe, group):
     "One line from the seeds of one row in one setting."
     run = group[0][0]
-    good = [found['measured'] | {'bound': found.get('bound')}
-            for _, found in group if not found['diverged']]
+    good = [(run, found) for run, found in group if not found['diverged']]
+    measured = [found['measured'] | {'bound': found.get('bound')} for _, found in good]
+    if 'less_optimum' in recipe.columns:
+        for numbers, gap in zip(measured, _less_optimum(good), strict=True):
+            numbers['less_optimum'] = gap
     values = {name: numbers for name in MEASURES
-              if (numbers := [m[name] for m in good if m.get(name) is not None])}
+              if (numbers := [m[name] for m in measured if m.get(name) is not None])}
     return Line(run.setting, run.row, len(group), len(group) - len(good), values,
                 printed(recipe, run.dataset, run.setting, run.row))
+
+# %% ../../nbs/study/37_tables.ipynb #c74fb8b3
+def _less_optimum(group):
+    "The class margin less that of the loss's own optimum, run by run; None without one."
+    optima = {}
+    for run, found in group:
+        counts = tuple(found['counts'])
+        if counts not in optima:
+            optima[counts] = optimum_margin(run.configuration, [*counts])
+        best = optima[counts]
+        yield None if best is None else found['measured']['class_margin'] - best
 
 # %% ../../nbs/study/37_tables.ipynb #13636119
 def _shown(line, name):
@@ -322,7 +337,8 @@ def summarise(
     parts = [(s.label, *_grid(recipe, part, beside)) for s in recipe.settings
              if (part := [x for x in lines if x.setting == s])]
     names = [name for name in MEASURES
-             if any(name in found['measured'] for _, found in finished)]
+             if any(name in found['measured'] for _, found in finished)
+             or (name in recipe.columns and any(name in x.values for x in lines))]
     ran = ', '.join(f'{name} {value}' for name, value in found['machine'].items())
     notes = [
         *(recipe.remarks(lines) if recipe.remarks else []),
