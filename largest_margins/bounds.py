@@ -188,7 +188,7 @@ def _levenshtein(k, d):
     return low, [*np.repeat(nodes, 2), *[-1.] * even]
 
 # %% ../nbs/theory/05_bounds.ipynb #989260ab
-_DEGREE = 30  # of the polynomials in the linear programme
+_DEGREE = 30  # of the polynomials in the linear program
 
 
 _EXACT = {f'{side}_feasibility_tolerance': 1e-10 for side in ('primal', 'dual')}
@@ -225,7 +225,7 @@ def _programme(d, s, degree, rounds=6):
 
 # %% ../nbs/theory/05_bounds.ipynb #989260ag
 def _delsarte(k, d, degree):
-    "The cosine s at which the linear programme allows k points; None if it never does."
+    "The cosine s at which the linear program allows k points; None if it never does."
     def excess(s):
         c = _programme(d, s, degree)
         return math.log(c.sum() / k) if c is not None else 1.

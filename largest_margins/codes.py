@@ -86,14 +86,14 @@ def _near_energy(points, p):
 
 # %% ../nbs/theory/03_packing.ipynb #6fa38346
 _EXPONENTS = 2, 8, 40, 200, 1000, 5000
-_LAST = 30_000, 200_000  # of packings that are too large for a linear programme
+_LAST = 30_000, 200_000  # of packings that are too large for a linear program
 
 
 class _TimeIsUp(Exception): pass
 
 
 def _descend(points, p, iterations, deadline):
-    "L-BFGS on the energy, the rows normalised inside; the points and their energy."
+    "L-BFGS on the energy, the rows normalized inside; the points and their energy."
     (k, d), latest = points.shape, (points, math.inf)
     measured = _near_energy if p >= 40 and k > 300 and d < 5 else _log_energy
     def energy(flat):
@@ -225,7 +225,7 @@ def _interior_step(rows, room, cost, u, g, slack, stress):
 
 
 def _interior(rows, room, cost, most=50):
-    "Maximise g − cost·‖u‖²/2 with rows·u + g ≤ room: u, g and the dual, of sum 1."
+    "Maximize g − cost·‖u‖²/2 with rows·u + g ≤ room: u, g and the dual, of sum 1."
     m, n = rows.shape
     u, g, slack, stress = np.zeros(n), 0., room + .1 * room.mean(), np.full(m, 1 / m)
     for _ in range(most):
@@ -289,7 +289,7 @@ def _lift(points, deadline, exact=True):
     return points
 
 # %% ../nbs/theory/03_packing.ipynb #874d3e85
-_MANY = 4000  # coordinates, up to which there are linear programmes
+_MANY = 4000  # coordinates, up to which there are linear programs
 _TILT = .03  # standard deviation of each coordinate, rad
 
 
@@ -397,7 +397,7 @@ _RESOLUTION = 1e-6  # rad: certified bounds stay as far above the optimum as tha
 
 
 def _hop(best, rng):
-    "The points, up to three neighbours of which go into holes elsewhere."
+    "The points, up to three neighbors of which go into holes elsewhere."
     k, d = best.shape
     near = (best @ best[rng.integers(k)]).argsort()[::-1]
     moved = int(rng.integers(1, 4))

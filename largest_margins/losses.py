@@ -343,7 +343,7 @@ class CosineLoss(_OnCosines):
         group=None,  # process group: these are this rank's prototypes and batch
         **given: float | Tensor,  # what `numbers` names, a number or [N]
     ) -> Tensor:  # the loss, [] (or [N] for reduction='none')
-        "The loss of features and prototypes, both normalised here; no matrix is kept."
+        "The loss of features and prototypes, both normalized here; no matrix is kept."
         if self.label_smoothing:
             raise ValueError('label_smoothing needs the matrix of cosines: call the '
                              'loss on CosineLinear(features), or set label_smoothing=0')
@@ -530,7 +530,7 @@ class ArcFaceLoss(_AngularLoss):
 @dataclass(eq=False, repr=False)
 class SphereFaceLoss(_AngularLoss):
     "A multiplied angle, num = den = ψ(m·θ) (Liu et al. 2017, A-Softmax, ‖z‖ = 1)."
-    # s > 0; 30 as in SphereFace-R, which normalises features
+    # s > 0; 30 as in SphereFace-R, which normalizes features
     scale: float = Number(30., **_SCALE)
     margin: float = Number(1.5, key='m1', **_FACTOR)  # m in [1, 10], any real number
     detach_margin: bool = Flag(False)  # gradient as if the margin were a constant
@@ -701,7 +701,7 @@ class AdaFaceLoss(_NormStatistics):
 # %% ../nbs/losses/12_losses.ipynb #74135abf
 @dataclass(eq=False, repr=False)
 class GMSoftmaxLoss(MarginSoftmaxLoss):
-    "num = α1·c + β1, den = α2·c + β2 (Zhou et al. 2022, generalised margin softmax)."
+    "num = α1·c + β1, den = α2·c + β2 (Zhou et al. 2022, generalized margin softmax)."
     alpha1: float | Tensor = PerClass(1.)  # slope of the numerator, a number or [k]
     alpha2: float | Tensor = PerClass(1.)  # slope of the denominator, a number or [k]
     beta1: float | Tensor = PerClass(0.)  # offset of the numerator, a number or [k]

@@ -1,4 +1,4 @@
-"""A semidefinite programme finds sharper bounds; integers remain to be checked
+"""A semidefinite program finds sharper bounds; integers remain to be checked
 
 Docs: https://largest-margins.github.io/largest-margins/theory/three_point.html.md"""
 
@@ -52,7 +52,7 @@ def _kernels(d, degree, u, v, t):
 
 # %% ../../nbs/theory/04b_three_point.ipynb #046706fa
 class _Programme:
-    "The semidefinite programme for `k` points, all of them at least an angle apart."
+    "The semidefinite program for `k` points, all of them at least an angle apart."
     def __init__(self, k, d, degree, angle):
         self.k, self.d, self.degree = k, d, degree
         self.cosine = Fraction(math.floor(math.cos(angle) * 10**8), 10**8)
