@@ -284,7 +284,8 @@ def _lift(points, deadline, exact=True):
         if gain > 0: points, top = moved, top - gain
         if exact and moved is tries[2] and _in_balance(points, i, j): break
         part = gain / promised
-        radius = min(largest, radius * (2 if part > .5 else 1 / 2 if part > 0 else 1 / 4))
+        radius *= 2 if part > .5 else 1 / 2 if part > 0 else 1 / 4
+        radius = min(largest, radius)
         if radius < 1e-10 or time.monotonic() > deadline: break
     return points
 
@@ -446,7 +447,8 @@ def _kind(m, k, d):
     turns = _TURNS if k <= 40 or d > 3 else _TURNS_IN_SPACE
     kind, first = turns[(m - 1) % len(turns)]
     if kind == 'symmetric' and (d > 3 or not _symmetries(k)): kind, first = 'random', 3
-    if m <= len(turns) and kind in ('hop', 'shaken', 'stirred'): kind, first = 'random', 1
+    if m <= len(turns) and kind in ('hop', 'shaken', 'stirred'):
+        kind, first = 'random', 1
     if kind == 'stirred' and k * d <= _FEW: return kind, len(_EXPONENTS)
     return kind, first if k * d <= 10_000 else 2
 

@@ -13,3 +13,4 @@ pages += [Path(d.lower()).with_suffix('.html').as_posix() for d in build.documen
 pages += [f'{name}.html' for name in build.written]
 pages += [f'{address}.html' for address in build.own_pages(notebooks)]
 made = ['genindex.html', 'search.html']    # Sphinx's own
+moved = [f'{page}.html' for page in build.moved]    # old addresses, which lead on

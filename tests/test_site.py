@@ -13,7 +13,7 @@ from urllib.parse import unquote, urldefrag, urlsplit
 
 import pytest
 import yaml
-from pages import build, made, notebooks, pages, root
+from pages import build, made, moved, notebooks, pages, root
 from PIL import Image
 
 import largest_margins
@@ -59,7 +59,7 @@ def html_files(site):
 
 def test_every_notebook_and_document_is_a_page(site):
     built = {p.relative_to(site).as_posix() for p in html_files(site)}
-    assert built == {*pages, *made}
+    assert built == {*pages, *made, *moved}
 
 
 def test_internal_links_lead_somewhere(site):

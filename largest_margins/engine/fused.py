@@ -133,7 +133,8 @@ def _by_chords(unit, own, logit, s, usual=True):
     sine = sine.sqrt_().mul_(length)
     value = torch.atan2(sine, logit)
     if not usual: sine.div_(torch.hypot(sine, logit)).mul_(s)  # of a row of zeros
-    if values_are_cheap(sine) and sine.amin().item() > s / 32: return _Angles(value, sine)
+    if values_are_cheap(sine) and sine.amin().item() > s / 32:
+        return _Angles(value, sine)
     sine.clamp_min_(torch.finfo(sine.dtype).tiny**.5)
     return _Angles(value, sine, chord, nearer)
 
@@ -196,7 +197,8 @@ class _OfRows(_FromRows):
         self.by_prototypes.index_add_(0, columns, turned)
 
     def gradients(self, by_features):
-        ways = ('features', self.z, by_features), ('prototypes', self.w, self.by_prototypes)
+        ways = (('features', self.z, by_features),
+                ('prototypes', self.w, self.by_prototypes))
         return {name: rows.gradient(by) for name, rows, by in ways if by is not None}
 
 # %% ../../nbs/engine/14_fused.ipynb #7ef985da
@@ -326,8 +328,8 @@ def _pass(plan, tensors, wanted, share):
             losses, *_ = _by_parts(_chunk, job.size, job.x, targets, None, share, share,
                                    job, (), *numbers)
             logs, pooled = None, _pooled(logs + plan.loss.tilt * losses)
-        losses, leads, *found = _by_parts(_chunk, job.size, job.x, targets, logs, pooled,
-                                          share, job, wanted, *numbers)
+        losses, leads, *found = _by_parts(_chunk, job.size, job.x, targets, logs,
+                                          pooled, share, job, wanted, *numbers)
         if not wanted: return losses, leads, None
         by_number = zip((name for name in plan.numbers if name in wanted), found[1:])
         return losses, leads, job.gradients(found[0]) | dict(by_number)
@@ -352,7 +354,8 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx, slope):
         plan, tensors, twice = ctx.plan, ctx.saved_tensors, torch.is_grad_enabled()
-        if twice or _many_at_once(slope): found = _by_matrix(plan, tensors, slope, twice)
+        by_matrix = twice or _many_at_once(slope)
+        if by_matrix: found = _by_matrix(plan, tensors, slope, twice)
         else: found = _by_pass(plan, tensors, slope)
         return None, *map(found.get, plan.names + plan.numbers)
 

@@ -279,7 +279,7 @@ def _line(recipe, group):
 
 # %% ../../nbs/study/37_tables.ipynb #c74fb8b3
 def _less_optimum(group):
-    "The class margin less that of the loss's own optimum, run by run; None without one."
+    "The class margin less the optimum's of the loss, run by run; None without one."
     optima = {}
     for run, found in group:
         counts = tuple(found['counts'])

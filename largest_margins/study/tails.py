@@ -255,5 +255,6 @@ def study(
     settings, training = _STUDY[dataset]
     return Recipe('tails', tail_rows, settings, {'': training}, {},
                   ('balanced_accuracy', 'many', 'medium', 'few', 'class_margin',
-                   'less_optimum', 'min_train_margin', 'ece', 'fitted_ece', 'auroc_cosine', 'nc1'),
+                   'less_optimum', 'min_train_margin', 'ece', 'fitted_ece',
+                   'auroc_cosine', 'nc1'),
                   kind=TailConfiguration, dataset=dataset)
