@@ -188,3 +188,15 @@ def test_the_losses_of_a_subclass_are_those_that_are_minimised():
         leaves = [x.clone().requires_grad_() for x in (features, prototypes)]
         gradients.append(torch.autograd.grad(loss.linear(*leaves, targets), leaves))
     for half, whole in zip(*gradients, strict=True): torch.testing.assert_close(2 * half, whole)
+
+
+def test_what_a_loss_of_ones_own_reads_learns_from_a_matrix():
+    "Also what is no parameter of the loss: a matrix of cosines gives every gradient, as autograd does."
+    margin = torch.tensor(.2, requires_grad=True)
+
+    class Shifted(MarginSoftmaxLoss):
+        def curves(self, own):
+            logit = own.cosine - margin
+            return logit, logit, 1., 1.
+    Shifted(8.)(torch.tensor([[.5, .1], [-.2, .3]]), torch.tensor([0, 1])).backward()
+    assert margin.grad > 0

@@ -265,6 +265,12 @@ def test_code_fits_the_page(notebook):
 
 
 @pytest.mark.parametrize('notebook', notebooks, ids=str)
+def test_outputs_name_no_folder_of_the_machine_they_were_made_on(notebook):
+    outputs = json.dumps([cell.get('outputs', []) for cell in cells(notebook)])
+    assert not re.findall(r'site-packages|/(?:tmp|home|root|work|Users)/[\w.-]+', outputs)
+
+
+@pytest.mark.parametrize('notebook', notebooks, ids=str)
 def test_figures_are_transparent(notebook):
     outputs = [output for cell in cells(notebook) for output in cell.get('outputs', [])]
     for png in [o['data']['image/png'] for o in outputs if 'image/png' in o.get('data', {})]:
