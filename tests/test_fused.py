@@ -414,3 +414,15 @@ def test_peak_memory(name, samples):
 
 def test_focal_loss_is_of_logits():
     assert not hasattr(next(row for row in FAMILY if row.name == 'focal').make(1., range(3)), 'linear')
+
+
+@pytest.mark.parametrize('view', [lambda x: x[:, :D], lambda x: x[:, :D].T.contiguous().T,
+                                  lambda x: x[:1, :D].expand(N, D)], ids=['slice', 'transposed', 'expanded'])
+def test_features_and_prototypes_need_not_be_contiguous(view):
+    features, prototypes, targets = inputs(d=D + 3)
+    def way(copy):
+        def value(z, w, y): return NormFaceLoss(8.).linear(copy(view(z)), copy(w[:, :D].T.contiguous().T), y)
+        return value_and_gradients(value, features, prototypes, targets)
+    assert not view(features).is_contiguous()
+    for got, true in zip(way(lambda x: x), way(torch.Tensor.contiguous), strict=True):
+        assert torch.allclose(got, true, rtol=1e-12, atol=0)

@@ -70,7 +70,7 @@ class _Rows:
 
     def __init__(self, x, at_once, length=1.):
         self.given, self.at_once, self.length = x, at_once, length
-        self.by_kernel = at_once and values_are_cheap(x)
+        self.by_kernel = at_once and x.is_contiguous() and values_are_cheap(x)
         if self.by_kernel:
             self.lengths = _full(x, length, x.shape[0], 1)
             self.x, self.norms = torch._weight_norm_interface(x, self.lengths)
