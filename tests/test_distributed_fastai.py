@@ -1,11 +1,9 @@
 "The example that trains a margin_learner in several processes, run as a user runs it."
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import torchrun
 
 from largest_margins.data import load
 from largest_margins.learner import margin_learner
@@ -19,11 +17,8 @@ example = Path(__file__).parent.parent/'examples'/'fastai_distributed.py'
 def ends(tmp_path_factory):
     "What each of two processes has after two epochs."
     out = tmp_path_factory.mktemp('ends')
-    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2',
-                           str(example), '--epochs', '2', '--out', str(out)], capture_output=True, text=True,
-                          env=os.environ | {'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''})
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count('class_margin') == 1, 'one process prints the table'
+    printed = torchrun(2, example, '--epochs', '2', '--out', out)
+    assert ''.join(printed).count('class_margin') == 1, 'one process prints the table'
     return [torch.load(out/f'{rank}.pt', weights_only=True) for rank in range(2)]
 
 

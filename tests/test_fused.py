@@ -1,5 +1,4 @@
 "The losses from features and prototypes: the same numbers as from the matrix of cosines, without the matrix."
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_family import ANGULAR, FAMILY, ON_COSINES, SMOOTHABLE, ignoring
 from pairs import named, pairs
+from processes import interpret, run_alone
 from torch.autograd import gradcheck
 
 from largest_margins.checks import NotFinite
@@ -407,9 +407,8 @@ def test_the_buffer_keeps_its_budget(samples, num_classes):
 def test_peak_memory(name, samples):
     "A step of a fresh process: the gradients, and at most 96 MiB, however large the batch."
     d, k = 64, 100_000
-    done = subprocess.run([sys.executable, BENCHMARK, '--peak', f'ours, {name}', '--shapes', f'{samples}x{d}x{k}'],
-                          capture_output=True, text=True, check=True)
-    assert int(done.stdout) - 4 * d * (samples + k) < 96 * 2**20
+    _, added = run_alone(interpret, BENCHMARK, '--peak', f'ours, {name}', '--shapes', f'{samples}x{d}x{k}')
+    assert int(added) - 4 * d * (samples + k) < 96 * 2**20
 
 
 def test_focal_loss_is_of_logits():

@@ -1,6 +1,5 @@
 "Class and sample margins: against brute force, at tiny and extreme scales, in bounded memory."
 import math
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mpmath import mp, mpf
 from pairs import named, pairs
+from processes import interpret, run_alone
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck
 
@@ -258,9 +258,8 @@ def test_class_margin_of_any_layout():
     ('class margin', 20_000, 128, 0), ('norm ratio', 500_000, 64, 0), ('zero centroid', 500_000, 64, 32_000_000)])
 def test_peak_memory(name, k, d, gradients):
     "At most 32 MiB in a fresh process; the prototypes take 10 and 122 MiB, a matrix of cosines would take 1.5 GiB."
-    done = subprocess.run([sys.executable, BENCHMARK, '--peak', name, '--shape', f'{k}x{d}'],
-                          capture_output=True, text=True, check=True)
-    assert int(done.stdout) - 4 * gradients < 32 * 2**20
+    _, added = run_alone(interpret, BENCHMARK, '--peak', name, '--shape', f'{k}x{d}')
+    assert int(added) - 4 * gradients < 32 * 2**20
 
 
 # --- sample margins ---
