@@ -28,7 +28,7 @@ from .checks import (
     check_device, check_features, check_integers, check_range, check_scores, integer,
     is_symbol, is_traced, number, per_class, per_sample, plain, values_are_cheap)
 from .engine.cosines import (
-    angle_from_cosine, cosine_matrix, log_sum_exp_of_others)
+    angle_from_cosine, cosine_matrix, log_sum_exp_of_others, times)
 from .engine.fused import Own, dense_loss, fused_loss
 from .engine.shards import ClassShards
 from .margins import angle, row_norms, unit_rows
@@ -234,7 +234,8 @@ class _Terms(_Hooks):
     "What the engine asks of a loss."
 
     def terms(self, own, rest, given, wanted=()):
-        "Losses, [n]; if any are wanted, slopes by 'own', 'rest' and what is given."
+        """Losses, [n]; if any are wanted, slopes by 'rest' and what is given, and 'pull',
+        the slope by s·own (the cosine or the angle) with the other sign."""
         if not wanted:
             given = self._filled(given, own.targets, rest.dtype)
             return self.per_sample(own, rest, **given), {}
@@ -253,7 +254,8 @@ class _Terms(_Hooks):
             raise TypeError(f'{type(self).__name__} reads a parameter of its own, '
                             'which would get no gradient: name it in `numbers`, and '
                             'return it for each sample from `per_batch`')
-        return losses.detach(), dict(zip(leaves, slopes))
+        slopes = dict(zip(leaves, slopes))
+        return losses.detach(), slopes | dict(pull=slopes['own'] / -(self.scale or 1.))
 
     def log_shares(self, targets, valid, num_classes, dtype):
         "log a_i, [N], if the loss is (1/t)·log Σ a_i·exp(t·L_i); else None."
@@ -379,12 +381,12 @@ class _Curves(CosineLoss):
 # %% ../nbs/losses/12_losses.ipynb #28dc9c67
 def _with_slopes(num, den, by_num, by_den, rest, s):
     "Equation (eq-stable) and its slopes, from the curves and theirs."
-    if den is None: return rest / s - num, dict(own=-by_num, rest=1 / s)
+    if den is None: return rest / s - num, dict(pull=by_num / s, rest=1 / s)
     excess = torch.sub(rest, den, alpha=s)
     losses, miss = F.softplus(excess, threshold=40), excess.sigmoid_()
-    if den is num: return losses, dict(own=miss * (by_num * -s), rest=miss)
-    by_own = s * ((1 - miss) * by_den - by_num)
-    return torch.add(losses, den - num, alpha=s), dict(own=by_own, rest=miss)
+    if den is num: return losses, dict(pull=times(by_num, miss), rest=miss)
+    pull = by_num - (1 - miss) * by_den
+    return torch.add(losses, den - num, alpha=s), dict(pull=pull, rest=miss)
 
 # %% ../nbs/losses/12_losses.ipynb #28dc9c64
 class _Softmax(_Curves):
@@ -473,7 +475,7 @@ def _psi(u):
     "ψ(u) and its slope, from how many times π fits into u and what is left."
     arcs = torch.div(u, math.pi, rounding_mode='floor')
     within = torch.sub(u, arcs, alpha=math.pi)
-    return torch.sub(within.cos(), arcs, alpha=2), -within.sin()
+    return torch.sub(within.cos(), arcs, alpha=2), within.sin().neg_()
 
 
 def falling_cosine(u: Tensor) -> Tensor:
@@ -481,11 +483,6 @@ def falling_cosine(u: Tensor) -> Tensor:
     return _psi(u)[0]
 
 # %% ../nbs/losses/12_losses.ipynb #2e03686b
-def _times(factor, x):
-    "x·factor; a factor of exactly 1 costs nothing."
-    return x if isinstance(factor, float) and factor == 1 else factor * x
-
-
 def _less(x, number):
     "x − number; exactly 0 costs nothing."
     return x if isinstance(number, float) and number == 0 else x - number
@@ -499,8 +496,8 @@ class _AngularLoss(MarginSoftmaxLoss):
     detach_margin = False
 
     def curves(self, own, m1, m2, m3):
-        psi, slope = _psi(_times(m1, own.angle) + m2)
-        logit, slope = _less(psi, m3), _times(m1, slope)
+        psi, slope = _psi(times(m1, own.angle) + m2)
+        logit, slope = _less(psi, m3), times(m1, slope)
         if self.detach_margin:
             logit = own.cosine + (logit - own.cosine).detach()
             slope = -own.angle.sin()
@@ -760,7 +757,7 @@ class SampleMarginLoss(CosineLoss):
     prior: None = field(default=None, init=False)
 
     def terms(self, own, rest, given, wanted=()):
-        return torch.zeros_like(rest), dict(own=0., rest=0.)
+        return torch.zeros_like(rest), dict(pull=0., rest=0.)
 
 # %% ../nbs/losses/12_losses.ipynb #bd76fbce
 @dataclass(eq=False, repr=False)

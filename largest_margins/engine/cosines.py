@@ -31,6 +31,11 @@ def work_dtype(first, second):
     "Return at least float32: half precision is for storage."
     return torch.promote_types(torch.promote_types(first, second), torch.float32)
 
+# %% ../../nbs/engine/11_cosines.ipynb #e9e69c0d
+def times(factor, x):
+    "x·factor; a factor of exactly 1 costs nothing."
+    return x if isinstance(factor, float) and factor == 1 else factor * x
+
 # %% ../../nbs/engine/11_cosines.ipynb #7141e365
 def cosine_matrix(
     features: Tensor,  # rows of any norm, [N, d], floating point

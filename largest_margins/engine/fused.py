@@ -10,7 +10,7 @@ __all__ = ['Own']
 # %% ../../nbs/engine/14_fused.ipynb #edabf133
 import math
 from functools import lru_cache
-from itertools import repeat
+from itertools import compress, repeat
 from typing import NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from ..checks import (
     check_features, check_finite, integer, plain, values_are_cheap)
 from ..margins import moderate, row_blocks, row_norms, unit_rows
-from .cosines import full_precision, work_dtype
+from .cosines import full_precision, times, work_dtype
 from .shards import OwnRows, all_ranks, one_process
 
 # %% ../../nbs/engine/14_fused.ipynb #dfffc24d
@@ -68,12 +68,12 @@ def _full(like, value, *shape):
 class _Rows:
     "Rows of any norm: made as long as `length` at once, or each time they are used."
 
-    def __init__(self, x, at_once, length=1.):
+    def __init__(self, x, at_once, length=1., cheap=False):
         self.given, self.at_once, self.length = x, at_once, length
-        self.by_kernel = at_once and x.is_contiguous() and values_are_cheap(x)
+        self.by_kernel = cheap and at_once and x.is_contiguous()
         if self.by_kernel:
-            self.lengths = _full(x, length, x.shape[0], 1)
-            self.x, self.norms = torch._weight_norm_interface(x, self.lengths)
+            lengths = _kept(length, x.dtype, x.shape[0], 1)
+            self.x, self.norms = torch._weight_norm_interface(x, lengths)
         else:
             self.norms = torch.linalg.vector_norm(x, dim=1, keepdim=True)
             self.x = x * (length / self.norms) if at_once else x
@@ -86,13 +86,14 @@ class _Rows:
 
     def long(self, which):
         "Some rows, as long as `length`."
-        rows = self.x[which]
+        rows = self.x.index_select(0, which)
         return rows if self.at_once else rows * (self.length / self.norms[which])
 
-    def gradient(self, by_x):
+    def gradient(self, by_x, factor):
         "From the gradient by `x`, whose rows point where the given ones do, to theirs."
         if self.by_kernel:
-            return _by_given(by_x, self.given, self.lengths, self.norms, 0)[0]
+            lengths = _kept(self.length * factor, by_x.dtype, by_x.shape[0], 1)
+            return _by_given(by_x, self.given, lengths, self.norms, 0)[0]
         norms = self.length if self.at_once else self.norms
         factor = self.length / self.norms if self.at_once else 1.
         size = max(1, 2**17 // self.x.shape[1]) if self.x.is_cpu else len(self.x)
@@ -117,68 +118,83 @@ def _tangential(gradient, x, norms, factor):
 
 # %% ../../nbs/engine/14_fused.ipynb #1b8a2a28
 class _Angles(NamedTuple):
-    "Angles, s·sin to divide by, [n], and chords of length s·|u| if they are needed."
+    "Angles and their sines, [n], and chords of length s·|u| where these are needed."
     value: Tensor
     sine: Tensor
     chord: Tensor | None = None
     nearer: Tensor | None = None  # s·σ, [n, 1]
 
 
-def _by_chords(unit, own, logit, s, usual=True):
+def _in_the_middle(cosine):
+    "The angles of cosines that are all far from both ends; None if they are not."
+    if not values_are_cheap(cosine): return None
+    low, high = cosine.aminmax()
+    if not (low.item() > -.95 and high.item() < .95): return None
+    sine = torch.addcmul(_full(cosine, 1.), cosine, cosine, value=-1).sqrt_()
+    return _Angles(cosine.acos(), sine)
+
+
+def _by_chords(unit, own, cosine, s, usual=True):
     "The angles of unit rows with rows `own` of length s, which are overwritten."
-    nearer = torch.copysign(_full(unit, s), logit)
-    chord, logit = own.addcmul_(unit, nearer, value=-1), logit[:, 0]
-    length = torch.linalg.vector_norm(chord, dim=1)
-    sine = torch.addcmul(_full(unit, 1.), length, length, value=-1 / (2 * s)**2)
+    nearer = torch.copysign(_full(unit, s), cosine[:, None])
+    chord = own.addcmul_(unit, nearer, value=-1)
+    length = torch.linalg.vector_norm(chord, dim=1) / s
+    sine = torch.addcmul(_full(unit, 1.), length, length, value=-.25)
     sine = sine.sqrt_().mul_(length)
-    value = torch.atan2(sine, logit)
-    if not usual: sine.div_(torch.hypot(sine, logit)).mul_(s)  # of a row of zeros
-    if values_are_cheap(sine) and sine.amin().item() > s / 32:
-        return _Angles(value, sine)
+    value = torch.atan2(sine, cosine)
+    if not usual: sine.div_(torch.hypot(sine, cosine))  # of a row of zeros
     sine.clamp_min_(torch.finfo(sine.dtype).tiny**.5)
     return _Angles(value, sine, chord, nearer)
 
 # %% ../../nbs/engine/14_fused.ipynb #7ef985d7
-class _Job:
-    "What all rows of a pass have in common."
-    to_logits, per_logit = None, 1.  # what products, and slopes by logits, lack
+class _Plan:
+    "What one call of a loss is about: the ways there and back read it."
 
-    def __init__(self, plan, dtype, k):
-        self.loss, self.shards, self.size = plan.loss, plan.shards, plan.size
-        self.numbers, self.resolution = plan.numbers, plan.resolution
-        self.scale, self.prior = self.loss.scale or 1., self.loss.log_prior(dtype)
-        self.lead, self.block = self.loss.sample_margin, max(1, 2**18 // k)
-        most = 80 if dtype == torch.float32 else 600
-        self.bounded = self.prior is None and self.scale + math.log(k) < most
+    def __init__(self, loss, valid, shards, size, x, numbers, cheap):
+        self.loss, self.valid, self.shards, self.size = loss, valid, shards, size
+        self.numbers, self.cheap = tuple(numbers), cheap
+        self.names = self.given + self.numbers
+        self.learns = torch.is_grad_enabled()
+        self.scale, self.lead = loss.scale or 1., loss.sample_margin
+        self.prior, self.block = loss.log_prior(x.dtype), max(1, 2**18 // shards.size)
+        most = 80 if x.dtype == torch.float32 else 600
+        self.bounded = self.prior is None and self.scale + math.log(shards.size) < most
 
 # %% ../../nbs/engine/14_fused.ipynb #7ef985d8
-class _FromRows(_Job):
-    "Features and prototypes, and what is made of them."
+class _FromRows:
+    "Features and prototypes, and what is made of them in a pass."
+    to_logits, buffer, by_prototypes = None, None, None
 
     def __init__(self, plan, features, prototypes):
-        super().__init__(plan, features.dtype, prototypes.shape[0])
-        self.z = _Rows(features, True)
-        self.w = _Rows(prototypes, prototypes.numel() <= 2**18, self.scale)
+        self.plan, few = plan, prototypes.numel() <= 2**18
+        self.z = _Rows(features, True, cheap=plan.cheap)
+        self.w = _Rows(prototypes, few, plan.scale, plan.cheap)
         self.usual = moderate(torch.cat([self.z.norms, self.w.norms]))
         if not self.usual:
             check_finite('features', features)
             check_finite('prototypes', prototypes)
             for rows in (self.z, self.w): rows.with_care()
-        if not self.w.at_once: self.to_logits = self.scale / self.w.norms[:, 0]
-        self.x, self.buffer, self.by_prototypes = self.z.x, None, None
-        if features.shape[0] > self.size:
-            self.buffer = features.new_empty(self.size, prototypes.shape[0])
+        self.by_kernel = self.z.by_kernel and self.w.by_kernel
+        if not self.w.at_once: self.to_logits = plan.scale / self.w.norms[:, 0]
+        self.x = self.z.x
+        if features.shape[0] > plan.size:
+            self.buffer = features.new_empty(plan.size, prototypes.shape[0])
 
 # %% ../../nbs/engine/14_fused.ipynb #7ef985d9
 class _OfRows(_FromRows):
     "A pass over features, whose cosines with the prototypes are made in one buffer."
+    per_logit = 1.  # what slopes by logits lack
 
     def products(self, unit):
-        out = None if self.buffer is None else self.buffer[:unit.shape[0]]
-        return torch.mm(unit, self.w.x.T, out=out)
+        "Products with the prototypes, [n, k]; the longer side is made of whole rows."
+        if self.buffer is not None:
+            return torch.mm(unit, self.w.x.T, out=self.buffer[:unit.shape[0]])
+        if unit.shape[0] < self.w.x.shape[0]: return torch.mm(unit, self.w.x.T)
+        return torch.mm(self.w.x, unit.T).T
 
-    def angles(self, unit, columns, logit):
-        return _by_chords(unit, self.w.long(columns), logit, self.scale, self.usual)
+    def angles(self, unit, columns, cosine):
+        return _in_the_middle(cosine) or _by_chords(
+            unit, self.w.long(columns), cosine, self.plan.scale, self.usual)
 
     def back(self, g, unit, wanted):
         "From slopes by products to those by features; all chunks add to one matrix."
@@ -189,48 +205,45 @@ class _OfRows(_FromRows):
 
     def turn(self, by_features, angles, pull, columns):
         "Add to both gradients what slopes by own logits do along the chords."
-        pull = pull[:, None]
+        pull, s = pull[:, None], self.plan.scale
         if by_features is not None: by_features.addcmul_(angles.chord, pull)
         if self.by_prototypes is None: return
-        lengths = self.scale if self.w.at_once else self.w.norms[columns]
-        turned = angles.chord.mul_(pull * angles.nearer / (-self.scale * lengths))
+        lengths = s if self.w.at_once else self.w.norms[columns]
+        turned = angles.chord.mul_(pull * angles.nearer / (-s * lengths))
         self.by_prototypes.index_add_(0, columns, turned)
 
-    def gradients(self, by_features):
-        ways = (('features', self.z, by_features),
-                ('prototypes', self.w, self.by_prototypes))
-        return {name: rows.gradient(by) for name, rows, by in ways if by is not None}
+    def gradients(self, by_features, factor):
+        found, by_w = {}, self.by_prototypes
+        if by_features is not None:
+            found['features'] = self.z.gradient(by_features, factor)
+        if by_w is not None: found['prototypes'] = self.w.gradient(by_w, factor)
+        return found
 
 # %% ../../nbs/engine/14_fused.ipynb #7ef985da
-class _OfCosines(_Job):
+class _OfCosines:
     "A pass over the rows of a matrix of cosines."
+    to_logits, by_kernel = None, False
 
     def __init__(self, plan, cosines):
-        super().__init__(plan, cosines.dtype, cosines.shape[1])
-        self.x, self.per_logit = cosines, self.scale
+        self.plan, self.x, self.per_logit = plan, cosines, plan.scale
 
-    def products(self, cosines): return cosines * self.scale
+    def products(self, cosines): return cosines * self.per_logit
 
-    def angles(self, cosines, columns, logit):
-        "Angles, and s·sin to divide by; a cosine tells less than a chord."
-        cosine, most = logit[:, 0] / self.scale, 1 - self.resolution
+    def angles(self, cosines, columns, cosine):
+        "Angles and sines; near both ends a cosine tells less than a chord."
+        if (angles := _in_the_middle(cosine)) is not None: return angles
+        most = 1 - self.plan.resolution
         inside = cosine.clamp(-most, most)
         sine = ((1 - inside) * (1 + inside)).sqrt_()
-        return _Angles(cosine.clamp_(-1, 1).acos_(), sine.mul_(self.scale))
+        return _Angles(cosine.clamp(-1, 1).acos_(), sine)
 
     def back(self, g, cosines, wanted): return g
 
-    def gradients(self, by_cosines): return dict(cosines=by_cosines)
+    def gradients(self, by_cosines, factor): return dict(cosines=by_cosines)
 
 # %% ../../nbs/engine/14_fused.ipynb #cbd40aaf
-class _Plan:
-    "What one call of a loss is about: the ways there and back read it."
-    job, names = _OfRows, ('targets', 'features', 'prototypes')
-
-    def __init__(self, loss, valid, shards, size, numbers, resolution=0.):
-        self.loss, self.valid, self.shards, self.size = loss, valid, shards, size
-        self.numbers, self.resolution = numbers, resolution
-        self.learns = torch.is_grad_enabled()
+class _PlanOfRows(_Plan):
+    job, given = _OfRows, ('targets', 'features', 'prototypes')
 
     def by_autograd(self, targets, features, prototypes, numbers):
         "The same, in steps that torch sees."
@@ -238,7 +251,7 @@ class _Plan:
 
 
 class _PlanOfCosines(_Plan):
-    job, names = _OfCosines, ('targets', 'cosines')
+    job, given, resolution = _OfCosines, ('targets', 'cosines'), 0.
 
     def by_autograd(self, targets, cosines, numbers):
         return self.loss.of_given(cosines, targets, self.valid, numbers,
@@ -247,17 +260,18 @@ class _PlanOfCosines(_Plan):
 # %% ../../nbs/engine/14_fused.ipynb #93cf9292
 def _exponentials(g, at, here, job, wanted):
     "Take the target out of some rows, and leave the exponentials of the others there."
+    plan = job.plan
     if job.to_logits is not None: g.mul_(job.to_logits)
     own = g.gather(1, at)
     if here is None: g.scatter_(1, at, -math.inf)
     else: g.scatter_(1, at, own.masked_fill(here[:, None], torch.finfo(g.dtype).min))
     largest = place = None
-    if job.lead: largest, place = g.max(1) if wanted else (g.amax(1), None)
-    if job.loss.scale is None:  # R_sm alone
+    if plan.lead: largest, place = g.max(1) if wanted else (g.amax(1), None)
+    if plan.loss.scale is None:  # R_sm alone
         g.zero_()
         return own, torch.ones_like(own[:, 0]), None, largest, place
-    if job.prior is not None: g.add_(job.shards.own_classes(job.prior))
-    shift = None if job.bounded else g.amax(1)
+    if plan.prior is not None: g.add_(plan.shards.own_classes(plan.prior))
+    shift = None if plan.bounded else g.amax(1)
     if shift is not None: g.sub_(shift[:, None])
     return own, g.exp_().sum(1), shift, largest, place
 
@@ -284,55 +298,59 @@ def _pooled(terms):
 # %% ../../nbs/engine/14_fused.ipynb #07d6ea2a
 def _chunk(x, targets, logs, share, lead_share, job, wanted, *numbers):
     "Losses of a chunk, its negative margins, and the slopes of what is wanted."
-    loss, per_logit, s = job.loss, job.per_logit, job.scale
-    columns, here = job.shards.place(targets)
+    plan, loss, s = job.plan, job.plan.loss, job.plan.scale
+    columns, here = plan.shards.place(targets)
     at = columns[:, None]
     g = job.products(x)                                                   # products
     own, total, shift, largest, place = _by_parts(
-        _exponentials, job.block, g, at, here, job, wanted)
+        _exponentials, plan.block, g, at, here, job, wanted)
     rest = total.log() if shift is None else total.log() + shift
-    angles = job.angles(x, columns, own) if loss.angular else None        # angles
-    read = own[:, 0] / s if angles is None else angles.value
-    read, rest, largest, wins = job.shards.combine(here, read, rest, largest)
-    others = rest if job.prior is None else rest - job.prior[targets]     # the loss
+    cosine = own[:, 0] / s                                                # angles
+    angles = job.angles(x, columns, cosine) if loss.angular else None
+    read = cosine if angles is None else angles.value
+    read, rest, largest, wins = plan.shards.combine(here, read, rest, largest)
+    others = rest if plan.prior is None else rest - plan.prior[targets]   # the loss
     own = Own(targets, read) if angles is None else Own(targets, angle=read)
-    losses, slopes = loss.terms(own, others, dict(zip(job.numbers, numbers)), wanted)
+    losses, slopes = loss.terms(own, others, dict(zip(plan.numbers, numbers)), wanted)
     leads = None if largest is None else largest / s - own.cosine
     if not wanted: return losses, leads
     if logs is not None: share = _pooled(logs + loss.tilt * losses)       # slopes
     if here is not None: total = (rest if shift is None else rest - shift).exp()
-    by_others = slopes['rest'] * (share * per_logit) / total
+    by_others = times(job.per_logit * share, slopes['rest']) / total
+    by_own = times(job.per_logit * share, slopes['pull'])
+    by_own = -by_own if angles is None else by_own / angles.sine
     by_largest = pull = None
-    if angles is None: by_own = slopes['own'] * (share * (per_logit / s))
-    else: by_own = slopes['own'] * (share * -per_logit) / angles.sine
     if angles is not None and angles.chord is not None:
         pull, by_own = by_own if here is None else by_own * here, 0.
     if place is not None:
-        by_largest = lead_share * (job.lead * per_logit / s)
+        by_largest = lead_share * (plan.lead * job.per_logit / s)
         by_own = by_own - by_largest
-    _by_parts(_slopes, job.block,
+    _by_parts(_slopes, plan.block,
               g, by_others, at, by_own, here, place, by_largest, wins, job)
     by_x = job.back(g, x, wanted)                                         # gradients
     if pull is not None: job.turn(by_x, angles, pull, columns)
     return losses, leads, by_x, *(
-        slopes[name] * share for name in job.numbers if name in wanted)
+        [slopes[name] * share for name in plan.numbers if name in wanted])
 
 # %% ../../nbs/engine/14_fused.ipynb #cbd40ab0
 def _pass(plan, tensors, wanted, share):
     "Losses, negative margins and gradients of all chunks, outside of autocast."
-    (targets, *given), numbers = tensors[:len(plan.names)], tensors[len(plan.names):]
-    logs, pooled = plan.logs, share
+    last = len(plan.given)
+    targets, logs, numbers, factor = tensors[0], plan.logs, tensors[last:], 1.
     with full_precision(targets.device.type):
-        job = plan.job(plan, *given)
-        if logs is not None and wanted and targets.shape[0] > job.size:
-            losses, *_ = _by_parts(_chunk, job.size, job.x, targets, None, share, share,
-                                   job, (), *numbers)
+        job = plan.job(plan, *tensors[1:last])
+        if job.by_kernel and not numbers and logs is None and isinstance(share, float):
+            share, factor = 1., share
+        pooled = share
+        if logs is not None and wanted and targets.shape[0] > plan.size:
+            losses, _ = _by_parts(_chunk, plan.size, job.x, targets, None, share, share,
+                                  job, (), *numbers)
             logs, pooled = None, _pooled(logs + plan.loss.tilt * losses)
-        losses, leads, *found = _by_parts(_chunk, job.size, job.x, targets, logs,
+        losses, leads, *found = _by_parts(_chunk, plan.size, job.x, targets, logs,
                                           pooled, share, job, wanted, *numbers)
         if not wanted: return losses, leads, None
-        by_number = zip((name for name in plan.numbers if name in wanted), found[1:])
-        return losses, leads, job.gradients(found[0]) | dict(by_number)
+        by_number = zip([name for name in plan.numbers if name in wanted], found[1:])
+        return losses, leads, job.gradients(found[0], factor) | dict(by_number)
 
 # %% ../../nbs/engine/14_fused.ipynb #155e697c
 class _Fused(torch.autograd.Function):
@@ -340,12 +358,11 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, plan, *tensors):
-        ctx.plan, loss, targets = plan, plan.loss, tensors[0]
+        ctx.plan, loss = plan, plan.loss
         ctx.save_for_backward(*tensors)
-        names = plan.names + plan.numbers
-        plan.wanted = tuple(n for n, need in zip(names, ctx.needs_input_grad[1:])
-                            if need) if plan.learns else ()
-        batch = targets, plan.valid, plan.shards.num_classes, tensors[1].dtype
+        needed = ctx.needs_input_grad[1:] if plan.learns else ()
+        plan.wanted = tuple(compress(plan.names, needed))
+        batch = tensors[0], plan.valid, plan.shards.num_classes, tensors[1].dtype
         plan.share, plan.logs = loss.shares(*batch), loss.log_shares(*batch)
         now = () if loss.reduction == 'none' else plan.wanted
         losses, leads, plan.gradients = _pass(plan, tensors, now, plan.share)
@@ -357,7 +374,7 @@ class _Fused(torch.autograd.Function):
         by_matrix = twice or _many_at_once(slope)
         if by_matrix: found = _by_matrix(plan, tensors, slope, twice)
         else: found = _by_pass(plan, tensors, slope)
-        return None, *map(found.get, plan.names + plan.numbers)
+        return None, *map(found.get, plan.names)
 
 # %% ../../nbs/engine/14_fused.ipynb #cef9e23d
 def _by_pass(plan, tensors, slope):
@@ -377,12 +394,12 @@ def _by_matrix(plan, tensors, slope, twice):
     if not plan.shards.alone:
         raise RuntimeError('create_graph=True: classes shared out among processes '
                            'have no second derivatives; use one process')
-    names = plan.names + plan.numbers
+    last = len(plan.given)
     with torch.enable_grad():  # of views: one tensor may depend on another
         views = [t.view_as(t) for t in tensors]
-        given, numbers = views[:len(plan.names)], views[len(plan.names):]
-        value = plan.by_autograd(*given, dict(zip(plan.numbers, numbers)))
-        wanted = [v for n, v in zip(names, views) if n in plan.wanted]
+        numbers = dict(zip(plan.numbers, views[last:]))
+        value = plan.by_autograd(*views[:last], numbers)
+        wanted = [v for n, v in zip(plan.names, views) if n in plan.wanted]
         return dict(zip(plan.wanted, torch.autograd.grad(
             value, wanted, slope, create_graph=twice, materialize_grads=True)))
 
@@ -399,6 +416,7 @@ BUFFER_BYTES = 72 * 2**20  # what chunk_size='auto' allows the buffer
 def rows_at_once(samples, num_classes):
     "The chunk size that `chunk_size='auto'` stands for, rows in 1..N."
     most = max(1, BUFFER_BYTES // (num_classes * 4))
+    if samples <= most: return samples
     chunks = max(1, -(-samples // most))
     even = -(-samples // chunks)
     return min(samples, most, -(-even // 16) * 16)
@@ -419,7 +437,8 @@ def fused_loss(loss, features, prototypes, targets, numbers, chunk_size='auto',
     dtype = work_dtype(features.dtype, prototypes.dtype)
     tensors = [x if x.dtype is dtype else x.to(dtype)
                for x in (features, prototypes, *numbers.values())]
-    plan = _Plan(loss.frozen(), valid, shards, chunk_size, tuple(numbers))
+    plan = _PlanOfRows(loss.frozen(), valid, shards, chunk_size, tensors[0], numbers,
+                       values_are_cheap(tensors[0]))
     value = _Fused.apply(plan, targets, *tensors)
     if shards.alone or value.ndim == 0: return value
     return OwnRows.apply(value, shards.group)
@@ -427,8 +446,10 @@ def fused_loss(loss, features, prototypes, targets, numbers, chunk_size='auto',
 # %% ../../nbs/engine/14_fused.ipynb #298f5f43
 def dense_loss(loss, cosines, targets, valid, numbers, resolution):
     "What a loss returns for a matrix of cosines, all of whose rows are one chunk."
-    plan = _PlanOfCosines(loss.frozen(), valid, one_process(cosines.shape[1]),
-                          len(cosines), tuple(numbers), resolution)
+    n, k = cosines.shape
+    plan = _PlanOfCosines(loss.frozen(), valid, one_process(k), n, cosines, numbers,
+                          values_are_cheap(cosines))
+    plan.resolution = resolution
     numbers = [x.to(cosines.dtype) for x in numbers.values()]
     return _Fused.apply(plan, targets, cosines, *numbers)
 
