@@ -104,7 +104,9 @@ def main(
     argv: list[str] | None = None,  # arguments; None takes those of the process
 ):
     "The entry point: exits with 0, 1 for a failed check, 2 for bad usage, 130 on ^C."
-    for stream in (sys.stdout, sys.stderr):
+    for name in ('stdout', 'stderr'):
+        if getattr(sys, name) is None: setattr(sys, name, open(os.devnull, 'w'))
+        stream = getattr(sys, name)
         if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='replace')
     with _interrupts() as interrupted:
         try:
@@ -137,11 +139,12 @@ def _check_outputs(args, outputs):
     if not outputs: return
     from largest_margins.files import check_output
     inputs = [*getattr(args, 'file', ()), getattr(args, 'classes', None)]
-    for i, path in enumerate(outputs):
+    for path in outputs:
         if args.command in ('train', 'table', 'demo'): path = Path(path, 'table.html')
         check_output(path, *filter(None, inputs))
-        if path in outputs[:i] and path != '-':
-            raise ValueError(f'{path} cannot be two files')
+    files = [path for path in map(os.path.realpath, filter('-'.__ne__, outputs))
+             if os.path.isfile(path) or not os.path.exists(path)]
+    if len({*files}) < len(files): raise ValueError(f'{path} cannot be two files')
 
 # %% ../nbs/study/33_cli.ipynb #481fa14e
 @contextmanager
@@ -348,13 +351,15 @@ _COMMANDS['table'] = _Command('one of the paper’s tables, with its numbers bes
 # %% ../nbs/study/33_cli.ipynb #6b841426
 def _inspect(args):
     "Measure a saved classifier."
-    from largest_margins.files import escape, write_file
+    from largest_margins.files import check_output, escape, write_file
     from largest_margins.inspection import (
-        choose_classifier, inspect_prototypes, inspection_page, join_parts,
+        choose_classifier, files_of, inspect_prototypes, inspection_page, join_parts,
         read_tensors)
     names = None if args.classes is None else _lines(args.classes)
     files = sorted(args.file, key=_numbers)
     parts = [read_tensors(file) for file in files]
+    for path in filter(None, (args.json, args.html)):
+        check_output(path, *(part for file in files for part in files_of(file)))
     tensors = parts[0] if len(parts) == 1 else join_parts(parts, args.key)
     name, weight, notes = choose_classifier(
         tensors, args.key, transposed=args.transposed, classes=names and len(names))

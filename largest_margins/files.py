@@ -154,11 +154,15 @@ def check_output(
 ):
     "Raise an error if `write_file` could not write this file."
     if not str(path): raise ValueError("a file's name must not be empty")
-    if _descriptor(path) is not None: return
-    target = Path(os.path.realpath(path))
+    descriptor, target = _descriptor(path), Path(os.path.realpath(path))
+    there = target if descriptor is None else descriptor
     for other in inputs:
-        if target.is_file() and Path(other).exists() and target.samefile(other):
+        if os.path.isfile(there) and os.path.exists(other) and (
+                os.path.samefile(there, other)):
             raise ValueError(f'{path} is read, so it cannot be what is written')
+    if descriptor is not None:
+        with _naming(path): os.write(descriptor, b'')  # fails if it is not for writing
+        return
     near = next(p for p in (target, *target.parents) if p.exists())
     wrong = (errno.EISDIR if near == target and near.is_dir() else
              errno.ENOTDIR if near != target and not near.is_dir() else

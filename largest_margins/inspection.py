@@ -101,7 +101,7 @@ def _tensors(arrays):
         if array.dtype.kind not in 'fiub': continue
         native = array.astype(array.dtype.newbyteorder('='), copy=False)
         if array.dtype.itemsize > 8: native = array.astype(np.float64)
-        found[name] = torch.from_numpy(native)
+        found[name] = torch.from_numpy(np.require(native, requirements='W'))
     return found
 
 # %% ../nbs/study/40_inspect.ipynb #a1c40005
@@ -132,14 +132,20 @@ def _from_onnx(path):
     return _tensors(ordered | arrays)
 
 # %% ../nbs/study/40_inspect.ipynb #a1c40007
-def _from_index(path):
-    "The tensors of all parts that an index names."
+def _places(path):
+    "Which part holds which tensor, as an index says."
     try: places = json.loads(path.read_text(encoding='utf-8'))['weight_map']
     except (ValueError, LookupError, TypeError, RecursionError) as e:
         raise ValueError(f'{path} is JSON, but no index of parts with tensors') from e
     if not isinstance(places, dict) or not all(
             isinstance(x, str) and x == Path(x).name for x in places.values()):
         raise ValueError(f'{path} must name parts beside it')
+    return places
+
+
+def _from_index(path):
+    "The tensors of all parts that an index names."
+    places = _places(path)
     parts = {part: _read(path.with_name(part), of_index=True)
              for part in sorted(set(places.values()))}
     lost = [name for name, part in places.items() if name not in parts[part]]
@@ -258,6 +264,22 @@ def _read(path, of_index=False):
             shutil.copyfileobj(file, copy)
             copy.flush()
             return _read(Path(copy.name))
+
+# %% ../nbs/study/40_inspect.ipynb #a1c4000a
+def files_of(
+    path: str | Path,  # what `read_tensors` can read
+) -> list[Path]:  # all files that it reads
+    "Name the file, the one in a folder, the parts of an index, an ONNX model's data."
+    path = Path(path)
+    if path.is_dir(): path = _in_folder(path)
+    if not path.is_file(): return [path]
+    with open(path, 'rb') as file: reader = _reader(path, file.read(512))
+    if reader is _from_index: return [path, *map(path.with_name, _places(path).values())]
+    if reader is not _from_onnx: return [path]
+    import onnx
+    tensors = onnx.load(path, load_external_data=False).graph.initializer
+    return [path, *(path.parent/entry.value for tensor in tensors
+                    for entry in tensor.external_data if entry.key == 'location')]
 
 # %% ../nbs/study/40_inspect.ipynb #c0992d79
 _PAIRS = [  # how the names of two tensors end that make a weight, and how

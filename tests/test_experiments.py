@@ -256,10 +256,12 @@ def test_files_that_cannot_be_written_are_refused_before_the_work(tmp_path, caps
     for argv in (['prove', '--json', '.'], ['prove', '--json', ''], ['inspect', file, '--json', '.'],
                  ['inspect', file, '--html', file], ['inspect', file, '--json', 'x', '--html', 'x'],
                  ['inspect', file, '--json', file/'x'], ['train', '--out', file], ['demo', '--out', file],
-                 ['prototypes', 4, 3, '--out', tmp_path]):
+                 ['prototypes', 4, 3, '--out', tmp_path], ['inspect', tmp_path, '--json', file],
+                 ['inspect', file, '--json', 'x', '--html', './x'], ['inspect', file, '--json', '/dev/fd/99']):
         assert run(*argv) == 2
         out, err = capsys.readouterr()
         assert out == '' and err.count('\n') == 1
+    assert run('inspect', file, '--json', '/dev/null', '--html', '/dev/null') == 0
 
 
 def test_standard_output_is_a_file(tmp_path):
@@ -269,6 +271,13 @@ def test_standard_output_is_a_file(tmp_path):
     assert Path('/dev/null').is_char_device()
     codes, out, _ = shell('lm prototypes 4 3 --out - | lm inspect - --json -')
     assert codes == 'codes 0 0' and json.loads(out)['class_margin_degrees'] == pytest.approx(109.4712, abs=1e-4)
+
+
+def test_closed_streams(monkeypatch, tmp_path):
+    "As after `1>&- 2>&-`, and in a program of Windows without a console."
+    for name in ('stdout', 'stderr'): monkeypatch.setattr(sys, name, None)
+    for line, code in (('--version', 0), ('prove ME', 0), ('inspect nothing', 2)):
+        assert run(*line.split()) == code
 
 
 @pytest.mark.parametrize('seed', ['-1', '1.5', 'x', str(2**32)])

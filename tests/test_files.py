@@ -176,6 +176,9 @@ def test_outputs_are_checked_before_the_work(tmp_path):
         with pytest.raises(error): check_output(tmp_path/name)
     with pytest.raises(ValueError, match='empty'): check_output('')
     for name in (tmp_path/'new/new', '-', '/dev/null', '/dev/stdout', tmp_path/'hard'): check_output(name)
+    with open(source, 'rb+') as file, pytest.raises(ValueError, match='is read'):
+        check_output(f'/dev/fd/{file.fileno()}', source)
+    with open(source, 'rb') as file, pytest.raises(OSError): check_output(f'/dev/fd/{file.fileno()}')
     assert sorted(os.listdir(tmp_path)) == ['a', 'hard', 'link']
 
 

@@ -44,6 +44,7 @@ from largest_margins.heads import CosineLinear
 from largest_margins.inspection import (
     as_prototypes,
     choose_classifier,
+    files_of,
     find_classifier,
     inspect_prototypes,
     inspection_page,
@@ -216,6 +217,10 @@ def test_onnx(tmp_path):
         found = read_tensors(tmp_path/'net.bin')
         assert list(found)[:2] == ['neck.weight', 'fc.weight']
         torch.testing.assert_close(read_classifier(tmp_path/'net.bin'), W, rtol=0, atol=0)
+    onnx.save(onnx.load(tmp_path/'net.bin'), tmp_path/'net.onnx', save_as_external_data=True, location='numbers',
+              size_threshold=0)
+    assert {path.name for path in files_of(tmp_path/'net.onnx')} == {'net.onnx', 'numbers'}
+    torch.testing.assert_close(read_classifier(tmp_path/'net.onnx'), W, rtol=0, atol=0)
 
 
 def test_parts_with_an_index_and_folders(tmp_path, capsys):
@@ -225,7 +230,10 @@ def test_parts_with_an_index_and_folders(tmp_path, capsys):
     places = {name: f'model-{1 + (i > 2):05}-of-00002.safetensors' for i, (name, _) in enumerate(tensors)}
     index = tmp_path/'model.safetensors.index.json'
     index.write_text(json.dumps({'metadata': {}, 'weight_map': places}))
-    for path in (index, tmp_path): torch.testing.assert_close(read_classifier(path), W, rtol=0, atol=0)
+    part = tmp_path/'model-00001-of-00002.safetensors'
+    for path in (index, tmp_path):
+        torch.testing.assert_close(read_classifier(path), W, rtol=0, atol=0)
+        assert run(capsys, 'inspect', path, '--json', part)[0] == 2 and load_file(part)
     for wrong in ('{}', '[]', '{"weight_map": {"a": "../x"}}', '{"weight_map": 3}', '{"a":' * 9999):
         index.write_text(wrong)
         with pytest.raises(ValueError, match='index'): read_tensors(index)

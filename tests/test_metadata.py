@@ -122,6 +122,7 @@ def test_numpy_and_scipy_have_lower_bounds_and_make_tests_with_them():
     floors = dict(re.fullmatch(r'(\w+)>=([\d.]+)', r).groups() for r in cfg['requirements'].split())
     assert set(floors) == {'torch', 'numpy', 'scipy'}
     assert tuple(map(int, floors['scipy'].split('.'))) >= (1, 11), 'comparisons needs false_discovery_control'
+    assert {'matplotlib>=3.6', 'joblib>=1.5'} <= {*cfg['fastai_requirements'].split()}, 'legend(ncols=), Parallel(**)'
     assert 'settings.ini' in (root/'Makefile').read_text().split('oldest:')[1].split('\n\n')[0]
 
 

@@ -465,17 +465,25 @@ def test_two_at_the_same_run_do_no_harm(tmp_path):
     assert {p.name for p in (tmp_path/run.path).parent.iterdir()} == {'seed-0.json'}
 
 
-def test_workers_end_when_the_process_that_started_them_is_killed(tmp_path):
+def children(pid):
+    lists = [p.read_text() for p in Path(f'/proc/{pid}/task').glob('*/children')]
+    return ' '.join(lists).split()
+
+
+@pytest.mark.parametrize('training', [False, True])
+def test_workers_end_when_the_process_that_started_them_is_killed(training, tmp_path):
     "Their runs would take hours; they hold the pipes open as long as they live."
     process = command('table', '1', '--rows', 'ce', 'normface*', '--epochs', 100_000, '--jobs', 2, '--out', tmp_path)
+    def begun(): return list(tmp_path.rglob('seed-0.part.pt')) if training else children(process.pid)[2:]  # [:2] track
     try:
-        while len(list(tmp_path.rglob('seed-0.part.pt'))) < 2 and process.poll() is None: time.sleep(.05)
+        while len(begun()) < 2 and process.poll() is None: time.sleep(.05)
+        assert process.poll() is None
         os.kill(process.pid, signal.SIGKILL)  # this one only, not its group
-        process.communicate()  # ends when the last of them has let go of the pipes
+        process.communicate(timeout=120)  # ends when the last of them has let go of the pipes
     finally:
         with suppress(ProcessLookupError): os.killpg(process.pid, signal.SIGKILL)
     parts = list(tmp_path.rglob('seed-0.part.pt'))
-    assert len(parts) == 2 and all(load_file(part)['epoch'] >= 1 for part in parts)
+    assert len(parts) == 2 * training and all(load_file(part)['epoch'] >= 1 for part in parts)
 
 
 # The command

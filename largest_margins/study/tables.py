@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from joblib import Parallel, delayed
+from joblib.parallel import LokyBackend, get_active_backend
 from tqdm import tqdm
 
 import largest_margins
@@ -180,11 +181,13 @@ def execute(
     if not isinstance(jobs, int) or (jobs < 1 and jobs != -1):
         raise ValueError(f'jobs must be an int ≥ 1 or -1, got {jobs!r}')
     if threads is not None: integer('threads', threads, at_least=1)
+    backend, _ = get_active_backend()
+    local = dict(idle_worker_timeout=2, initializer=_follower(os.getpid()))
     workers = Parallel(n_jobs=jobs, return_as='generator_unordered', batch_size=1,
-                       pre_dispatch='n_jobs', idle_worker_timeout=2)
+                       pre_dispatch='n_jobs',
+                       **local if isinstance(backend, LokyBackend) else {})
     shown = progress if jobs == 1 else None
-    return workers(delayed(_work)(run, Path(out), threads, shown, os.getpid())
-                   for run in runs)
+    return workers(delayed(run_one)(run, Path(out), threads, shown) for run in runs)
 
 # %% ../../nbs/study/37_tables.ipynb #8d9dff11
 def run_one(
@@ -207,20 +210,12 @@ def run_one(
     return run, found
 
 # %% ../../nbs/study/37_tables.ipynb #aa3701aa
-def _work(run, out, threads, progress, starter):
-    "One run, in this process or in one that ends soon after the one that started it."
-    if starter == os.getppid(): _end_with(starter)
-    return run_one(run, out, threads, progress)
-
-
-def _end_with(parent):
-    "Look for the parent once a second; when it is gone, go, whatever is half done."
+def _follower(parent):
+    "What a worker calls before it imports anything of ours: it ends with its parent."
     def watch():
         while os.getppid() == parent: time.sleep(1)
-        os._exit(1)
-    name = f'ends with {parent}'
-    if all(thread.name != name for thread in threading.enumerate()):
-        threading.Thread(target=watch, name=name, daemon=True).start()
+        os._exit(1)  # whatever is half done
+    return lambda: threading.Thread(target=watch, daemon=True).start()
 
 # %% ../../nbs/study/37_tables.ipynb #eb45b995
 @dataclass(frozen=True)
