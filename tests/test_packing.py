@@ -1,16 +1,16 @@
 "Best packings against tables, closed forms and bounds; what they promise about time, memory and seeds."
 import math
 import tracemalloc
+from functools import cache
 
-import numpy as np
 import pytest
 import torch
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from largest_margins import codes
 from largest_margins.bounds import class_margin_bound
-from largest_margins.codes import Packing, best_packing, log_riesz_energy
+from largest_margins.codes import Packing, best_packing
 from largest_margins.margins import class_margin, unit_rows
-from largest_margins.theory.threads import _openblas
 
 SLOANE = {  # degrees, three dimensions (Sloane, Hardin, Smith: Tables of spherical codes)
     4: 109.4712206, 5: 90, 6: 90, 7: 77.8695422, 8: 74.8584922, 9: 70.5287794, 10: 66.1468220, 11: 63.4349488,
@@ -19,9 +19,12 @@ SLOANE = {  # degrees, three dimensions (Sloane, Hardin, Smith: Tables of spheri
     26: 41.0376616, 27: 40.6776007, 28: 39.3551436, 29: 38.7136512, 30: 38.5971159, 31: 37.7098291, 32: 37.4752140}
 
 
+packed = cache(best_packing)  # what several tests look at
+
+
 @pytest.mark.parametrize('k', SLOANE)
 def test_every_value_of_the_table(k):
-    packing = best_packing(k, 3)
+    packing = packed(k, 3)
     assert math.degrees(packing.class_margin) == pytest.approx(SLOANE[k], abs=1.5e-7)
     assert 0 <= packing.gap == packing.bound - packing.class_margin or packing.gap == 0
 
@@ -32,7 +35,7 @@ EXACT = [(8, 3, (math.sqrt(8) - 1) / 7), (9, 3, 1 / 3), (12, 3, 1 / math.sqrt(5)
 
 @pytest.mark.parametrize('k,d,cosine', EXACT)
 def test_proven_and_famous_optima(k, d, cosine):
-    packing = best_packing(k, d)
+    packing = packed(k, d)
     W = packing.points
     assert W.shape == (k, d) and W.dtype == torch.float64
     assert (W.norm(dim=1) - 1).abs().max() < 1e-14
@@ -42,10 +45,10 @@ def test_proven_and_famous_optima(k, d, cosine):
 
 
 @pytest.mark.parametrize('k,d', [(2, 2), (3, 2), (11, 2), (4, 3), (10, 64), (6, 3), (5, 3), (20, 10), (13, 10)])
-def test_closed_forms_are_not_searched(k, d, monkeypatch):
-    monkeypatch.setattr(codes, '_search', None)
-    packing = best_packing(k, d)
-    assert packing.gap < 1e-9 and class_margin_bound(k, d).attained
+def test_closed_forms_are_not_searched(k, d):
+    started = []
+    packing = best_packing(k, d, progress=lambda *told: started.append(told))
+    assert not started and packing.gap < 1e-9 and class_margin_bound(k, d).attained
 
 
 def test_same_seed_same_points_and_another_seed_another_turn():
@@ -55,36 +58,18 @@ def test_same_seed_same_points_and_another_seed_another_turn():
 
 def test_rattlers_and_contacts():
     for k, rattlers in ((19, 1), (20, 2), (23, 1), (24, 0)):
-        packing = best_packing(k, 3)
+        packing = packed(k, 3)
         free = packing.rattlers().tolist()
         assert len(free) == rattlers
         W, pairs = packing.points, packing.contacts()
         assert not set(free) & set(pairs.flatten().tolist())
         assert torch.allclose((W[pairs[:, 0]] * W[pairs[:, 1]]).sum(1),
                               torch.tensor(math.cos(packing.class_margin), dtype=torch.float64), atol=1e-9)
-    assert len(best_packing(24, 3).contacts()) == 60 and len(best_packing(240, 8).contacts()) == 6720
-
-
-@pytest.mark.parametrize('contact', [20, 45, 70])
-def test_a_point_escapes_unless_zero_is_inside_the_hull_of_its_pulls(contact):
-    "Two contacts on opposite sides: zero lies between their pulls, and yet the point slips away sideways."
-    c, s = math.cos(math.radians(contact)), math.sin(math.radians(contact))
-    sides = np.array([[s, 0, c], [-s, 0, c]])
-    moved = codes._release(np.concatenate([[[0, 0, 1.]], sides]))
-    assert (moved[:1] @ sides.T).max() < c - 1e-4 and np.allclose(moved[1:], sides)
-    turn = np.arange(3) * 2 * math.pi / 3
-    three = np.stack([s * np.cos(turn), s * np.sin(turn), np.full(3, c)], 1)
-    assert codes._escape(three[:, :2]) is None and codes._escape(three[:2, :2]) is not None
-
-
-def test_a_tilt_leaves_a_stationary_arrangement_that_is_no_optimum():
-    square = np.array([[1., 0, 0], [-1, 0, 0], [0, 1, 0], [0, -1, 0]])
-    assert codes._largest_cosine(codes._polish(square, math.inf)) == pytest.approx(0, abs=1e-12)
-    assert codes._largest_cosine(codes._settle(square, math.inf)) == pytest.approx(-1 / 3, abs=1e-12)
+    assert len(packed(24, 3).contacts()) == 60 and len(packed(240, 8).contacts()) == 6720
 
 
 def test_a_packing_says_what_it_has_reached():
-    for k, d in ((4, 3), (9, 2), (5, 3), (12, 3), (56, 7), (275, 22)): assert best_packing(k, d).optimum == 'proven'
+    for k, d in ((4, 3), (9, 2), (5, 3), (12, 3), (56, 7), (275, 22)): assert packed(k, d).optimum == 'proven'
     assert best_packing(8, 3, starts=2).optimum == 'local'
     random = torch.randn(12, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     assert Packing(unit_rows(random), 3.).optimum == 'none'
@@ -115,16 +100,6 @@ def test_stirred_starts_find_the_best_known_100_points():
 def test_a_part_of_a_construction_is_no_worse_and_says_what_it_is():
     packing = best_packing(60, 8, starts=1)
     assert packing.optimum == 'local' and packing.class_margin >= math.acos(1 / 3) - 1e-12
-
-
-@pytest.mark.parametrize('k', [43, 60, 100, 120])
-def test_symmetric_starts_have_their_symmetry(k):
-    rng = np.random.default_rng(0)
-    for n, (group, fixed, free) in enumerate(codes._symmetries(k)):
-        points = codes._start('symmetric', k, 3, n, None, rng)
-        assert points.shape == (k, 3) and free * len(group) + len(fixed) == k
-        for turn in group:  # every turned point is one of the points
-            assert np.abs(points @ turn.T @ points.T - 1).min(1).max() < 1e-9
 
 
 class Clock:
@@ -170,24 +145,23 @@ def test_the_time_of_the_bound_is_not_the_searchs_own(monkeypatch):
     assert len(seen) > 1
 
 
-def test_small_problems_have_one_thread_and_the_setting_comes_back(monkeypatch):
-    before, inside, search = threads(), [], codes._search
-    def watched(*args):
-        inside.append(threads())
-        return search(*args)
-    monkeypatch.setattr(codes, '_search', watched)
-    best_packing(7, 3, starts=1)
-    assert set(inside[0]) == {1} and threads() == before
-    monkeypatch.setattr(codes, '_search', None)
-    with pytest.raises(TypeError): best_packing(7, 3, starts=1)
-    assert threads() == before
+def threads():
+    return [torch.get_num_threads(), *(pool['num_threads'] for pool in threadpool_info() if pool['user_api'] == 'blas')]
 
 
-def threads(): return [torch.get_num_threads(), *(get() for _, get in _openblas())]
-
-
-def test_numpy_and_scipy_have_an_openblas_that_listens():
-    assert len(_openblas()) == 2
+def test_small_problems_have_one_thread_and_the_setting_comes_back():
+    "PyTorch's, and those of NumPy's and SciPy's OpenBLAS; also after an error."
+    def look(*_): inside.append(threads())
+    def stop(*_): raise KeyboardInterrupt
+    inside, before = [], torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with threadpool_limits(2, 'blas'):
+            best_packing(7, 3, starts=1, progress=look)
+            assert inside == [[1, 1, 1]] and threads() == [2, 2, 2]
+            with pytest.raises(KeyboardInterrupt): best_packing(7, 3, starts=1, progress=stop)
+            assert threads() == [2, 2, 2]
+    finally: torch.set_num_threads(before)
 
 
 def test_repr_and_margin_measure_once(monkeypatch):
@@ -206,7 +180,8 @@ def test_never_above_the_bound():
         assert packing.class_margin == class_margin(packing.points).item()
 
 
-def test_progress_and_time():
+def test_progress_and_time(monkeypatch):
+    monkeypatch.setattr(codes, 'time', Clock(.01))
     seen = []
     packing = best_packing(40, 4, seconds=1.5, starts=10_000, progress=lambda *told: seen.append(told))
     assert len(seen) < 10_000
@@ -243,47 +218,5 @@ def test_refuses_sizes(k, d):
 
 
 def test_repr_is_in_degrees_and_says_what_is_open():
-    assert repr(best_packing(8, 3)).startswith('Packing(k=8, d=3, class margin 74.858492° ≤ 7')
-    assert isinstance(best_packing(8, 3), Packing)
-
-
-def test_energy_and_its_gradient_in_blocks(monkeypatch):
-    rng = np.random.default_rng(0)
-    points = codes._normalised(rng.standard_normal((60, 5)))
-    for p in (2., 40., 1000.):
-        W = torch.tensor(points, requires_grad=True)
-        wanted = log_riesz_energy(W, p) / p
-        wanted.backward()
-        def tangent(g): return g - (g * points).sum(1, keepdims=True) * points
-        for pairs in (60, 700, 10**6):
-            monkeypatch.setattr(codes, '_PAIRS', pairs)
-            value, gradient = codes._log_energy(points, p)
-            assert value == pytest.approx(wanted.item(), rel=1e-12)
-            assert np.abs(tangent(gradient) - tangent(W.grad.numpy())).max() < 1e-12
-
-
-@pytest.mark.parametrize('k,d,p', [(400, 3, 40.), (320, 4, 200.), (500, 3, 5000.)])
-def test_the_energy_of_neighbors_is_the_whole_energy(k, d, p):
-    points = codes._normalised(np.random.default_rng(0).standard_normal((k, d)))
-    points = codes._descend(points, 2, 20, math.inf)[0]
-    value, gradient = codes._log_energy(points, p)
-    near, by_tree = codes._near_energy(points, p)
-    def tangent(g): return g - (g * points).sum(1, keepdims=True) * points
-    assert near == pytest.approx(value, rel=1e-13)
-    assert np.abs(tangent(gradient - by_tree)).max() < 1e-9 * np.abs(tangent(gradient)).max()
-
-
-@pytest.mark.parametrize('k,d', [(150, 3), (60, 8)])
-def test_an_interior_point_gains_what_the_dual_allows(k, d):
-    rng = np.random.default_rng(0)
-    points = codes._normalised(rng.standard_normal((k, d)))
-    points = codes._descend(points, 200, 100, math.inf)[0]
-    top, (i, j, cosines) = codes._largest_cosine(points), codes._close_pairs(points, .04)
-    rows = codes._rows_of(i, j, points[j] - cosines[:, None] * points[i], points[i] - cosines[:, None] * points[j],
-                          k * d)
-    room, cost = (top - cosines) / .01, 1e-3 / k
-    u, gain, stress = codes._interior(rows, room, cost)
-    assert gain > 0 and stress.min() > 0 and stress.sum() == pytest.approx(1, abs=1e-9)
-    assert (rows @ u + gain - room).max() < 1e-9
-    assert np.abs(cost * u + rows.T @ stress).max() < 1e-9
-    assert stress @ room == pytest.approx(gain - cost * u @ u, rel=1e-8)
+    assert repr(packed(8, 3)).startswith('Packing(k=8, d=3, class margin 74.858492° ≤ 7')
+    assert isinstance(packed(8, 3), Packing)
