@@ -51,10 +51,10 @@ kinds = [
         Section('Start', '', 'start'),)),
     Kind('How to', 'One task a page, with the code to copy.', 'howto/index', (
         Section('How to', '', 'howto'),)),
-    Kind('Understand', 'What the paper claims, what is true, how it is proved, and what was measured.',
+    Kind('Understand', 'What the slides claim, what is true, how it is proved, and what was measured.',
          'understand/index', (
              Section('Theory', 'The short book: claims, proofs, pictures and checks.', 'theory'),
-             Section('Results', 'What was measured, and how it compares with what the paper prints.', 'results')),
+             Section('Results', 'What was measured, and how it compares with what the slides print.', 'results')),
          ('theory/errata', 'glossary', 'bibliography')),
     Kind('Reference', 'The names that users need, grouped by what one does with them.', 'api/index', (
         Section('Losses', 'One formula for the whole family, its regularizers and its heads.', 'losses'),
@@ -63,7 +63,7 @@ kinds = [
         Section('Training', 'Data, callbacks, plots and the Learner.', 'training'),
         Section('Evaluation', 'How people and faces that nobody trained on are told apart, and how that is scored.',
                 'evaluation'),
-        Section('Study', "Configurations, the command line, the paper's tables, and how runs are compared.",
+        Section('Study', "Configurations, the command line, the slides' tables, and how runs are compared.",
                 'study'))),
     Kind('Explore', 'Play with it: place points, make rare classes collapse, ask how far apart classes can be.',
          'explore/index', (Section('Explore', '', 'explore'),)),

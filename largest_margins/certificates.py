@@ -242,14 +242,16 @@ _KINDS['hull'] = _hull
 
 # %% ../nbs/theory/04_certificates.ipynb #2aa4a42e
 _PRODUCTS = 2 * 10**7  # k²(d + 8), at most
+_PI = Fraction(3141592653589793238462643383279502884197, 10**39)  # rounded down
 
 
 def _code(certificate):
     "These `k` points in `d` dimensions are at least `radians` apart."
     _only(certificate, 'k', 'd', 'radians', 'points')
     k, d = _integer(certificate['k'], 2), _integer(certificate['d'], 1)
-    c, points = cosine_bounds(_fraction(certificate['radians'], 40))[0], []
-    if k * k * (d + 8) > _PRODUCTS: return False
+    radians = _fraction(certificate['radians'], 40)
+    c, points = cosine_bounds(radians)[0], []
+    if radians > _PI or k * k * (d + 8) > _PRODUCTS: return False
     for row in _list(certificate['points'], k, k):
         points.append([_integer(x) for x in _list(row, d, d)])
     squares = [sum(map(mul, x, x)) for x in points]

@@ -266,6 +266,13 @@ def test_code_certificates_lose_almost_nothing(k, d, dtype):
     assert abs(float(Fraction(certificate['radians'])) - class_margin(points.double()).item()) < 1e-8
 
 
+def test_no_points_are_further_apart_than_pi():
+    "The cosine rises again beyond π: of 22/7 it is larger than −1."
+    apart = dict(kind='code', k=2, d=1, points=[[1], [-1]])
+    assert verify(signed(apart, radians='3141592653/1000000000')) and not verify(signed(apart, radians='22/7'))
+    assert not verify(signed(apart, radians='3141592654/1000000000'))
+
+
 def test_code_certificate_of_twins_and_of_no_points():
     twins = torch.tensor([[1., 0], [2, 0], [0, 1]])
     certificate = code_certificate(twins)

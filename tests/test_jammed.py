@@ -92,6 +92,12 @@ def test_what_is_no_certificate_is_refused(certificate):
     assert not verify_jammed(certificate)
 
 
+def test_a_deep_list_is_refused():
+    deep = []
+    for _ in range(10**5): deep = [deep]
+    for key in GOOD: assert not verify_jammed({**GOOD, key: deep})
+
+
 def test_huge_certificates_are_refused_at_once():
     assert not verify_jammed(forged(points=[[1] * 3] * 10_000))
     assert not verify_jammed(forged(stress=[1] * 10_000, contacts=[[0, 1]] * 10_000))

@@ -80,7 +80,7 @@ def _t8_exact(sign=-1):
     return worst, 0
 
 # %% ../../nbs/theory/11_imbalance.ipynb #aeb5368e
-def _t8_optimised(centroid=1e4, k=10, d=16):
+def _t8_optimised(centroid=1e3, k=10, d=16):
     "The class margin, degrees, for α1 = 0.3, ratio 100 and a large λ; the simplex's."
     loss = GMSoftmaxLoss(5., alpha1=.3, alpha2=.3,
                          weight=class_frequencies(k, 100, 'long-tailed'))

@@ -14,7 +14,7 @@ from random import Random
 
 import torch
 
-from ..bounds import min_sample_margin_bound
+from ..bounds import class_margin_bound, min_sample_margin_bound
 from ..claims import (
     Check, Claim, descend, dot, endpoints, rational_points, register)
 from .lm_softmax import anneal
@@ -85,7 +85,7 @@ def _go_certified(tilt=0., k=6, ratio=100, scale=2):
     return endpoints(spent + sum(t) + sum(nu))[1], Fraction(1, 10**6)
 
 # %% ../../nbs/theory/11d_optima_checks.ipynb #ec2cb55b
-def _go_optimised(d=7, k=6, starts=3):
+def _go_optimised(d=7, k=6, starts=2):
     "The largest gap, relative to the loss, of descents from random starts; 2e-6."
     worst, targets = [], torch.arange(k)
     for Loss in (LMSoftmaxLoss, NormFaceLoss):
@@ -247,8 +247,9 @@ def _am_exact(margin=Fraction(1, 2)):
 # %% ../../nbs/theory/11d_optima_checks.ipynb #65919fb9
 def _am_certified(stretch=1.):
     "The most by which a margin that is reached exceeds its proved bound, and 0."
-    sizes, excess = ((8, 2), (7, 3), (600, 5), (10**5, 64)), []
+    sizes, excess = ((8, 2), (7, 3), (10**5, 64)), []
     for k, d in sizes:
+        if not class_margin_bound(k, d).verify(): raise ArithmeticError('no proof')
         reached, _ = admissible_margin(k, d)
         excess.append(stretch * reached - min_sample_margin_bound(k, d))
     return max(excess), 1e-12

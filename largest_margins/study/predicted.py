@@ -1,4 +1,4 @@
-"""Compute the class margins of the paper's imbalanced table from class sizes and one scale
+"""Compute the class margins of the slides' imbalanced table from class sizes and one scale
 
 Docs: https://largest-margins.github.io/largest-margins/study/predicted.html.md"""
 

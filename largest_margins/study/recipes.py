@@ -1,4 +1,4 @@
-"""What each table trains, and the numbers that the paper printed
+"""What each table trains, and the numbers that the slides printed
 
 Docs: https://largest-margins.github.io/largest-margins/study/recipes.html.md"""
 

@@ -17,7 +17,7 @@ from scipy.linalg import cho_factor, cho_solve
 from scipy.optimize import linprog
 from scipy.sparse import csr_array, hstack, identity, vstack
 
-from ..certificates import checksum
+from ..certificates import _MALFORMED, checksum
 
 # %% ../../nbs/theory/03b_jammed.ipynb #c46e7702
 _UNIT = 2**60  # numbers of a certificate are multiples of 1/_UNIT
@@ -112,9 +112,7 @@ def verify_jammed(
 ) -> bool:  # True only if what it states is proved
     "Check in whole numbers that nothing better lies between two distances."
     try: return _proved(certificate)
-    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError,
-            np.linalg.LinAlgError):
-        return False
+    except _MALFORMED: return False
 
 
 def _fraction(text):
