@@ -44,7 +44,7 @@ from .losses import (
 from .margins import sample_margins, smallest_by_class
 from .plots import plot_margin_history
 from .regularizers import zero_centroid
-from .training.measures import MEASURES, measure
+from .training.measures import MEASURES, loss_optimum, measure
 
 # %% ../nbs/training/23_callbacks.ipynb #6780399e
 @torch.no_grad()
@@ -395,11 +395,11 @@ class MarginRecorder(HeadCallback):
         self,
         head: nn.Module | None = None,  # the classifier; None: find it in the model
         most_classes: int = 50_000,  # with more classes, no class margin is measured
-        optimum: float | None = None,  # the loss's best class margin, °; adds the gap
+        class_counts: list[int] | None = None,  # training samples of each class, [k]
     ):
         super().__init__(head)
-        self.optimum = optimum
-        if optimum is not None: self.names = (*self.names, 'less_optimum')
+        self.class_counts = class_counts
+        if class_counts is not None: self.names = (*self.names, 'less_optimum')
         self.history, self.latest, self._trained = [], {}, False
         self.most_classes = most_classes
         self._margins, self._targets = [], []
@@ -479,7 +479,7 @@ def _measure(self: MarginRecorder):
     prototypes = _prototypes(self.head)
     few = len(prototypes) <= self.most_classes
     seen = SimpleNamespace(prototypes=prototypes, margins=margins,
-                           optimum=self.optimum)
+                           optimum=self._optimum() if few else None)
     angles = ('class_margin', 'bound', 'less_optimum')
     numbers = dict.fromkeys(self.names, nan) | measure(
         seen, [name for name in self.names if few or name not in angles])
@@ -487,6 +487,19 @@ def _measure(self: MarginRecorder):
         epoch=self.learn.epoch, **numbers, class_sample_margins=smallest_by_class(
             margins, targets, len(prototypes)).tolist())
     if self._trained: self.history.append(self.latest)
+
+# %% ../nbs/training/23_callbacks.ipynb #23c0de01
+@patch
+def _optimum(self: MarginRecorder):
+    "Return the class margin at the optimum of what is trained, °; None: not known."
+    counts, weight = self.class_counts, self.head.weight
+    others = SampleMarginRegularizer, DeferredReweighting, MixHandler
+    if counts is None or not weight.requires_grad: return None
+    if any(isinstance(cb, others) for cb in self.learn.cbs): return None
+    centroid = sum(cb.weight for cb in self.learn.cbs
+                   if isinstance(cb, ZeroCentroidRegularizer))
+    loss = find_loss(self.learn.loss_func, CosineLoss)
+    return loss and loss_optimum(loss, counts, weight.shape[1], centroid)
 
 # %% ../nbs/training/23_callbacks.ipynb #c01aa318
 @patch

@@ -302,9 +302,18 @@ def margin_learner(
                           metrics=metrics, cbs=cbs, **options)
     if mixed_precision is None: mixed_precision = convolves and has_bfloat16()
     model.mixed_precision = bool(mixed_precision)
-    learn.add_cb(MarginRecorder())
+    counts = _known_counts(dls) if loss and classes <= 100 else None
+    learn.add_cb(MarginRecorder(class_counts=counts))
     if pretrained: learn.freeze()
     return learn
+
+# %% ../nbs/training/24_learner.ipynb #24c0de01
+def _known_counts(dls):
+    "Return the training items of each class, or None if counting would take long."
+    data = dls.train.dataset
+    if not hasattr(data, 'targets') and len(data) > 50_000: return None
+    try: return class_counts(dls)
+    except (ValueError, TypeError): return None
 
 # %% ../nbs/training/24_learner.ipynb #3cbf1d18
 def _nearest_accuracy(nearest, targets):

@@ -24,6 +24,7 @@ from ..losses import (
     ArcFaceLoss, CosFaceLoss, FocalLoss, LDAMLoss, LMSoftmaxLoss, NormFaceLoss,
     SampleMarginLoss, SphereFaceLoss)
 from ..training.bodies import check_body
+from ..training.measures import loss_optimum
 from ..training.schedules import SCHEDULES
 
 # %% ../../nbs/study/30_configurations.ipynb #263ec5be
@@ -118,6 +119,14 @@ class LossFields:
         if self.loss == 'ldam': given['class_counts'] = class_counts
         return entry.make(**given, **self._options(class_counts))
 
+    def optimum(
+        self,
+        class_counts: list[int],  # training samples of each class, [k]
+        d: int,  # dimension of the features
+    ) -> float | None:  # degrees; None: not known, see `loss_optimum`
+        "The class margin where what is trained is lowest."
+        return loss_optimum(self.loss_func(class_counts), class_counts, d)
+
     def _options(self, class_counts):
         "Further arguments of the loss."
         return {}
@@ -183,6 +192,12 @@ class ClassifierFields(TrainingFields):
         if self.sample_margin_reduction and not self.sample_margin:
             raise ValueError('sample_margin_reduction has no meaning without a '
                              'sample_margin')
+
+    def optimum(self, class_counts, d):
+        "As for the loss alone, with the zero centroid; None with other terms."
+        if self.sample_margin or self.fixed or self.reweighted: return None
+        return loss_optimum(self.loss_func(class_counts), class_counts, d,
+                            self.zero_centroid)
 
     def _options(self, class_counts):
         options = dict(reduction=self.reduction)

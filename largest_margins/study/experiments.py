@@ -57,7 +57,7 @@ def describe_margins(
 
 # %% ../../nbs/study/31_experiments.ipynb #ac631f3f
 MEASURED = ('accuracy', 'best_accuracy', 'balanced_accuracy', 'rare_accuracy',
-            'class_margin', 'mean_sample_margin', 'min_sample_margin', 'norm_ratio',
+            'class_margin', 'less_optimum', 'mean_sample_margin', 'min_sample_margin', 'norm_ratio',
             'centroid_norm', 'many', 'medium', 'few')
 
 # %% ../../nbs/study/31_experiments.ipynb #85111245
@@ -91,6 +91,11 @@ class Result:
     def margins(self) -> Tensor:  # float64, [M]
         "The sample margins of the test split; nan if it diverged."
         return _margins(self.cosines, self.targets, self.diverged)
+
+    @property
+    def optimum(self) -> float | None:
+        "The class margin at the loss's optimum, degrees; None: not known."
+        return self.configuration.optimum(self.counts, self.prototypes.shape[1])
 
     @property
     def test_margins(self) -> dict:

@@ -58,9 +58,14 @@ class FreeFeatures(LossFields):
         "Return how often the classes occur."
         return class_frequencies(self.k, self.ratio, self.kind)
 
+    @property
+    def counts(self) -> list[int]:
+        "List the class sizes, of which the smallest is about 1."
+        return (self.ratio * self.frequencies).round().int().tolist()
+
     def weighted_loss(self) -> nn.Module:
         "Make the loss, in which classes weigh as often as they occur."
-        loss = self.loss_func((self.ratio * self.frequencies).round().int().tolist())
+        loss = self.loss_func(self.counts)
         if self.ratio > 1: loss.weight = self.frequencies
         return loss
 
@@ -102,10 +107,11 @@ def _place(c):
     _, W, Z = anneal(loss, c.k, c.d, c.scales, c.seed, log=fades)
     cosines = Z @ W.T
     seen = SimpleNamespace(prototypes=W, margins=sample_margins(cosines, targets),
-                           best=_best(c.k, c.d), loss=loss(cosines, targets).item())
+                           best=_best(c.k, c.d), loss=loss(cosines, targets).item(),
+                           optimum=c.optimum(c.counts, c.d))
     return dict(
         diverged=False, seconds=time.perf_counter() - start,
         bound=math.degrees(class_margin_bound(c.k, c.d).radians),
-        measured=measure(seen, ('class_margin', 'gap', 'min_sample_margin',
-                                'final_loss')),
+        measured=measure(seen, ('class_margin', 'gap', 'less_optimum',
+                                'min_sample_margin', 'final_loss')),
         prototypes=W.tolist(), features=Z.tolist())

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -33,7 +34,6 @@ from ..data import ImageData, RandomAffine, class_folders
 from .configurations import LOSSES, TrainingFields, _field
 from .glyphs import write_glyph_market, write_glyph_pairs
 from ..images import ImageFiles
-from ..margins import class_margin
 from ..reid import (
     ReIDData, cosine_distances, duke_folder, embed, evaluate, market_folder,
     reid_learner, resnet50_body)
@@ -123,7 +123,10 @@ def _measure(c, checkpoint):
         try: measured, further = c._examine(learn, task)
         except DeadNetwork as e: diverged, further = True, dict(warnings=[str(e)])
     W = learn.model[-1].weight.detach().float().cpu()
-    measured['class_margin'] = None if diverged else math.degrees(class_margin(W))
+    seen = SimpleNamespace(prototypes=W, optimum=c.optimum(task.training.counts,
+                                                           W.shape[1]))
+    measured |= dict.fromkeys(angles := ('class_margin', 'less_optimum'))
+    if not diverged: measured |= measure(seen, angles)
     history = [dict(train_loss=losses[0], class_margin=margins['class_margin'])
                for margins, losses in zip(learn.margin_recorder.history,
                                           learn.recorder.values, strict=False)]

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..data import imbalanced_counts
 from ..losses import (
-    ArcFaceLoss, CosFaceLoss, CosineLoss, LDAMLoss, LMSoftmaxLoss, NormFaceLoss)
+    ArcFaceLoss, CosFaceLoss, LDAMLoss, LMSoftmaxLoss, NormFaceLoss)
 from .recipes import printed_numbers
 from ..theory.free_optimum import ScaleFit, fit_scale, free_optimum
 
@@ -100,17 +100,3 @@ def predicted_lines(
         lines.append(f'| {row} | ' + ' | '.join(
             cells.get(s, ' | ') for s in settings) + ' |')
     return lines
-
-# %% ../../nbs/study/44_predicted.ipynb #0c6f9110
-def optimum_margin(
-    configuration,  # the `Configuration` of a training
-    counts: list[int],  # training samples of each class
-) -> float | None:  # degrees; None where the loss has no such optimum, as CE has none
-    "Compute the class margin at the optimum of a loss, zero centroid included."
-    c = configuration
-    added = (c.sample_margin, c.fixed, c.reweighted,
-             getattr(c, 'adjusted_sample_margin', 0))
-    loss = c.loss_func(counts)
-    if any(added) or not isinstance(loss, CosineLoss): return None
-    best = free_optimum(loss, counts, centroid=c.zero_centroid)
-    return math.degrees(best.class_margin)

@@ -32,7 +32,6 @@ from ..callbacks import Checkpoint, has_bfloat16, load_file, save_file
 from ..checks import integer
 from ..files import differences, write_file
 from .pages import WRITERS, Table, figures_of, markdown
-from .predicted import optimum_margin
 from .recipes import (
     Recipe, Row, Setting, choose, printed, printed_numbers)
 from ..training.measures import MEASURES
@@ -261,27 +260,25 @@ def aggregate(
 # %% ../../nbs/study/37_tables.ipynb #1bb48624
 def _line(recipe, group):
     "One line from the seeds of one row in one setting."
-    run = group[0][0]
-    good = [(run, found) for run, found in group if not found['diverged']]
-    measured = [found['measured'] | {'bound': found.get('bound')} for _, found in good]
-    if 'less_optimum' in recipe.columns:
-        for numbers, gap in zip(measured, _less_optimum(good), strict=True):
-            numbers['less_optimum'] = gap
+    run, measured = group[0][0], [_numbers_of(*pair) for pair in group]
+    good = [numbers for numbers, (_, found) in zip(measured, group, strict=True)
+            if not found['diverged']]
     values = {name: numbers for name in MEASURES
-              if (numbers := [m[name] for m in measured if m.get(name) is not None])}
+              if (numbers := [m[name] for m in good if m.get(name) is not None])}
     return Line(run.setting, run.row, len(group), len(group) - len(good), values,
                 printed(recipe, run.dataset, run.setting, run.row))
 
 # %% ../../nbs/study/37_tables.ipynb #c74fb8b3
-def _less_optimum(group):
-    "The class margin less the optimum's of the loss, run by run; None without one."
-    optima = {}
-    for run, found in group:
-        counts = tuple(found['counts'])
-        if counts not in optima:
-            optima[counts] = optimum_margin(run.configuration, [*counts])
-        best = optima[counts]
-        yield None if best is None else found['measured']['class_margin'] - best
+def _numbers_of(run, found):
+    "What a record holds; runs stored earlier get the gap to the optimum, if known."
+    numbers, c = found['measured'] | {'bound': found.get('bound')}, run.configuration
+    counts = found.get('counts', getattr(c, 'counts', None))
+    d = getattr(c, 'd', getattr(c, 'embedding', None))
+    if 'less_optimum' in numbers or not (counts and d) or found['diverged']:
+        return numbers
+    best = c.optimum(counts, d)
+    gap = None if best is None else numbers['class_margin'] - best
+    return numbers | {'less_optimum': gap}
 
 # %% ../../nbs/study/37_tables.ipynb #13636119
 def _shown(line, name):

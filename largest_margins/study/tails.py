@@ -68,6 +68,11 @@ class TailConfiguration(Configuration):
         number('adjusted_sample_margin', self.adjusted_sample_margin, at_least=0)
         number('noise', self.noise, at_least=0, below=1)
 
+    def optimum(self, class_counts, d):
+        "As for a `Configuration`; None with the adjusted term."
+        if self.adjusted_sample_margin: return None
+        return super().optimum(class_counts, d)
+
     @property
     def label(self) -> str:
         "Return the label of a row."

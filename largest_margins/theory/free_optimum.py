@@ -54,7 +54,7 @@ def free_optimum(
     centroid = number('centroid', centroid, at_least=0)
     if getattr(loss, 'sample_margin', 0):
         raise ValueError('loss must be smooth, with R_sm it is not')
-    loss = copy.deepcopy(loss)
+    loss = copy.deepcopy(loss).cpu()
     balanced = getattr(loss, 'reduction', 'mean') == 'class-mean'
     loss.weight = None if balanced else counts / counts.max()
     targets = torch.arange(k)

@@ -14,9 +14,17 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 from ..bounds import class_margin_bound
+from ..losses import (
+    ArcFaceLoss, CombinedMarginLoss, CosFaceLoss, GMSoftmaxLoss, LDAMLoss,
+    LMSoftmaxLoss, NormFaceLoss, SphereFaceLoss)
 from ..margins import class_margin, norm_ratio
 from ..regularizers import zero_centroid
+from ..theory.free_optimum import free_optimum
+from ..theory.threads import one_thread
 
 # %% ../../nbs/training/30_measures.ipynb #99dbcf6c
 @dataclass(frozen=True)
@@ -62,6 +70,34 @@ def _less_optimum(x):
 def _bound(k, d):
     "The largest possible class margin, degrees; for large k it takes a moment."
     return math.degrees(class_margin_bound(k, d).radians)
+
+# %% ../../nbs/training/30_measures.ipynb #30c0de02
+_SOLVED = {ArcFaceLoss, CombinedMarginLoss, CosFaceLoss, GMSoftmaxLoss, LDAMLoss,
+           LMSoftmaxLoss, NormFaceLoss, SphereFaceLoss}
+_optima: dict[str, float] = {}  # degrees, by loss and class sizes
+
+
+def loss_optimum(
+    loss: nn.Module,  # the loss
+    class_counts: list[int],  # training samples of each class, [k]
+    d: int,  # dimension of the features
+    centroid: float = 0.,  # λ ≥ 0 of the zero-centroid regularizer
+) -> float | None:  # degrees; None: not known
+    "Solve for the class margin at a loss's optimum, once for each loss and counts."
+    k, state = len(class_counts), vars(loss) | vars(loss).get('_buffers', {})
+    room = d >= k - (len(set(class_counts)) == 1)
+    smooth = not state.get('sample_margin') and not state.get('detach_margin')
+    usual = state.get('weight') is None and state.get('aggregation', 'mean') == 'mean'
+    if not (type(loss) in _SOLVED and room and smooth and usual): return None
+    if not 2 <= k <= 100 or min(class_counts) < 1: return None
+    numbers = {name: value.tolist() if isinstance(value, Tensor) else value
+               for name, value in state.items() if name[0] != '_'}
+    key = f'{type(loss).__name__} {numbers} {list(class_counts)} {centroid}'
+    if key not in _optima:
+        with one_thread(), torch.enable_grad():
+            best = free_optimum(loss, class_counts, centroid=centroid)
+        _optima[key] = math.degrees(best.class_margin)
+    return _optima[key]
 
 # %% ../../nbs/training/30_measures.ipynb #cb29a840
 def _accuracy_measures():
