@@ -91,7 +91,7 @@ def last_layers(
 # %% ../nbs/training/23_callbacks.ipynb #b0d1e604
 class MarginModel(nn.Sequential):
     "Layers and a head in a row; with targets, the model returns the head's loss."
-    mixed_precision = False  # whether all but the head trains in bfloat16 on a CPU
+    mixed_precision = False  # whether all but the head trains in bfloat16
 
     def features(
         self,
@@ -99,8 +99,10 @@ class MarginModel(nn.Sequential):
     ) -> Tensor:  # features, [N, d]
         "Return the features that enter the head."
         *layers, head = self
-        mixed = self.mixed_precision and self.training
-        with torch.autocast('cpu', torch.bfloat16) if mixed else nullcontext():
+        kind = x.device.type
+        mixed = (self.mixed_precision and self.training
+                 and not torch.is_autocast_enabled(kind))
+        with torch.autocast(kind, torch.bfloat16) if mixed else nullcontext():
             for layer in layers: x = layer(x)
         return x.to(head.weight.dtype) if mixed else x
 

@@ -221,7 +221,7 @@ def _train(args):
     from largest_margins.study.recipes import single
     c = Configuration(**{f.name: getattr(args, f.name) for f in fields(Configuration)})
     return _make(single(c), args, c.dataset, args.out, seeds=[c.seed], data=c.data,
-                 download=c.download, resume=args.resume)
+                 download=c.download, strict=c.strict, size=c.size, resume=args.resume)
 
 # %% ../nbs/study/33_cli.ipynb #dce6c631
 def _make(recipe, args, dataset, out, **options):
@@ -256,7 +256,9 @@ def _field_arguments(p, kind, names=None):
             words.append(f'one of {", ".join(choices)}')
         kinds = get_args(f.type) or (f.type,)
         if bool in kinds:
-            p.add_argument(name, action='store_true', help=words[0])
+            action = 'store_true' if f.default is False else (
+                argparse.BooleanOptionalAction)
+            p.add_argument(name, action=action, help=words[0])
             continue
         if f.default is not None: words.append(f'default {f.default}')
         p.add_argument(name, type=_seed if f.name == 'seed' else kinds[0],
@@ -283,11 +285,10 @@ def _table(args):
     recipe = find_recipe(args.table, args.dataset)
     dataset = args.dataset or recipe.dataset
     out = f'runs/table{args.table}' + (f'-{Path(dataset).name}' if dataset else '')
-    given = {name: getattr(args, name) or None
-             for name in ('weights', 'data', 'download', 'despite_withdrawal')}
+    given = {name: getattr(args, name) for name in _CHANGES}
     return _make(recipe, args, dataset, args.out or out, rows=args.rows,
                  seeds=args.seeds, jobs=args.jobs, resume=args.resume,
-                 dry_run=args.dry_run, epochs=args.epochs, **given)
+                 dry_run=args.dry_run, **given)
 
 # %% ../nbs/study/33_cli.ipynb #c8d913b5
 def _predicted(args):
@@ -314,10 +315,11 @@ def _table_arguments(p):
                    'verification: glyphs (default) or the directory of a folder; table '
                    '3 also market1501, dukemtmc')
     p.add_argument('--data', metavar='DIR', help='directory of the data set’s files')
-    p.add_argument('--download', action='store_true',
+    p.add_argument('--download', action='store_true', default=None,
                    help='allow a download into --data')
-    p.add_argument('--epochs', type=int, metavar='N',
-                   help='passes through the images; default: what the recipe says')
+    p.add_argument('--strict', action='store_true', default=None, help='refuse CIFAR '
+                   'files without the published checksum, instead of a warning')
+    _training_arguments(p)
     _run_arguments(p, None, threads=1)
     p.add_argument('--rows', nargs='+', metavar='ROW',
                    help='names like cosface-20, or patterns like "cosface*"; '
@@ -326,17 +328,40 @@ def _table_arguments(p):
                    help='trainings of each row: seeds 0 to N−1; default 1')
     p.add_argument('--weights', metavar='FILE', help='table 3 on persons: weights of '
                    'torchvision’s resnet50 to start from')
-    p.add_argument('--despite-withdrawal', action='store_true',
+    p.add_argument('--despite-withdrawal', action='store_true', default=None,
                    help='table 3: read dukemtmc, which its authors withdrew')
     p.add_argument('--jobs', type=int, default=1, metavar='N',
                    help='runs at the same time, −1 for one a core; default 1')
     p.add_argument('--resume', action='store_true',
                    help='keep the finished runs in --out, go on with those that have '
                    'begun, and train the others')
-    p.add_argument('--dry-run', action='store_true', help='only print the plan')
+    p.add_argument('--dry-run', action='store_true', help='only print the plan and, '
+                   'where the data are there, how long it will take, from one timed '
+                   'epoch')
     p.add_argument('--predicted', action='store_true', help='table 2: print the class '
                    'margins of the losses’ optima, beside the printed ones, and train '
                    'nothing')
+
+# %% ../nbs/study/33_cli.ipynb #33c0de01
+_CHANGES = ('weights', 'data', 'download', 'strict', 'despite_withdrawal', 'epochs',
+            'body', 'scale', 'batch_size', 'learning_rate', 'size', 'noise', 'bf16')
+
+
+def _training_arguments(p):
+    "What a table can train in another way than its recipe says."
+    def option(name, kind, metavar, text):
+        p.add_argument(name, type=kind, metavar=metavar,
+                       help=f'{text}; default: what the recipe says')
+    option('--epochs', int, 'N', 'passes through the images')
+    option('--body', str, 'NAME', 'network: conv3, resnet18, … or a timm model')
+    option('--scale', float, 'S', 'scale of all losses that have one')
+    option('--batch-size', int, 'N', 'images in a batch')
+    option('--learning-rate', float, 'RATE', 'the largest of the schedule')
+    option('--size', int, 'PIXELS', 'height and width of the images of a folder')
+    option('--noise', float, 'SHARE', 'share of the training labels that are wrong')
+    p.add_argument('--bf16', action=argparse.BooleanOptionalAction,
+                   help='train all but the head in bfloat16; default: if the machine '
+                   'multiplies in it')
 
 # %% ../nbs/study/33_cli.ipynb #2ea995e0
 def _titles():

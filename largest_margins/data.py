@@ -723,13 +723,14 @@ def load(
     data: str | Path | None = None,  # directory of the files, or of a list's images
     download: bool = False,  # allow torchvision to download into `data`
     strict: bool = False,  # refuse CIFAR files whose checksum is not the published one
+    size: int = 64,  # height and width of the images of a folder or list, pixels
 ) -> ImageData:  # training and test images
     "Load a data set by name, or the images of a folder or of a list."
     if name in DATASETS:
         checked = dict(strict=True) if strict and str(name).startswith('cifar') else {}
         return DATASETS[name](data=data, download=download, **checked)
-    if Path(name).is_dir(): return image_folder(name)
-    if Path(name).is_file(): return image_list(name, root=data)
+    if Path(name).is_dir(): return image_folder(name, size)
+    if Path(name).is_file(): return image_list(name, root=data, size=size)
     raise ValueError(f'{str(name)!r} is neither a directory nor one of '
                      f'{", ".join(DATASETS)}, nor a list of images')
 

@@ -42,8 +42,9 @@ from .training.foreach import foreach
 def margin_neck(
     shape: torch.Size,  # shape of the body's output, [N, d] or [N, d, h, w]
     embedding: int | None = None,  # dimension of the features; None: d
+    norm: bool = True,  # whether it ends in a batch norm
 ) -> tuple[nn.Sequential, int]:  # the neck, and the dimension of its features
-    "Build the neck: pooling if needed, an optional embedding, and a batch norm."
+    "Build the neck: pooling and an embedding, if needed, and a batch norm."
     if len(shape) not in (2, 4):
         raise ValueError('arch must give features [N, d] or [N, d, h, w], '
                          f'got {tuple(shape)}')
@@ -51,7 +52,8 @@ def margin_neck(
     pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten()] if len(shape) == 4 else []
     d = embedding or shape[1]
     linear = [nn.Linear(shape[1], d, bias=False)] if embedding else []
-    return nn.Sequential(*pool, *linear, nn.BatchNorm1d(d)), d
+    last = [nn.BatchNorm1d(d)] if norm else []
+    return nn.Sequential(*pool, *linear, *last), d
 
 # %% ../nbs/training/24_learner.ipynb #c1d0f032
 class MarginLearner(Learner):
@@ -257,7 +259,8 @@ def margin_learner(
     cut: int | Callable | None = None,  # where to cut; None: before the classifier
     splitter: Callable | None = None,  # model -> parameter groups; None: fastai's
     normalize: bool = True,  # normalize images as for the published weights
-    mixed_precision: bool | None = None,  # bfloat16 on a CPU; None: if faster
+    neck: bool = True,  # whether a batch norm follows the body
+    mixed_precision: bool | None = None,  # bfloat16 but for the head; None: if native
     metrics=accuracy,  # fastai metrics, beside the margins
     cbs: Callback | list[Callback] | None = None,  # further callbacks
     **kwargs,  # options of `Learner`: lr, wd, opt_func (None given: `foreach`), path, …
@@ -269,9 +272,9 @@ def margin_learner(
     if n_in not in (None, channels):
         raise ValueError(f'n_in must be {channels}, as in the batches, got {n_in!r}')
     on_cpu = images.device.type == 'cpu'
-    if mixed_precision and not on_cpu:
-        raise ValueError('mixed_precision is for the CPU, the batches are on '
-                         f'{images.device}: use learn.to_bf16()')
+    if mixed_precision and images.device.type not in ('cpu', 'cuda'):
+        raise ValueError('mixed_precision is for a CPU or a GPU, the batches are on '
+                         f'{images.device}')
     body, split = arch, default_split
     if isinstance(arch, nn.Module):
         if pretrained or weights is not None:
@@ -289,18 +292,20 @@ def margin_learner(
         raise TypeError(f'loss_func must be a loss, got the class {loss_func.__name__}')
     if loss_func is None: loss_func = recommended_loss(dls)
     body.to(images.device)
-    neck, d = margin_neck(evaluate_once(body, images[:2]).shape, embedding)
+    layers, d = margin_neck(evaluate_once(body, images[:2]).shape, embedding, neck)
     loss = find_loss(loss_func, CosineLoss)
     head = MarginHead(d, classes, loss) if loss else nn.Linear(d, classes, bias=False)
     if metrics is accuracy and loss and _is_large(head): metrics = _nearest_accuracy
-    model = MarginModel(body, neck, head)
+    model = MarginModel(body, layers, head)
     if splitter is not None: _check_groups(splitter(model), model)
-    convolves = on_cpu and _convolves(body)
+    convolves = _convolves(body)
     if convolves: model.to(memory_format=torch.channels_last)
     options = dict(opt_func=foreach) | kwargs
     learn = MarginLearner(dls, model, loss_func, splitter=splitter or split,
                           metrics=metrics, cbs=cbs, **options)
-    if mixed_precision is None: mixed_precision = convolves and has_bfloat16()
+    if mixed_precision is None:
+        native = has_bfloat16() if on_cpu else _gpu_has_bfloat16(images.device)
+        mixed_precision = convolves and native
     model.mixed_precision = bool(mixed_precision)
     counts = _known_counts(dls) if loss and classes <= 100 else None
     learn.add_cb(MarginRecorder(class_counts=counts))
@@ -322,6 +327,11 @@ def _nearest_accuracy(nearest, targets):
 
 # %% ../nbs/training/24_learner.ipynb #98079721
 _nearest_accuracy.__name__ = 'accuracy'  # in fastai's table
+
+
+def _gpu_has_bfloat16(device):
+    "Return whether this is a GPU that multiplies in bfloat16."
+    return device.type == 'cuda' and torch.cuda.is_bf16_supported(False)
 
 
 def _convolves(body):

@@ -163,7 +163,7 @@ class TrainingFields(LossFields):
     @property
     def training(self) -> str:
         "How it is trained, without the loss."
-        return (f'{self.epochs} epochs, batches of {self.batch_size}, {self.schedule}, '
+        return (f'{self.body}, {self.epochs} epochs, batches of {self.batch_size}, {self.schedule}, '
                 f'learning rate {self.learning_rate:g}, weight decay '
                 f'{self.weight_decay:g}')
 
@@ -183,7 +183,12 @@ class ClassifierFields(TrainingFields):
     reweighted: float = _field(0., at_least=0, below=1)  # last share with class weights
     fixed: bool = _field(False)  # fix the prototypes at the simplex or best packing
     rotate: float = _field(0., at_least=0, at_most=180)  # turn images up to so far, °
+    noise: float = _field(0., at_least=0, below=1)  # share of training labels replaced
+    size: int = _field(64, at_least=8)  # height and width of a folder’s images, pixels
+    neck: str = _field('batch-norm', ('batch-norm', 'none'))  # after the body
+    bf16: bool | None = _field(None)  # in bfloat16 but for the head; unset: if native
     download: bool = _field(False)  # allow a download into the directory of the data
+    strict: bool = _field(False)  # refuse CIFAR files without the published checksum
 
     def _check(self):
         super()._check()
@@ -218,6 +223,7 @@ class ClassifierFields(TrainingFields):
         if self.logit_adjustment: parts.append(f'τ={self.logit_adjustment:g}')
         if self.reweighted: parts.append('DRW')
         if self.fixed: parts.append('fixed')
+        if self.noise: parts.append(f'noise {self.noise:g}')
         return ' '.join(parts)
 
 # %% ../../nbs/study/30_configurations.ipynb #a80c2ae2

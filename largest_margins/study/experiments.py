@@ -11,15 +11,17 @@ __all__ = ['Result', 'Configuration', 'train']
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
-from fastai.callback.core import Callback
+from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.tracker import TerminateOnNaNCallback
 from fastai.callback.training import GradientClip
+from fastai.learner import Learner
 from torch import Tensor
 
 from ..bounds import class_margin_bound
@@ -142,9 +144,11 @@ def loaded(
     dataset: str,  # a name in `data.DATASETS`, or the path of an image folder
     data: str | None = None,  # directory of the data
     download: bool = False,  # whether the data may be downloaded into it
+    strict: bool = False,  # whether CIFAR's files must have their checksums
+    size: int = 64,  # height and width of a folder's images, pixels
 ) -> ImageData:
     "Load a data set once, and keep it in memory for later trainings of this process."
-    return load(dataset, data, download)
+    return load(dataset, data, download, strict, size)
 
 # %% ../../nbs/study/31_experiments.ipynb #bd7ecd8a
 class Configuration(ClassifierFields):
@@ -154,12 +158,25 @@ class Configuration(ClassifierFields):
     def num_classes(
         cls,
         dataset: str,  # a name in `data.DATASETS`, or the path of an image folder
-        data: str | None = None,  # directory of the data
-        download: bool = False,  # whether the data may be downloaded into it
-        **others,  # further fields, ignored
+        **changes,  # further fields
     ) -> int:
         "Return k, for rows that depend on it."
-        return len(loaded(dataset, data, download).classes)
+        names = ('data', 'download', 'strict', 'size')
+        given = {name: changes[name] for name in names if name in changes}
+        return len(loaded(dataset, **given).classes)
+
+    @property
+    def images(self) -> ImageData:
+        "The data set, loaded once."
+        return loaded(self.dataset, self.data, self.download, self.strict, self.size)
+
+    @property
+    def class_sizes(self) -> list[int]:
+        "How many training images of each class are kept, [k]."
+        counts, k = self.images.counts, len(self.images.classes)
+        if self.ratio == 1: return counts
+        most = imbalanced_counts(sum(counts) // k, k, self.ratio, self.kind)
+        return [min(pair) for pair in zip(counts, most, strict=True)]
 
     def measure(
         self,
@@ -167,8 +184,7 @@ class Configuration(ClassifierFields):
         progress: Callable[[int, dict], None] | None = None,  # called after each epoch
     ) -> dict:  # the content of a record, and tensors to keep beside it
         "Train, and measure on both splits."
-        images = loaded(self.dataset, self.data, self.download)
-        result = train(self, images, progress, checkpoint)
+        result = train(self, self.images, progress, checkpoint)
         kept = ('diverged', 'measured', 'bound', 'test_margins', 'train_margins',
                 'classes', 'counts', 'history', 'seconds')
         return {name: getattr(result, name) for name in kept} | dict(
@@ -179,15 +195,16 @@ class Configuration(ClassifierFields):
 
     def describe(self) -> tuple[str, str, str]:  # the data, this part, the training
         "Say what a dry run prints; refuse bad data."
-        images = loaded(self.dataset, self.data, self.download)
-        n, k, counts = len(images.train_targets), len(images.classes), images.counts
-        if self.ratio > 1:
-            most = imbalanced_counts(n // k, k, self.ratio, self.kind)
-            counts = [min(pair) for pair in zip(counts, most, strict=True)]
-        return (f'{images.name}: {n} training and {len(images.test_targets)} test '
-                f'images, {k} classes',
-                f'{sum(counts)} training images, by class {counts}',
-                f'{self.body}, {self.training}')
+        images, sizes = self.images, self.class_sizes
+        return (f'{images.name}: {len(images.train_targets)} training and '
+                f'{len(images.test_targets)} test images, {len(images.classes)} '
+                'classes', f'{sum(sizes)} training images, by class {sizes}',
+                self.training)
+
+    def epoch_seconds(self) -> float:
+        "Time one epoch; a long one is timed for half a minute only."
+        learn, *_ = learner_of(replace(self, epochs=1), self.images)
+        return time_epoch(learn, self.schedule)
 
     def note(
         self,
@@ -210,26 +227,82 @@ def train(
 ) -> Result:  # measured on the test split after the last epoch
     "Train one configuration; a seed gives the same numbers again on the same machine."
     c = configuration
-    if data is None: data = load(c.dataset, c.data, c.download)
+    learn, data, saver = learner_of(c, data or c.images, progress, checkpoint, cbs)
+    start = time.perf_counter()
+    try: fit_schedule(learn, c.schedule, c.epochs, c.learning_rate)
+    except NotFinite: pass  # a loss or the recorder met nan or inf
+    seconds = time.perf_counter() - start + (saver.seconds if saver else 0.)
+    return _examined(c, learn, data, seconds)
+
+# %% ../../nbs/study/31_experiments.ipynb #31c0de01
+def learner_of(
+    configuration: Configuration,  # what to train
+    data: ImageData,  # before any class is thinned out
+    progress: Callable | None = None,  # as for `train`
+    checkpoint: str | Path | None = None,  # as for `train`
+    cbs: tuple[Callback, ...] = (),  # as for `train`
+) -> tuple[Learner, ImageData, Checkpoint | None]:
+    "Make the Learner of a configuration, with its data and what saves its state."
+    c = configuration
     if c.ratio > 1:
         data = data.subset(imbalanced_indices(data.train_targets, c.ratio, c.kind))
+    if c.noise: data = noisy(data, c.noise, c.seed)
     torch.manual_seed(c.seed)
     saver = None if checkpoint is None else _checkpoint(checkpoint, c, data)
     moved = c.shift or c.flip or c.rotate
     moves = RandomAffine(c.shift, c.flip, c.rotate) if moved else None
     dls = data.dataloaders(min(c.batch_size, len(data.train_targets)), moves,
                            seed=c.seed)
+    body = make_body(c.body, *data.train_images.shape[1:3])
     learn = margin_learner(
-        dls, make_body(c.body, data.train_images.shape[1]), c.loss_func(data.counts),
-        embedding=c.embedding, pretrained=False, wd=c.weight_decay,
+        dls, body, c.loss_func(data.counts), embedding=c.embedding, pretrained=False,
+        neck=c.neck != 'none', mixed_precision=c.bf16, wd=c.weight_decay,
         cbs=[*_callbacks(c, data.counts, saver, progress), *cbs],
         **optimiser_for(c.schedule))
     if c.fixed: learn.model[-1].fix(_best_places(*learn.model[-1].weight.shape))
-    start = time.perf_counter()
-    try: fit_schedule(learn, c.schedule, c.epochs, c.learning_rate)
-    except NotFinite: pass  # a loss or the recorder met nan or inf
-    seconds = time.perf_counter() - start + (saver.seconds if saver else 0.)
-    return _examined(c, learn, data, seconds)
+    return learn, data, saver
+
+# %% ../../nbs/study/31_experiments.ipynb #31c0de03
+def noisy(
+    data: ImageData,
+    share: float,  # share of the training labels to replace, in [0, 1)
+    seed: int = 0,  # chooses the labels and their new classes
+) -> ImageData:  # the test split stays
+    "Replace a share of the training labels by other classes."
+    generator = torch.Generator().manual_seed(seed)
+    targets, k = data.train_targets.clone(), len(data.classes)
+    rows = torch.randperm(len(targets), generator=generator)
+    rows = rows[:round(share * len(targets))]
+    moves = torch.randint(1, k, (len(rows),), generator=generator)
+    targets[rows] = (targets[rows] + moves) % k
+    return replace(data, train_targets=targets)
+
+# %% ../../nbs/study/31_experiments.ipynb #31c0de06
+class _Timer(Callback):
+    "Times a fit; stops it after `most` seconds of training."
+
+    def __init__(self, most): self.most, self.seconds = most, 0.
+
+    def before_fit(self): self.start, self.share = time.perf_counter(), 1.
+
+    def after_batch(self):
+        if not self.training or time.perf_counter() < self.start + self.most: return
+        self.share = (self.iter + 1) / self.n_iter
+        raise CancelFitException
+
+    def after_fit(self): self.seconds = (time.perf_counter() - self.start) / self.share
+
+
+def time_epoch(
+    learn: Learner,  # what to train for an epoch
+    schedule: str,  # a name in `SCHEDULES`
+    most: float = 30.,  # seconds after which to stop, and to calculate the rest
+) -> float:  # seconds
+    "Time one epoch with its validation, without a trace but in the Learner."
+    timer = _Timer(most)
+    learn.add_cb(timer)
+    with suppress(NotFinite): fit_schedule(learn, schedule, 1, 1e-6)
+    return timer.seconds
 
 # %% ../../nbs/study/31_experiments.ipynb #aa3101ac
 class _Progress(Callback):
@@ -261,8 +334,8 @@ def _callbacks(c, counts, saver, progress):
 # %% ../../nbs/study/31_experiments.ipynb #aa3101ad
 def _checkpoint(path, c, data):
     "For this configuration and these images, wherever they lie; refuses others."
-    same = dict(asdict(replace(c, data=None, download=False)), counts=data.counts,
-                shape=list(data.train_images.shape))
+    same = dict(asdict(replace(c, data=None, download=False, strict=False)),
+                counts=data.counts, shape=list(data.train_images.shape))
     saver = Checkpoint(path, same)
     saver.read()
     return saver

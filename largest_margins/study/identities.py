@@ -32,6 +32,7 @@ from ..callbacks import Checkpoint
 from ..checks import NotFinite, plain
 from ..data import ImageData, RandomAffine, class_folders
 from .configurations import LOSSES, TrainingFields, _field
+from .experiments import time_epoch
 from .glyphs import write_glyph_market, write_glyph_pairs
 from ..images import ImageFiles
 from ..reid import (
@@ -75,6 +76,22 @@ class IdentityConfiguration(TrainingFields):
         "Of the images."
         return self.height, self.width
 
+    @property
+    def training(self) -> str:
+        "How it is trained, without the loss."
+        start = '' if self.body != 'resnet50' else (
+            f' from {Path(self.weights).name}' if self.weights else
+            ' from random weights')
+        return (f'images of {self.height} × {self.width}{start}, '
+                f'{super().training}')
+
+    class_sizes = (1,)  # a dry run takes all rows to last as long
+
+    def epoch_seconds(self) -> float:
+        "Time one epoch; a long one is timed for half a minute only."
+        learn = identity_learner(replace(self, epochs=1), self._task().training)
+        return time_epoch(learn, self.schedule)
+
     def measure(
         self,
         checkpoint: Path | None = None,  # file to go on from
@@ -91,18 +108,28 @@ def train_identities(
 ) -> Learner:  # its model is Sequential(body, neck, head)
     "Train a network on identities; the same seed gives the same weights."
     c = configuration
+    learn = identity_learner(c, training, checkpoint)
+    try: fit_schedule(learn, c.schedule, c.epochs, c.learning_rate)
+    except NotFinite: pass  # a loss or the recorder met nan or inf
+    return learn
+
+# %% ../../nbs/study/39_identities.ipynb #39c0de01
+def identity_learner(
+    configuration: IdentityConfiguration,  # what to train
+    training: ImageData,  # on what; classes are the identities
+    checkpoint: Path | None = None,  # as for `train_identities`
+) -> Learner:
+    "Make the Learner of a configuration."
+    c = configuration
     torch.manual_seed(c.seed)
     moves = RandomAffine(c.shift, c.flip) if c.shift or c.flip else None
     size = min(c.batch_size, len(training.train_targets))
     dls = training.dataloaders(size, moves, seed=c.seed)
     body = (resnet50_body(c.weights) if c.body == 'resnet50' else
             make_body(c.body, c.channels))
-    learn = reid_learner(
+    return reid_learner(
         dls, body, c.loss_func(training.counts), embedding=c.embedding,
         cbs=_callbacks(c, checkpoint), wd=c.weight_decay, **optimiser_for(c.schedule))
-    try: fit_schedule(learn, c.schedule, c.epochs, c.learning_rate)
-    except NotFinite: pass  # a loss or the recorder met nan or inf
-    return learn
 
 # %% ../../nbs/study/39_identities.ipynb #9c68e6a6
 def _callbacks(c, checkpoint):
@@ -141,13 +168,6 @@ def _training(name, images, targets, classes):
     first = torch.from_numpy(np.unique(targets.numpy(), return_index=True)[1])
     return ImageData(name, images, targets, images[first], targets[first], classes)
 
-
-def _how(c):
-    "How a configuration is trained, without the loss."
-    start = '' if c.body != 'resnet50' else (
-        f' from {Path(c.weights).name}' if c.weights else ' from random weights')
-    return f'{c.body}{start}, images of {c.height} × {c.width}, {c.training}'
-
 # %% ../../nbs/study/39_identities.ipynb #e32e4b79
 def _who(c, found):
     "What a note says first."
@@ -171,8 +191,9 @@ def reid_folder(
             yield market_folder(write_glyph_market(Path(folder, 'glyphs')))
     elif dataset in ('market1501', 'dukemtmc'):
         if data is None:
-            raise ValueError(f'{dataset} needs data, the directory that has '
-                             'bounding_box_train (data=DIR, --data DIR)')
+            raise FileNotFoundError(
+                f'{dataset} needs data, the directory that has bounding_box_train '
+                '(data=DIR, --data DIR)')
         yield market_folder(data) if dataset == 'market1501' else duke_folder(
             data, despite_withdrawal=despite_withdrawal)
     elif Path(dataset).is_dir(): yield market_folder(dataset)
@@ -227,7 +248,7 @@ class ReIDConfiguration(IdentityConfiguration):
     def describe(self) -> tuple[str, str, str]:  # the data, this part, the training
         "Say what a dry run prints; refuse bad data."
         with reid_folder(self.dataset, self.data, self.despite_withdrawal) as data:
-            return str(data), '', _how(self)
+            return str(data), '', self.training
 
     def note(
         self,
@@ -320,11 +341,11 @@ class PairsConfiguration(IdentityConfiguration):
         "Say what a dry run prints; refuse bad data."
         if self.dataset == 'glyphs':
             return ('glyphs: 250 letters in 6 typefaces to train with, 6000 pairs of '
-                    '250 others', '', _how(self))
+                    '250 others', '', self.training)
         paths, _, classes, pairs = _pairs_folder(self.dataset)
         return (f'{Path(self.dataset).name}: {len(paths)} images of {len(classes)} '
                 f'identities to train with, {len(pairs)} pairs of others', '',
-                _how(self))
+                self.training)
 
     def note(
         self,

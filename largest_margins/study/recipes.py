@@ -9,8 +9,9 @@ __all__ = []
 
 # %% ../../nbs/study/36_recipes.ipynb #dcca5363
 import json
+import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from functools import cache
 from importlib import import_module
@@ -18,7 +19,6 @@ from importlib.resources import files
 from typing import Any
 
 from .configurations import LOSSES, TrainingFields
-
 
 # %% ../../nbs/study/36_recipes.ipynb #e977c960
 @dataclass(frozen=True)
@@ -318,6 +318,24 @@ def choose(
             raise ValueError(f'rows must name rows of the table, got {pattern!r}; '
                              f'it has {", ".join(row.name for row in rows)}')
     return [row for row in rows if any(fnmatchcase(row.name, p) for p in patterns)]
+
+# %% ../../nbs/study/36_recipes.ipynb #36c0de02
+def rescaled(
+    recipe: Recipe,  # a table
+    scale: float,  # s > 0 for all losses that have one
+) -> Recipe:
+    "Return the same table with all losses at one scale."
+    def at_scale(row):
+        if not LOSSES[row.changes['loss']].scale: return row
+        was, name, label = row.changes.get('scale'), row.name, row.label
+        if was is not None:
+            name = re.sub(rf'-{was:g}(?=$|[-+])', f'-{scale:g}', name)
+            label = label.replace(f's={was:g}', f's={scale:g}')
+        return Row(name, label, dict(row.changes, scale=scale))
+    def rows(num_classes):
+        return list({row.name: row for row in map(at_scale, recipe.rows(num_classes))
+                     }.values())
+    return replace(recipe, rows=rows)
 
 # %% ../../nbs/study/36_recipes.ipynb #695080b1
 def printed(

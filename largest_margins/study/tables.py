@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from ..checks import integer
 from ..files import differences, write_file
 from .pages import WRITERS, Table, figures_of, markdown
 from .recipes import (
-    Recipe, Row, Setting, choose, printed, printed_numbers)
+    Recipe, Row, Setting, choose, printed, printed_numbers, rescaled)
 from ..training.measures import MEASURES
 
 # %% ../../nbs/study/37_tables.ipynb #65f1d59a
@@ -119,7 +120,7 @@ def run_record(
 def _asked(configuration):
     "The fields of a configuration, without where the data come from."
     return {k: v for k, v in asdict(configuration).items()
-            if k not in ('data', 'download', 'despite_withdrawal')}
+            if k not in ('data', 'download', 'strict', 'despite_withdrawal')}
 
 # %% ../../nbs/study/37_tables.ipynb #daca3f80
 def _plain(value):
@@ -196,17 +197,24 @@ def run_one(
     progress: Callable[[int, dict], None] | None = None,  # called after each epoch
 ) -> tuple[Run, dict]:  # the run and its record
     "Train one run, from its checkpoint if there is one, and write its record."
-    c, before = run.configuration, torch.get_num_threads()
-    if threads is not None: torch.set_num_threads(threads)
-    try:
+    c = run.configuration
+    with _threads(threads):
         content = c.measure(out/run.checkpoint, progress)
         tensors = content.pop('tensors', None)
         found = run_record(c, content)
-    finally: torch.set_num_threads(before)
     if run.keep and tensors is not None: save_file(tensors, out/run.tensors)
     write_file(out/run.path, json.dumps(found, ensure_ascii=False, allow_nan=False))
     Checkpoint(out/run.checkpoint).remove()
     return run, found
+
+# %% ../../nbs/study/37_tables.ipynb #37c0de02
+@contextmanager
+def _threads(number):
+    "Run the block with so many CPU threads; None: as many as before."
+    before = torch.get_num_threads()
+    if number is not None: torch.set_num_threads(number)
+    try: yield
+    finally: torch.set_num_threads(before)
 
 # %% ../../nbs/study/37_tables.ipynb #aa3701aa
 def _follower(parent):
@@ -386,17 +394,17 @@ def make_table(
     "Train what is missing of a table, and write it as Markdown, CSV, LaTeX and HTML."
     dataset, out = dataset or recipe.dataset, Path(out)
     changes = {name: value for name, value in changes.items() if value is not None}
+    scale, absent = changes.pop('scale', None), ''
+    if scale is not None: recipe = rescaled(recipe, scale)
     try:
         k = recipe.configurations.num_classes(dataset, **changes)
         runs = plan(recipe, dataset, rows, seeds, k, **changes)
         lines = _plan_in_words(recipe, runs)  # refuses bad data before any training
-    except FileNotFoundError as e:
+    except (FileNotFoundError, ImportError) as e:
         if not dry_run or dataset not in KNOWN_CLASSES: raise
-        k = KNOWN_CLASSES[dataset]
-        runs = plan(recipe, dataset, rows, seeds, k, **changes)
-        lines = [recipe.title, f'without the data: {e}', *(
-            f'  {run.setting.label}: {run.row.name:22} {run.configuration.label}'
-            for run in runs if run.configuration.seed == 0)]
+        runs = plan(recipe, dataset, rows, seeds, KNOWN_CLASSES[dataset], **changes)
+        absent = f'without the data: {e}'
+        lines = _plan_in_words(recipe, runs, absent)
     done = [run for run, _ in read_records(runs, out)]
     missing = [run for run in runs if run not in done]
     begun = [run for run in missing if (out/run.checkpoint).exists()]
@@ -405,6 +413,7 @@ def make_table(
     if dry_run:
         for line in lines: tell(line)
         tell(f'{len(runs)} runs, {len(missing)} to train')
+        if missing and not absent: tell(_estimate(missing, jobs, threads))
         return True
     if (done or begun) and not resume:
         raise ValueError(f'out must be another directory, {out} has '
@@ -419,8 +428,9 @@ def make_table(
 
 # %% ../../nbs/study/37_tables.ipynb #f89cde98
 KNOWN_CLASSES = {  # of data that may not be there when one looks at a plan
-    'mnist': 10, 'fashion_mnist': 10, 'cifar10': 10, 'cifar100': 100, 'mnist_10k': 10,
-    'fashion_small': 10, 'letters': 26, 'shuttle': 7}
+    'mnist': 10, 'mnist_5k': 10, 'fashion_mnist': 10, 'cifar10': 10, 'cifar100': 100,
+    'mnist_10k': 10, 'fashion_small': 10, 'letters': 26, 'shuttle': 7,
+    'market1501': 751, 'dukemtmc': 702}
 
 
 def _write(table, out, tell):
@@ -459,14 +469,36 @@ def _outcome(recipe, run, found):
     return f'{run.title}: {outcome}, {found["seconds"]:.1f} s'
 
 # %% ../../nbs/study/37_tables.ipynb #7fe2113c
-def _plan_in_words(recipe, runs):
-    "What a dry run says of the data, the rows and the training."
+def _plan_in_words(recipe, runs, absent=''):
+    "What a dry run says of the data, or that they are absent, rows and training."
     lines = []
     for s in recipe.settings:
         ours = [run for run in runs if run.setting == s
                 and run.configuration.seed == runs[0].configuration.seed]
-        data, part, training = ours[0].configuration.describe()
+        first = ours[0].configuration
+        data, part, training = ((absent, '', first.training) if absent
+                                else first.describe())
         if not lines: lines += [recipe.title, data]
         lines.append(f'\n{s.label}{f": {part}" if part else ""}')
         lines += [f'  {run.row.name:22} {run.configuration.label}' for run in ours]
     return [*lines, f'\n{training}']
+
+# %% ../../nbs/study/37_tables.ipynb #37c0de01
+def _estimate(missing, jobs, threads):
+    "How long these runs will take, from one timed epoch of the first of them."
+    first = missing[0].configuration
+    if not hasattr(first, 'epoch_seconds'): return 'no estimate: there are no epochs'
+    jobs = os.cpu_count() if jobs == -1 else jobs
+    with _threads(threads): seconds = first.epoch_seconds()
+    epochs = sum(sum(c.class_sizes) * c.epochs for c in (
+        run.configuration for run in missing)) / sum(first.class_sizes)
+    return (f'one epoch of {missing[0].row.name} takes {seconds:.2g} s here; all '
+            f'{len(missing)} runs, in epochs as long as this one, '
+            f'{_duration(seconds * epochs / jobs)}')
+
+
+def _duration(seconds):
+    "A time in the largest unit of which it has more than one."
+    for unit, size in (('days', 86_400), ('hours', 3600), ('minutes', 60)):
+        if seconds > size: return f'{seconds / size:.1f} {unit}'
+    return f'{seconds:.0f} seconds'

@@ -20,13 +20,12 @@ from torch import Tensor, nn
 
 from ..callbacks import HeadCallback
 from ..checks import number
-from ..data import ImageData, imbalanced_indices
+from ..data import imbalanced_indices
 from ..engine.cosines import cosine_matrix
-from .experiments import Configuration, loaded, train
+from .experiments import Configuration, loaded, noisy, train
 from ..margins import neural_collapse, unit_rows
 from .recipes import Recipe, Row, Setting
 from ..reliability import calibration, detection
-
 
 # %% ../../nbs/study/43_tails.ipynb #7f0d3e6c
 def adjusted_margins(
@@ -59,14 +58,12 @@ class _AdjustedTerm(HeadCallback):
 # %% ../../nbs/study/43_tails.ipynb #b0d7dea3
 @dataclass(frozen=True)
 class TailConfiguration(Configuration):
-    "A `Configuration` with two fields that only this study varies."
+    "A `Configuration` with a term that only this study has."
     adjusted_sample_margin: float = 0.  # weight of R_sm with the prior inside, ≥ 0
-    noise: float = 0.  # share of the training labels replaced by other classes, < 1
 
     def __post_init__(self):
         super().__post_init__()
         number('adjusted_sample_margin', self.adjusted_sample_margin, at_least=0)
-        number('noise', self.noise, at_least=0, below=1)
 
     def optimum(self, class_counts, d):
         "As for a `Configuration`; None with the adjusted term."
@@ -76,26 +73,8 @@ class TailConfiguration(Configuration):
     @property
     def label(self) -> str:
         "Return the label of a row."
-        parts = [super().label]
-        if self.adjusted_sample_margin:
-            parts.append(f'+ {self.adjusted_sample_margin:g} R_sm with prior')
-        if self.noise: parts.append(f'noise {self.noise:g}')
-        return ' '.join(parts)
-
-# %% ../../nbs/study/43_tails.ipynb #3c49b155
-def noisy(
-    data: ImageData,
-    share: float,  # share of the training labels to replace, in [0, 1)
-    seed: int = 0,  # chooses the labels and their new classes
-) -> ImageData:  # the test split stays
-    "Replace a share of the training labels by other classes."
-    generator = torch.Generator().manual_seed(seed)
-    targets, k = data.train_targets.clone(), len(data.classes)
-    rows = torch.randperm(len(targets), generator=generator)
-    rows = rows[:round(share * len(targets))]
-    moves = torch.randint(1, k, (len(rows),), generator=generator)
-    targets[rows] = (targets[rows] + moves) % k
-    return replace(data, train_targets=targets)
+        if not self.adjusted_sample_margin: return super().label
+        return f'{super().label} + {self.adjusted_sample_margin:g} R_sm with prior'
 
 # %% ../../nbs/study/43_tails.ipynb #1ec60da3
 def _from_elsewhere(name, data, directory):
@@ -188,7 +167,7 @@ def measure(
     progress: Callable | None = None,  # not used
 ) -> dict:  # the content of a record
     "Train a classifier; measure accuracy, margins, collapse, calibration, detection."
-    c, data = self, loaded(self.dataset, self.data)
+    c, data = self, self.images
     if c.ratio > 1:
         data = data.subset(imbalanced_indices(data.train_targets, c.ratio, c.kind))
     if c.noise: data = noisy(data, c.noise, c.seed)
@@ -197,7 +176,7 @@ def measure(
     if c.adjusted_sample_margin:
         prior = torch.tensor(data.counts).float()
         cbs.append(_AdjustedTerm(c.adjusted_sample_margin, prior, c.scale or 20.))
-    result = train(replace(c, ratio=1.), data, checkpoint=checkpoint, cbs=cbs)
+    result = train(replace(c, ratio=1., noise=0.), data, checkpoint=checkpoint, cbs=cbs)
     numbers = dict(result.measured)
     del numbers['best_accuracy']  # it was measured on some samples only
     numbers['mean_train_margin'] = result.train_margins['mean']

@@ -39,16 +39,33 @@ class ConvBody(nn.Sequential):
 def cifar_resnet(
     n_in: int = 3,  # channels of the images
     depth: int = 18,  # 18 or 34
+    pixels: int = 32,  # height or width of the images; over 64: the usual stem
+    last_relu: bool = True,  # whether features are ≥ 0
 ) -> nn.Module:  # images [N, n_in, h, w] to features [N, 512]
-    "Build a torchvision ResNet for 32 × 32 pixels, without its classifier."
+    "Build a torchvision ResNet, for small images by default, without its classifier."
     from torchvision import models
     made = {18: models.resnet18, 34: models.resnet34}
     if depth not in made: raise ValueError(f'depth must be 18 or 34, got {depth!r}')
-    body = made[depth](weights=None)
-    body.conv1 = nn.Conv2d(n_in, 64, 3, padding=1, bias=False)
+    body, small = made[depth](weights=None), pixels <= 64
+    form = dict(kernel_size=3, padding=1) if small else dict(
+        kernel_size=7, stride=2, padding=3)
+    body.conv1 = nn.Conv2d(n_in, 64, bias=False, **form)
     nn.init.kaiming_normal_(body.conv1.weight, mode='fan_out', nonlinearity='relu')
-    body.maxpool, body.fc = nn.Identity(), nn.Identity()
+    if small: body.maxpool = nn.Identity()
+    if not last_relu: body.layer4[-1] = _LastBlock(body.layer4[-1])
+    body.fc = nn.Identity()
     return body
+
+# %% ../../nbs/training/28_bodies.ipynb #28c0de01
+class _LastBlock(nn.Module):
+    "A block of torchvision's ResNets without its last ReLU."
+
+    def __init__(self, block):
+        super().__init__()
+        self.layers = nn.Sequential(block.conv1, block.bn1, nn.ReLU(inplace=True),
+                                    block.conv2, block.bn2)
+
+    def forward(self, x): return self.layers(x) + x
 
 # %% ../../nbs/training/28_bodies.ipynb #370f336e
 class BasicBlock(nn.Module):
@@ -104,6 +121,18 @@ def mlp(
                    nn.ReLU()]
     return nn.Sequential(*layers)
 
+# %% ../../nbs/training/28_bodies.ipynb #28c0de03
+def paper_conv(
+    n_in: int = 1,  # channels of the images
+) -> nn.Sequential:  # images [N, n_in, 28, 28] to features ≥ 0, [N, 128]
+    "Build the network for MNIST of code that descends from the paper's."
+    layers = []
+    for before, after in ((n_in, 32), (32, 64)):
+        layers += [nn.Conv2d(before, after, 3, padding=1), nn.ReLU(inplace=True),
+                   nn.MaxPool2d(2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(3136, 128),
+                         nn.BatchNorm1d(128), nn.ReLU())
+
 # %% ../../nbs/training/28_bodies.ipynb #91b85d48
 BODIES = {
     'conv3': ConvBody,  # three blocks: 8 × 8 pixels and more
@@ -112,7 +141,10 @@ BODIES = {
     'resnet18': cifar_resnet, 'resnet34': partial(cifar_resnet, depth=34),
     'resnet32': resnet32,
     'conv2-narrow': partial(ConvBody, widths=(8, 16)),  # the smallest: 4 × 4 and more
-    'mlp': mlp}  # rows of numbers: images of one pixel
+    'mlp': mlp,  # rows of numbers: images of one pixel
+    'paper-conv': paper_conv,  # 28 × 28 pixels
+    'paper-resnet18': partial(cifar_resnet, last_relu=False),
+    'paper-resnet34': partial(cifar_resnet, depth=34, last_relu=False)}
 
 # %% ../../nbs/training/28_bodies.ipynb #03aebaf4
 def check_body(
@@ -130,7 +162,10 @@ def check_body(
 def make_body(
     name: str,  # a name in `BODIES` or of a timm model
     n_in: int,  # channels of the images
+    pixels: int = 32,  # height or width of the images, for the stem of a ResNet
 ) -> nn.Module | str:  # for `margin_learner`'s `arch`
     "Build a body with new weights; a timm model's name is returned as it is."
     check_body(name)
-    return BODIES[name](n_in) if name in BODIES else name
+    if name not in BODIES: return name
+    stem = dict(pixels=pixels) if name.endswith(('resnet18', 'resnet34')) else {}
+    return BODIES[name](n_in, **stem)

@@ -61,9 +61,10 @@ def _prototype_measures():
 
 # %% ../../nbs/training/30_measures.ipynb #4f3374e8
 def _less_optimum(x):
-    "The class margin less that of the loss's own optimum, if it is known."
+    "The class margin less that of the loss's own optimum; nan if it is not known."
     best = getattr(x, 'optimum', None)
-    return None if best is None else math.degrees(class_margin(x.prototypes)) - best
+    return math.degrees(class_margin(x.prototypes)) - (math.nan if best is None
+                                                       else best)
 
 
 @cache
