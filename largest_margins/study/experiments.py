@@ -193,13 +193,12 @@ class Configuration(ClassifierFields):
             tensors={name: getattr(result, name)
                      for name in ('prototypes', 'cosines', 'targets')})
 
-    def describe(self) -> tuple[str, str, str]:  # the data, this part, the training
+    def describe(self) -> tuple[str, str]:  # the data, this part
         "Say what a dry run prints; refuse bad data."
         images, sizes = self.images, self.class_sizes
         return (f'{images.name}: {len(images.train_targets)} training and '
                 f'{len(images.test_targets)} test images, {len(images.classes)} '
-                'classes', f'{sum(sizes)} training images, by class {sizes}',
-                self.training)
+                'classes', f'{sum(sizes)} training images, by class {sizes}')
 
     def epoch_seconds(self) -> float:
         "Time one epoch; a long one is timed for half a minute only."

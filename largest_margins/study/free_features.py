@@ -77,12 +77,14 @@ class FreeFeatures(LossFields):
         "Minimize the loss from a random start, and measure the end."
         return _place(self)
 
-    def describe(self) -> tuple[str, str, str]:  # the data, this part, the training
+    training = 'L-BFGS in float64, until the gradient vanishes'
+
+    def describe(self) -> tuple[str, str]:  # the data, this part
         "Say what a dry run prints."
         part = f'best packing {_best(self.k, self.d):.2f}°'
         if self.ratio > 1: part = f'shares 1 to {1 / self.ratio:g}, {part}'
         return ('no data: prototypes and one feature for each class, all of them free',
-                part, 'L-BFGS in float64, until the gradient vanishes')
+                part)
 
     def note(
         self,

@@ -14,17 +14,18 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+from fastai.callback.core import Callback
 from fastai.callback.tracker import TerminateOnNaNCallback
 from fastai.callback.training import GradientClip
 from fastai.learner import Learner
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..training.bodies import BODIES, make_body
 from ..bounds import class_margin_bound
@@ -37,7 +38,7 @@ from .glyphs import write_glyph_market, write_glyph_pairs
 from ..images import ImageFiles
 from ..reid import (
     ReIDData, cosine_distances, duke_folder, embed, evaluate, market_folder,
-    reid_learner, resnet50_body)
+    pk_dataloaders, reid_learner, resnet50_body)
 from ..training.measures import FARS, measure
 from ..training.schedules import SCHEDULES, fit_schedule, optimiser_for
 from ..verification import (
@@ -55,6 +56,10 @@ class IdentityConfiguration(TrainingFields):
     height: int = _field(28, at_least=8)  # height of the images in pixels, ≥ 8
     width: int = _field(28, at_least=8)  # width of the images in pixels, ≥ 8
     channels: int = 1  # channels of the images: 3 for RGB, 1 for gray
+    erasing: float = _field(0., at_least=0, at_most=1)  # share of images erased in part
+    label_smoothing: float = _field(0., at_least=0, below=1)  # ε
+    images_each: int = _field(0, at_least=0)  # of a person in a batch; 0: as they come
+    triplet: float = _field(0., at_least=0)  # weight of the triplet loss
     despite_withdrawal: bool = _field(False)  # see `duke_folder`
 
     def _check(self):
@@ -67,6 +72,30 @@ class IdentityConfiguration(TrainingFields):
             raise ValueError(f'channels must be 3 for resnet50, got {self.channels!r}')
         if self.weights is not None and self.body != 'resnet50':
             raise ValueError(f'weights has no meaning for the body {self.body!r}')
+        self._refuse(0, label_smoothing=self.loss in _SMOOTHED)
+        if self.triplet and self.images_each < 2:
+            raise ValueError('images_each must be 2 or more with a triplet loss, got '
+                             f'{self.images_each}')
+        if self.images_each and self.batch_size % self.images_each:
+            raise ValueError(f'batch_size must be a multiple of images_each, got '
+                             f'{self.batch_size} and {self.images_each}')
+
+    def loss_func(self, class_counts):
+        "The loss, with smoothed labels if asked for."
+        loss, share = super().loss_func(class_counts), self.label_smoothing
+        if share and self.loss == 'ce':
+            return nn.CrossEntropyLoss(label_smoothing=share)
+        if share: loss.label_smoothing = share
+        return loss
+
+    @property
+    def label(self) -> str:
+        "What a table calls it."
+        parts = [super().label]
+        if self.erasing: parts.append('+ erasing')
+        if self.label_smoothing: parts.append('+ smoothing')
+        if self.triplet: parts.append('+ triplet')
+        return ' '.join(parts)
 
     @classmethod
     def num_classes(cls, dataset, **others): return 0  # no row depends on it
@@ -100,6 +129,79 @@ class IdentityConfiguration(TrainingFields):
         "Train on the identities, then examine the features on others."
         return _measure(self, checkpoint)
 
+# %% ../../nbs/study/39_identities.ipynb #39c0de02
+_SMOOTHED = {'ce', 'normface', 'cosface', 'arcface', 'sphereface', 'ldam'}
+
+# %% ../../nbs/study/39_identities.ipynb #39c0de04
+class RandomErasing:
+    "Replace a rectangle of some images by the mean of the batch (Zhong et al. 2020)."
+
+    def __init__(
+        self,
+        share: float = .5,  # of the images, in [0, 1]
+        area: tuple = (.02, .4),  # smallest and largest, as a share of the image
+        ratio: float = .3,  # smallest of height and width over the other
+    ):
+        self.share, self.area, self.ratio = share, area, ratio
+
+    def __call__(
+        self,
+        x: Tensor,  # images, bytes, [n, c, h, w]
+        generator: torch.Generator | None = None,  # source of randomness
+    ) -> Tensor:  # bytes, [n, c, h, w]
+        n, _, h, w = x.shape
+        where = x.device if generator is None else generator.device
+        def draw(low, high):
+            part = torch.rand(n, 1, generator=generator, device=where)
+            return (low + (high - low) * part).to(x.device)
+        def within(size, most):
+            size = size.round().clamp(1, most - 1)
+            start = (draw(0, 1) * (most - size + 1)).floor()
+            line = torch.arange(most, device=x.device)
+            return (line >= start) & (line < start + size)
+        area, turned = draw(*self.area) * h * w, draw(self.ratio, 1 / self.ratio)
+        rows, columns = within((area * turned).sqrt(), h), within((area / turned).sqrt(), w)
+        erased = rows[:, None, :, None] & columns[:, None, None]
+        erased &= (draw(0, 1) < self.share)[:, :, None, None]
+        mean = x.float().mean((0, 2, 3), keepdim=True).to(x.dtype)
+        return torch.where(erased, mean, x)
+
+# %% ../../nbs/study/39_identities.ipynb #39c0de07
+def triplet_loss(
+    features: Tensor,  # [N, d]
+    targets: Tensor,  # person of each, [N]
+    margin: float = .3,  # by which the nearest other person must be farther
+) -> Tensor:  # mean over the batch, []
+    "Compare the farthest image of each person with the nearest of another."
+    distances = torch.cdist(features.float(), features.float())
+    same = targets[:, None] == targets
+    farthest = distances.masked_fill(~same, -torch.inf).amax(1)
+    nearest = distances.masked_fill(same, torch.inf).amin(1)
+    return (margin + farthest - nearest).clamp_min(0).mean()
+
+# %% ../../nbs/study/39_identities.ipynb #39c0de10
+class TripletLoss(Callback):
+    "Adds `weight` times the triplet loss of the features before the batch norm."
+    order, run_valid = 1, False
+
+    def __init__(self, weight=1.): self.weight = weight
+
+    def reads_pred(self, loss): return False  # the term stands beside the loss
+
+    def before_fit(self):
+        self.seen = []
+        def remember(module, args): self.seen = args
+        layer = self.learn.model[1][-1]
+        self.hook = layer.register_forward_pre_hook(remember)
+
+    def after_loss(self):
+        self.value = triplet_loss(self.seen[0], self.learn.yb[0])
+        self.learn.loss_grad = self.learn.loss_grad + self.weight * self.value
+
+    def after_fit(self):
+        self.hook.remove()
+        self.seen = []
+
 # %% ../../nbs/study/39_identities.ipynb #f033df01
 def train_identities(
     configuration: IdentityConfiguration,  # what to train
@@ -122,20 +224,31 @@ def identity_learner(
     "Make the Learner of a configuration."
     c = configuration
     torch.manual_seed(c.seed)
-    moves = RandomAffine(c.shift, c.flip) if c.shift or c.flip else None
+    moves = [RandomAffine(c.shift, c.flip)] if c.shift or c.flip else []
+    if c.erasing: moves.append(RandomErasing(c.erasing))
+    moves = partial(_one_after_another, moves) if moves else None
     size = min(c.batch_size, len(training.train_targets))
-    dls = training.dataloaders(size, moves, seed=c.seed)
+    if each := c.images_each:
+        dls = pk_dataloaders(training, size // each, each, c.seed, augment=moves)
+    else: dls = training.dataloaders(size, moves, seed=c.seed)
     body = (resnet50_body(c.weights) if c.body == 'resnet50' else
             make_body(c.body, c.channels))
     return reid_learner(
         dls, body, c.loss_func(training.counts), embedding=c.embedding,
         cbs=_callbacks(c, checkpoint), wd=c.weight_decay, **optimiser_for(c.schedule))
 
+# %% ../../nbs/study/39_identities.ipynb #39c0de11
+def _one_after_another(moves, x, generator=None):
+    "Images after several augmentations."
+    for move in moves: x = move(x, generator)
+    return x
+
 # %% ../../nbs/study/39_identities.ipynb #9c68e6a6
 def _callbacks(c, checkpoint):
     "What ends a training that diverged, and keeps the state after each epoch."
     clip, same = SCHEDULES[c.schedule].clip, asdict(replace(c, data=None))
     return [TerminateOnNaNCallback(), *([GradientClip(clip)] if clip else []),
+            *([TripletLoss(c.triplet)] if c.triplet else []),
             *([] if checkpoint is None else [Checkpoint(checkpoint, same)])]
 
 # %% ../../nbs/study/39_identities.ipynb #878225bb
@@ -245,10 +358,10 @@ class ReIDConfiguration(IdentityConfiguration):
         return measure(found, self._names), dict(valid_queries=found.valid_queries,
                                                  cmc=found.cmc.tolist())
 
-    def describe(self) -> tuple[str, str, str]:  # the data, this part, the training
+    def describe(self) -> tuple[str, str]:  # the data, this part
         "Say what a dry run prints; refuse bad data."
         with reid_folder(self.dataset, self.data, self.despite_withdrawal) as data:
-            return str(data), '', self.training
+            return str(data), ''
 
     def note(
         self,
@@ -337,15 +450,14 @@ class PairsConfiguration(IdentityConfiguration):
             accuracies=folds.accuracies.tolist(), thresholds=folds.thresholds.tolist(),
             standard_deviation=100 * folds.std, warnings=notes)
 
-    def describe(self) -> tuple[str, str, str]:  # the data, this part, the training
+    def describe(self) -> tuple[str, str]:  # the data, this part
         "Say what a dry run prints; refuse bad data."
         if self.dataset == 'glyphs':
             return ('glyphs: 250 letters in 6 typefaces to train with, 6000 pairs of '
-                    '250 others', '', self.training)
+                    '250 others', '')
         paths, _, classes, pairs = _pairs_folder(self.dataset)
         return (f'{Path(self.dataset).name}: {len(paths)} images of {len(classes)} '
-                f'identities to train with, {len(pairs)} pairs of others', '',
-                self.training)
+                f'identities to train with, {len(pairs)} pairs of others', '')
 
     def note(
         self,

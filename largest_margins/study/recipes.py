@@ -20,6 +20,36 @@ from typing import Any
 
 from .configurations import LOSSES, TrainingFields
 
+# %% ../../nbs/study/36_recipes.ipynb #36c0de04
+SLIDES, FIT = 'the slides', 'fitted to the class margins on the slides'
+PUBLIC = 'public code that descends from the authors’'
+LDAM_DRW, BASELINE = 'code of LDAM-DRW', 'code of the strong baseline'
+INFERRED, OURS = 'inferred from Table 1', 'our choice'
+
+
+class Settings(dict):
+    "Fields of a configuration, each with its source."
+
+    def __init__(
+        self,
+        source: str,  # of the changes
+        *others: dict,  # earlier settings, which keep their sources
+        **changes,  # fields of a configuration
+    ):
+        self.sources = {}
+        for part in others:
+            self.update(part)
+            self.sources |= sources_of(part)
+        self.update(changes)
+        self.sources |= dict.fromkeys(changes, source)
+
+
+def sources_of(
+    settings: dict,  # fields of a configuration
+) -> dict[str, str]:  # field → source; `OURS` in a dict without sources
+    "Say where each field comes from."
+    return dict.fromkeys(settings, OURS) | getattr(settings, 'sources', {})
+
 # %% ../../nbs/study/36_recipes.ipynb #e977c960
 @dataclass(frozen=True)
 class Row:
@@ -52,6 +82,8 @@ class Recipe:
     heading: str = ''  # heading; '' takes that of `printed_numbers`
     figures: bool = False  # whether the page shows each training
     remarks: Callable | None = None  # from the lines of the table to further notes
+    more: Callable = lambda num_classes: []  # rows that are trained only if named
+    paper: dict = field(default_factory=dict)  # as `training`, for rows as printed
 
     @property
     def title(self) -> str:
@@ -76,9 +108,21 @@ class Recipe:
         if dataset is not None: changes['dataset'] = dataset
         for name in changes.keys() - {f.name for f in fields(self.configurations)}:
             raise ValueError(f'{name} has no meaning for the table {self.name}')
+        return self.configurations(**self._settings(dataset, setting, row) | changes)
+
+    def sources(
+        self,
+        dataset: str | None,  # name of the data set, or None
+        setting: Setting,  # part of the table
+        row: Row,  # row of the table
+    ) -> dict[str, str]:  # field → source
+        "Say where each field that the recipe sets comes from."
+        return self._settings(dataset, setting, row).sources
+
+    def _settings(self, dataset, setting, row):
         training = self.training.get(dataset, self.training[''])
-        return self.configurations(
-            **{**training, **setting.changes, **row.changes, **changes})
+        if row.name.startswith('printed-'): training = self.paper.get(dataset, training)
+        return Settings(OURS, training, setting.changes, row.changes)
 
 # %% ../../nbs/study/36_recipes.ipynb #b873be4a
 _SMALL = dict(body='conv3', embedding=32, epochs=20, batch_size=64, learning_rate=1e-2)
@@ -86,26 +130,36 @@ _FASHION = dict(body='conv3-narrow', embedding=64, epochs=5, batch_size=128,
                 learning_rate=1e-2)
 _FOLDER = dict(body='resnet18', embedding=None, epochs=20, batch_size=64,
                learning_rate=1e-3, flip=True)
-_PAPER = dict(schedule='cosine', learning_rate=.1, weight_decay=1e-4, batch_size=256,
-              embedding=None)
-_CIFAR = dict(shift=4, flip=True, epochs=250, **_PAPER)
-_LDAM = dict(body='resnet32', embedding=None, schedule='steps', learning_rate=.1,
-             weight_decay=2e-4, batch_size=128, epochs=200, shift=4, flip=True)
+_PAPER = Settings(PUBLIC, schedule='cosine', learning_rate=.1, weight_decay=1e-4,
+                  batch_size=256, embedding=None)
+_CIFAR = Settings(PUBLIC, _PAPER, shift=4, flip=True, epochs=250)
+_LDAM = Settings(LDAM_DRW, body='resnet32', embedding=None, schedule='steps',
+                 learning_rate=.1, weight_decay=2e-4, batch_size=128, epochs=200,
+                 shift=4, flip=True)
 _OURS = {'digits': _SMALL, 'mnist_5k': _SMALL, 'fashion_mnist': _FASHION, '': _FOLDER}
 
-BALANCED = {**_OURS, 'mnist': dict(body='conv4', epochs=100, **_PAPER),
-            'cifar10': dict(body='resnet18', **_CIFAR),
-            'cifar100': dict(body='resnet34', rotate=20., **_CIFAR)}
+BALANCED = {**_OURS, 'mnist': Settings(OURS, _PAPER, body='conv4', epochs=100),
+            'cifar10': Settings(PUBLIC, _CIFAR, body='resnet18'),
+            'cifar100': Settings(PUBLIC, _CIFAR, body='resnet34', rotate=20.)}
 _FEWER = dict(_FASHION, batch_size=64)  # fewer images, and as many steps
 IMBALANCED = {**_OURS, 'fashion_mnist': _FEWER, 'mnist': _FEWER, 'cifar10': _LDAM,
               'cifar100': _LDAM}
 
+# %% ../../nbs/study/36_recipes.ipynb #36c0de06
+_BARE = Settings(PUBLIC, neck='none', epochs=250)
+PRINTED1 = {
+    'mnist': Settings(PUBLIC, _PAPER, _BARE, body='paper-conv'),
+    'cifar10': Settings(PUBLIC, _CIFAR, _BARE, body='paper-resnet18'),
+    'cifar100': Settings(PUBLIC, _CIFAR, _BARE, body='paper-resnet34', rotate=20.)}
+PRINTED2 = {name: Settings(INFERRED, settings, body=settings['body'])
+            for name, settings in PRINTED1.items()}
+
 # %% ../../nbs/study/36_recipes.ipynb #bd114287
 _GLYPHS = dict(body='conv3-narrow', embedding=128, height=28, width=28, channels=1,
                epochs=20, batch_size=64, learning_rate=1e-2)
-_PERSONS = dict(body='resnet50', embedding=None, height=256, width=128, channels=3,
-                shift=10, flip=True, epochs=120, batch_size=64, learning_rate=3.5e-4,
-                weight_decay=5e-4, schedule='warm-up')
+_PERSONS = Settings(BASELINE, body='resnet50', embedding=None, height=256, width=128,
+                    channels=3, shift=10, flip=True, epochs=120, batch_size=64,
+                    learning_rate=3.5e-4, weight_decay=5e-4, schedule='warm-up')
 _FACES = dict(body='resnet18', embedding=512, height=112, width=112, channels=3,
               flip=True, epochs=20, batch_size=128, learning_rate=1e-3)
 
@@ -117,27 +171,29 @@ def table1_rows(
     rows = [_CE, *_at_scales('cosface', 'arcface', 'normface', 'lm-softmax')]
     return [r for row in rows for r in (
         row, Row(f'{row.name}+rsm', f'{row.label} + 0.5 R_sm',
-                 dict(row.changes, sample_margin=.5)))]
+                 Settings(SLIDES, row.changes, sample_margin=.5)))]
 
 # %% ../../nbs/study/36_recipes.ipynb #74cf2643
-_CE = Row('ce', 'CE', dict(loss='ce'))
+_CE = Row('ce', 'CE', Settings(SLIDES, loss='ce'))
 
 
 def _at_scales(*losses, scales=(10, 20, 64)):
     "A row for each loss and scale."
     return [Row(f'{loss}-{s}', f'{LOSSES[loss].title} s={s}',
-                dict(loss=loss, scale=float(s))) for loss in losses for s in scales]
+                Settings(SLIDES, loss=loss, scale=float(s)))
+            for loss in losses for s in scales]
 
 # %% ../../nbs/study/36_recipes.ipynb #74e920b8
 def table2_rows(
     num_classes: int,  # k, for the weight of the zero centroid
 ) -> list[Row]:
     "List the printed rows, starred ones included, and then ours."
-    star = dict(zero_centroid=5. * num_classes**2)
-    rows = [_CE, Row('focal', 'Focal', dict(loss='focal'))]
+    star = Settings(PUBLIC, zero_centroid=5. * num_classes**2)
+    rows = [_CE, Row('focal', 'Focal', Settings(SLIDES, loss='focal'))]
     for loss in ('cosface', 'arcface', 'normface', 'ldam', 'lm-softmax'):
-        rows += [Row(loss, LOSSES[loss].title, dict(loss=loss)),
-                 Row(f'{loss}+rw', f'{LOSSES[loss].title}*', dict(loss=loss, **star))]
+        plain = Settings(SLIDES, loss=loss)
+        rows += [Row(loss, LOSSES[loss].title, plain), Row(
+            f'{loss}+rw', f'{LOSSES[loss].title}*', Settings(PUBLIC, plain, star))]
     return rows + [Row(name, label, changes) for name, label, changes in (
         ('ldam-drw', 'LDAM-DRW', dict(loss='ldam', reweighted=.2)),
         ('ce+prior', 'CE, logit adjustment', dict(loss='ce', logit_adjustment=1.)),
@@ -174,6 +230,46 @@ def table2_rows(
          dict(loss='normface', fixed=True, logit_adjustment=1.)),
         ('lm-fixed', 'LM-Softmax, fixed simplex', dict(loss='lm-softmax', fixed=True)))]
 
+# %% ../../nbs/study/36_recipes.ipynb #36c0de08
+def as_printed(
+    rows: list[Row],  # rows that the slides print
+    source: str = PUBLIC,  # of the changes
+    **changes,  # fields of the configuration for all of them
+) -> list[Row]:
+    "Return these rows with the names, labels and changes of rows as printed."
+    return [Row(f'printed-{row.name}', f'{row.label}{_SUFFIX}',
+                Settings(source, row.changes, **changes)) for row in rows]
+
+
+_SUFFIX = ', as printed'  # after the label of such a row
+
+# %% ../../nbs/study/36_recipes.ipynb #36c0de09
+def printed1_rows(
+    num_classes: int,  # k; nothing here depends on it
+) -> list[Row]:
+    "List the rows of Table 1 that the slides have."
+    return as_printed([row for row in table1_rows(num_classes)
+                       if row.changes['loss'] != 'lm-softmax'])
+
+
+def printed2_rows(
+    num_classes: int,  # k, for the weight of the zero centroid
+) -> list[Row]:
+    "List the rows of Table 2 that the slides have, at scale 5, and LDAM at 30."
+    rows = []
+    for row in as_printed(table2_rows(num_classes)[:12]):
+        changes, loss = row.changes, row.changes['loss']
+        if LOSSES[loss].scale: changes = Settings(FIT, changes, scale=5.)
+        if loss in _MARGINS: changes = Settings(PUBLIC, changes, margin=_MARGINS[loss])
+        rows.append(Row(row.name, row.label, changes))
+        if row.name == 'printed-ldam': rows.append(Row(
+            f'{row.name}-30', f'LDAM s=30{_SUFFIX} by its authors',
+            Settings(LDAM_DRW, changes, scale=30.)))
+    return rows
+
+
+_MARGINS = dict(cosface=.35, arcface=.1, ldam=.5)
+
 # %% ../../nbs/study/36_recipes.ipynb #192f9d7a
 def scale_rows(
     num_classes: int,  # k, for the weight of the zero centroid
@@ -191,6 +287,25 @@ def table3_rows(
     "List CE and the margin softmax family at three scales."
     return [_CE, *_at_scales('arcface', 'cosface', 'normface', 'lm-softmax')]
 
+# %% ../../nbs/study/36_recipes.ipynb #36c0de11
+def more3_rows(
+    num_classes: int,  # k; nothing here depends on it
+) -> list[Row]:
+    "List the rows of Table 3 with what the strong baseline adds, and as printed."
+    rows = table3_rows(num_classes)
+    more = [('erasing', 'random erasing', dict(erasing=.5)),
+            ('smoothing', 'label smoothing', dict(label_smoothing=.1)),
+            ('triplet', 'triplet', dict(triplet=1., images_each=4,
+                                        schedule='warm-up-long'))]
+    found = []
+    for row in rows:
+        for name, label, changes in more:
+            if name == 'smoothing' and row.changes['loss'] == 'lm-softmax': continue
+            row = Row(f'{row.name}+{name}', f'{row.label} + {label}',
+                      Settings(BASELINE, row.changes, **changes))
+            found.append(row)
+    return [*found, *as_printed(rows, BASELINE, erasing=.5)]
+
 # %% ../../nbs/study/36_recipes.ipynb #4ad66f0c
 def sphere_rows(
     num_classes: int,  # k; nothing here depends on it
@@ -204,7 +319,7 @@ def sphere_rows(
 
 # %% ../../nbs/study/36_recipes.ipynb #0e64db45
 _SETTINGS = tuple(Setting(f'{kind}-{ratio}', f'{kind.capitalize()}, ratio {ratio}',
-                          dict(kind=kind, ratio=float(ratio)))
+                          Settings(SLIDES, kind=kind, ratio=float(ratio)))
                   for kind in ('long-tailed', 'step') for ratio in (100, 10))
 _SPHERES = (*(Setting(f'k{k}-d{d}', f'{k} classes in {d} dimensions', dict(k=k, d=d))
               for k, d in ((4, 3), (8, 3), (10, 16))),
@@ -232,16 +347,18 @@ TABLES = {recipe.name: recipe for recipe in (
     Recipe('1', table1_rows, (Setting('balanced', 'Balanced'),), BALANCED,
            {'cifar10': 'cifar10', 'cifar100': 'cifar100', '': 'mnist'},
            ('accuracy', 'best_accuracy', 'class_margin', 'less_optimum',
-            'mean_sample_margin', 'min_sample_margin')),
+            'mean_sample_margin', 'min_sample_margin'),
+           more=printed1_rows, paper=PRINTED1),
     Recipe('2', table2_rows, _SETTINGS, IMBALANCED,
-           {'cifar100': 'cifar100', '': 'cifar10'}, _IMBALANCED, _SHOTS),
+           {'cifar100': 'cifar100', '': 'cifar10'}, _IMBALANCED, _SHOTS,
+           more=printed2_rows, paper=PRINTED2),
     Recipe('scale', scale_rows, _SETTINGS[::2], IMBALANCED, {}, _IMBALANCED, _SHOTS),
     Recipe('3', table3_rows, (Setting('single-query', 'Single query'),),
            {'glyphs': _GLYPHS, '': _PERSONS},
            {'dukemtmc': 'dukemtmc', '': 'market1501'},
            ('mAP', 'rank1', 'rank5', 'mINP', 'class_margin', 'less_optimum'),
            kind='identities.ReIDConfiguration',
-           dataset='glyphs'),
+           dataset='glyphs', more=more3_rows),
     Recipe('verification', table3_rows, (Setting('pairs', 'Pairs'),),
            {'glyphs': _GLYPHS, '': _FACES}, {},
            ('fold_accuracy', 'standard_error', 'tar_at_0.1', 'tar_at_0.01',
@@ -311,8 +428,9 @@ def choose(
     rows: list[Row],  # rows to choose from
     patterns: list[str] | None,  # names, with * and ? as in a shell; None chooses all
 ) -> list[Row]:  # in the order of the table
-    "Return the rows that a list of names and patterns picks."
+    "Return the rows that a list of names and patterns picks; 'printed': as printed."
     if patterns is None: return rows
+    patterns = ['printed-*' if p == 'printed' else p for p in patterns]
     for pattern in patterns:
         if not any(fnmatchcase(row.name, pattern) for row in rows):
             raise ValueError(f'rows must name rows of the table, got {pattern!r}; '
@@ -331,11 +449,10 @@ def rescaled(
         if was is not None:
             name = re.sub(rf'-{was:g}(?=$|[-+])', f'-{scale:g}', name)
             label = label.replace(f's={was:g}', f's={scale:g}')
-        return Row(name, label, dict(row.changes, scale=scale))
-    def rows(num_classes):
-        return list({row.name: row for row in map(at_scale, recipe.rows(num_classes))
-                     }.values())
-    return replace(recipe, rows=rows)
+        return Row(name, label, Settings(OURS, row.changes, scale=scale))
+    def of(rows):
+        return lambda k: list({r.name: r for r in map(at_scale, rows(k))}.values())
+    return replace(recipe, rows=of(recipe.rows), more=of(recipe.more))
 
 # %% ../../nbs/study/36_recipes.ipynb #695080b1
 def printed(
@@ -346,7 +463,8 @@ def printed(
 ) -> dict:  # accuracy (percent), class_margin (degrees), …, as in `COLUMNS`; or {}
     "Return the printed numbers for a row; without those printed as a dash."
     beside = recipe.beside.get(dataset, recipe.beside.get(''))
-    where = dict(table=recipe.name, row=row.label, dataset=beside, setting=setting.name)
+    where = dict(table=recipe.name, row=row.label.removesuffix(_SUFFIX),
+                 dataset=beside, setting=setting.name)
     for cell in printed_numbers()['cells']:
         if where.items() <= cell.items():
             return {k: v for k, v in cell.items() if k not in where and v is not None}

@@ -76,14 +76,15 @@ class Run:
 def plan(
     recipe: Recipe,  # the table
     dataset: str | None = None,  # name or path of the data set; None: the recipe's
-    rows: list[str] | None = None,  # names or patterns; None takes all rows
+    rows: list[str] | None = None,  # names or patterns; None: ours, not as printed
     seeds: int | list[int] = 1,  # trainings of each row, ≥ 1 (0, 1, …); or the seeds
     num_classes: int = 10,  # number of classes in the data set
     **changes,  # fields of the configuration for all runs, such as epochs and data
 ) -> list[Run]:  # all rows with the first seed, then all with the next
     "List what a table will train, in that order."
     if isinstance(seeds, int): seeds = range(integer('seeds', seeds, at_least=1))
-    chosen, dataset = choose(recipe.rows(num_classes), rows), dataset or recipe.dataset
+    chosen, dataset = recipe.rows(num_classes), dataset or recipe.dataset
+    if rows is not None: chosen = choose(chosen + recipe.more(num_classes), rows)
     return [Run(setting, row, recipe.configuration(dataset, setting, row, seed=seed,
                                                    **changes), recipe.figures)
             for seed in seeds for setting in recipe.settings for row in chosen]
@@ -261,7 +262,7 @@ def aggregate(
     for run, found in finished:
         groups.setdefault((run.setting.name, run.row.name), []).append((run, found))
     settings = [setting.name for setting in recipe.settings]
-    rows = [row.name for row in recipe.rows(2)]
+    rows = [row.name for row in recipe.rows(2) + recipe.more(2)]
     order = sorted(groups, key=lambda at: (settings.index(at[0]), rows.index(at[1])))
     return [_line(recipe, groups[at]) for at in order]
 
@@ -382,7 +383,7 @@ def make_table(
     dataset: str | None = None,  # name or path of the data set; None: the recipe's
     out: str | Path = 'runs/table',  # directory for records and tables
     *,
-    rows: list[str] | None = None,  # names or patterns; None takes all rows
+    rows: list[str] | None = None,  # names or patterns; None: ours, not as printed
     seeds: int | list[int] = 1,  # trainings of each row, ≥ 1 (0, 1, …); or the seeds
     jobs: int = 1,  # runs at the same time, ≥ 1, or −1 for as many as there are cores
     threads: int | None = 1,  # CPU threads of each run; None: torch's default
@@ -476,12 +477,19 @@ def _plan_in_words(recipe, runs, absent=''):
         ours = [run for run in runs if run.setting == s
                 and run.configuration.seed == runs[0].configuration.seed]
         first = ours[0].configuration
-        data, part, training = ((absent, '', first.training) if absent
-                                else first.describe())
+        data, part = (absent, '') if absent else first.describe()
         if not lines: lines += [recipe.title, data]
         lines.append(f'\n{s.label}{f": {part}" if part else ""}')
         lines += [f'  {run.row.name:22} {run.configuration.label}' for run in ours]
-    return [*lines, f'\n{training}']
+    trained = {}
+    for run in runs: trained.setdefault(run.configuration.training, run)
+    for training, run in trained.items():
+        told = {}
+        for name, source in recipe.sources(run.dataset, run.setting, run.row).items():
+            told.setdefault(source, []).append(name)
+        lines += [f'\n{training}', *(f'  from {source}: {", ".join(names)}'
+                                     for source, names in told.items())]
+    return lines
 
 # %% ../../nbs/study/37_tables.ipynb #37c0de01
 def _estimate(missing, jobs, threads):
