@@ -165,8 +165,11 @@ class ImageLoader(DataLoader):
         **kwargs,  # as for fastai's DataLoader: bs, shuffle, drop_last, device
     ):
         super().__init__(dataset, **kwargs)
+        on_gpu = self.device is not None and self.device.type == 'cuda'
+        if on_gpu: self.dataset = _placed(self.dataset, self.device)
         self.augment, self.seed = augment, seed
-        self.generator = None if seed is None else torch.Generator().manual_seed(seed)
+        self.generator = None if seed is None else torch.Generator(
+            self.device if on_gpu else 'cpu').manual_seed(seed)
 
     def new(self, dataset=None, cls=None, **kwargs):
         "Make a loader like this one; tensors become a data set like this one's."
@@ -175,13 +178,16 @@ class ImageLoader(DataLoader):
         return super().new(dataset, cls, **{**kept, **kwargs})
 
     def shuffle_fn(self, idxs):
-        return torch.randperm(len(idxs), generator=self.generator)
+        where = None if self.generator is None else self.generator.device
+        return torch.randperm(len(idxs), generator=self.generator, device=where)
 
     def __iter__(self): return self.create_batches(torch.as_tensor(self.get_idxs()))
 
     def create_batches(self, samps):
         "Make batches of the given indices; fastai's loader in processes asks here."
         rows = samps if isinstance(samps, Tensor) else torch.tensor(list(samps))
+        if isinstance(self.dataset.images, Tensor):  # once an epoch, not once a batch
+            rows = rows.to(self.dataset.images.device)
         if self.drop_last: rows = rows[:len(rows) // self.bs * self.bs]
         for batch in rows.long().split(self.bs): yield self.batch(batch)
 
@@ -191,9 +197,11 @@ class ImageLoader(DataLoader):
     ) -> tuple[Tensor, ...]:  # images [n, c, h, w] and, if known, classes [n]
         "Return one batch, on the loader's device."
         data = self.dataset
-        x, *y = (t.to(self.device, non_blocking=True) for t in data[rows])
+        x, *y = (_moved(t, self.device) for t in data[rows])
         if self.augment is not None: x = self.augment(x, self.generator)
-        mean, std = (t.to(x.device)[:, None, None] for t in (data.mean, data.std))
+        if data.mean.device != x.device:
+            data.mean, data.std = data.mean.to(x.device), data.std.to(x.device)
+        mean, std = data.mean[:, None, None], data.std[:, None, None]
         return (x.float().sub_(mean).div_(std), *y)
 
     def one_batch(self):
@@ -210,8 +218,27 @@ class ImageLoader(DataLoader):
         axes=None,  # matplotlib axes; None makes a figure
     ):
         "Show the first images with their classes, as bytes."
-        return show_images(self.dataset.images[:max_n], self.dataset.targets[:max_n],
-                           self.dataset.vocab, axes)
+        images, targets = (x[:max_n].cpu() for x in (self.dataset.images,
+                                                     self.dataset.targets))
+        return show_images(images, targets, self.dataset.vocab, axes)
+
+# %% ../nbs/training/21_data.ipynb #21c0de01
+MOST_PLACED = 2**32  # bytes of the images of a split that a GPU keeps
+
+
+def _placed(data, device):
+    "The same data set with its images on the GPU, unless they are too many."
+    fits = isinstance(data.images, Tensor) and data.images.nbytes <= MOST_PLACED
+    if not fits or data.images.device == device: return data
+    targets = None if data.targets is None else data.targets.to(device)
+    return data.new(data.images.to(device), targets)
+
+
+def _moved(x, device):
+    "A tensor on the device; from the host to a GPU without waiting."
+    if device is not None and device.type == 'cuda' and x.device.type == 'cpu':
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
 
 # %% ../nbs/training/21_data.ipynb #fd238949
 def show_images(
@@ -271,10 +298,11 @@ class RandomAffine:
     def __call__(
         self,
         x: Tensor,  # images, bytes, [n, c, h, w]
-        generator: torch.Generator | None = None,  # source of randomness, on the CPU
+        generator: torch.Generator | None = None,  # source of randomness
     ) -> Tensor:  # moved images, bytes, [n, c, h, w]
         n, c, h, w = x.shape
-        draw = partial(torch.randint, generator=generator)
+        where = x.device if generator is None else generator.device
+        draw = partial(torch.randint, generator=generator, device=where)
         top, left = (draw(2 * self.shift + 1, (n, 1)).to(x.device) for _ in range(2))
         rows = top + torch.arange(h, device=x.device)
         columns = left + torch.arange(w, device=x.device)
@@ -286,7 +314,7 @@ class RandomAffine:
         channels = torch.arange(c, device=x.device)[:, None, None]
         moved = padded[every, channels, rows[:, None, :, None], columns[:, None, None]]
         if not self.rotate: return moved
-        turns = 2 * torch.rand(n, generator=generator) - 1
+        turns = 2 * torch.rand(n, generator=generator, device=where) - 1
         return rotate_images(moved, self.rotate * turns)
 
     def __repr__(self):

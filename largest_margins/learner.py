@@ -21,7 +21,7 @@ from fastai.callback import progress, schedule  # noqa: F401  fit_one_cycle and 
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import Normalize, get_c
-from fastai.learner import Learner
+from fastai.learner import AvgSmoothLoss, Learner
 from fastai.callback.data import CollectDataCallback
 from fastai.metrics import accuracy
 from fastai.vision.core import imagenet_stats
@@ -66,6 +66,15 @@ class MarginLearner(Learner):
         model = bare(self.model)
         own = isinstance(model, MarginModel) and isinstance(model[-1], MarginHead)
         return model[-1] if own else None
+
+    def _do_epoch_train(self):
+        "As in fastai; cuDNN looks for its fastest convolutions, unless deterministic."
+        cudnn, losses = torch.backends.cudnn, self.recorder.losses
+        before, first = cudnn.benchmark, len(losses)
+        cudnn.benchmark = before or not cudnn.deterministic
+        try: super()._do_epoch_train()
+        finally: cudnn.benchmark = before
+        if losses[first:]: losses[first:] = torch.stack(losses[first:]).cpu().unbind()
 
     def _do_one_batch(self):
         head = self._head
@@ -309,6 +318,7 @@ def margin_learner(
     model.mixed_precision = bool(mixed_precision)
     counts = _known_counts(dls) if loss and classes <= 100 else None
     learn.add_cb(MarginRecorder(class_counts=counts))
+    learn.recorder.smooth_loss = _SmoothLoss(learn.recorder.smooth_loss.beta)
     if pretrained: learn.freeze()
     return learn
 
@@ -319,6 +329,16 @@ def _known_counts(dls):
     if not hasattr(data, 'targets') and len(data) > 50_000: return None
     try: return class_counts(dls)
     except (ValueError, TypeError): return None
+
+# %% ../nbs/training/24_learner.ipynb #24c0de02
+class _SmoothLoss(AvgSmoothLoss):
+    "fastai's smoothed loss, kept where the loss is: the CPU does not wait for it."
+
+    def accumulate(self, learn):
+        self.count += 1
+        loss = learn.loss.detach().mean()
+        if self.val.device != loss.device: self.val = self.val.to(loss.device)
+        self.val = torch.lerp(loss, self.val, self.beta)
 
 # %% ../nbs/training/24_learner.ipynb #3cbf1d18
 def _nearest_accuracy(nearest, targets):

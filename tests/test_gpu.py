@@ -6,6 +6,7 @@ between host and GPU, for which the host waits.
 """
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,13 +17,18 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import largest_margins.data as data_module
 from largest_margins import checks, losses, margins
+from largest_margins.callbacks import MarginModel
+from largest_margins.data import ImageDataset, ImageLoader, RandomAffine, load
 from largest_margins.engine import fused, shards
 from largest_margins.engine.cosines import cosine_matrix
 from largest_margins.heads import CosineLinear, MarginHead, ShardedMarginHead
+from largest_margins.learner import _SmoothLoss, margin_learner, margin_neck
 from largest_margins.losses import AdaFaceLoss, CosFaceLoss, GMSoftmaxLoss
 from largest_margins.margins import class_margin, class_sample_margins, min_sample_margin, norm_ratio, sample_margins
 from largest_margins.regularizers import zero_centroid
+from largest_margins.training.bodies import ConvBody
 
 GPU_CHECK = Path(__file__).parent.parent/'benchmarks'/'gpu.py'
 N, D, K = 7, 3, 4
@@ -170,6 +176,48 @@ def test_margins_and_heads(fake):
                      class_margin(torch.rand(2100, D, device='cuda'))]  # the last in several tiles
             found += [f(cosines, targets) for f in (sample_margins, class_sample_margins, min_sample_margin)]
     assert all(map(on_gpu, found))
+
+
+# --- a training step ---
+
+def test_images_stay_on_the_gpu_and_batches_are_made_there(fake):
+    images = torch.randint(0, 255, (64, 3, 8, 8), dtype=torch.uint8)
+    data = ImageDataset(images, torch.arange(64) % K, list('abcd'), torch.ones(3), torch.ones(3))
+    with fake:
+        loader = ImageLoader(data, bs=16, shuffle=True, augment=RandomAffine(2, True, 10.), device=torch.device('cuda'))
+        assert on_gpu(loader.dataset.images) and on_gpu(loader.dataset.targets) and not on_gpu(data.images)
+        batches = iter(loader)
+        next(batches)
+        with NoCopies(): assert all(on_gpu(x) and on_gpu(y) for x, y in batches)
+
+
+def test_too_many_images_are_pinned(fake, monkeypatch):
+    monkeypatch.setattr(data_module, 'MOST_PLACED', 100)
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, 'pin_memory', lambda x: pinned.append(x) or x)
+    data = ImageDataset(torch.zeros(6, 1, 8, 8).byte(), torch.arange(6) % K, list('abcd'), torch.ones(1), torch.ones(1))
+    with fake:
+        loader = ImageLoader(data, bs=3, device=torch.device('cuda'))
+        x, y = next(iter(loader))
+    assert not on_gpu(loader.dataset.images) and on_gpu(x) and on_gpu(y) and len(pinned) == 2
+
+
+def test_a_step_and_its_smoothed_loss_do_not_wait(fake):
+    with fake, torch.device('cuda'):
+        model = MarginModel(ConvBody(1, (4, 8)), margin_neck((2, 8, 2, 2), D)[0], MarginHead(D, K, CosFaceLoss()))
+        model.mixed_precision, smooth = True, _SmoothLoss()
+        x, y = torch.rand(N, 1, 8, 8), torch.zeros(N, dtype=torch.long)
+        with NoCopies():
+            value = model(x, y)
+            smooth.accumulate(SimpleNamespace(loss=value))
+        assert on_gpu(value) and on_gpu(smooth.val)
+
+
+def test_the_layout_of_a_body_elsewhere():
+    dls = load('digits').dataloaders(64, device='meta')
+    learn = margin_learner(dls, ConvBody(), CosFaceLoss())
+    assert learn.model[0][0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert not learn.model.mixed_precision
 
 
 # --- a mismatch is said clearly ---

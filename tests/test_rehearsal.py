@@ -27,12 +27,14 @@ def folder(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize('table, rows, runs', [('1', ['ce', 'normface-20'], 2), ('2', ['normface+prior'], 4)])
+@pytest.mark.parametrize('table, rows, runs', [('1', ['ce', 'normface-20'], 2), ('2', ['normface+prior'], 4),
+                                               ('2', ['printed-normface'], 4)])
 def test_a_table_of_the_paper_end_to_end(table, rows, runs, folder, tmp_path, capsys, monkeypatch):
     from largest_margins.study import recipes
     small = dict(body='conv2-narrow', embedding=16, epochs=1, batch_size=64, learning_rate=1e-2)
     monkeypatch.setitem(recipes.TABLES['1'].training, 'cifar10', small)  # the table's ResNets take hours
     monkeypatch.setitem(recipes.TABLES['2'].training, 'cifar10', small)
+    monkeypatch.setitem(recipes.TABLES['2'].paper, 'cifar10', dict(small, neck='none'))
     command = ['table', table, '--dataset', 'cifar10', '--data', str(folder), '--out', str(tmp_path/'out'), '--rows',
                *rows]
     with pytest.raises(SystemExit) as done: main([*command, '--dry-run'])
@@ -42,3 +44,9 @@ def test_a_table_of_the_paper_end_to_end(table, rows, runs, folder, tmp_path, ca
     assert 'paper, CIFAR-10' in (tmp_path/'out'/'table.md').read_text()
     with pytest.raises(SystemExit) as done: main([*command, '--resume'])
     assert done.value.code == 0 and f'{runs} of {runs} runs are there already' in capsys.readouterr().out
+
+
+def test_strict_refuses_other_files(folder, tmp_path, capsys):
+    command = ['table', '1', '--dataset', 'cifar10', '--data', str(folder), '--rows', 'ce', '--out', str(tmp_path/'x')]
+    with pytest.raises(SystemExit) as done: main([*command, '--strict'])
+    assert done.value.code == 2 and 'is not the published file' in capsys.readouterr().err

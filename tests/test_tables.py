@@ -319,14 +319,15 @@ def test_the_writers_agree(made_up):
     cells = [[c.strip().replace('\\*', '*') for c in line[1:-1].split('|')] for line in lines]
     assert Cells(html_page(summary)).rows == cells and len(cells) == 4 * 5
     assert cells[0] == ['', 'accuracy %', 'paper, CIFAR-10', 'best epoch % (chosen on test)', 'many %', 'medium %',
-                        'rarer half %', 'class margin°', 'paper, CIFAR-10', 'mean sample margin', 'runs']  # no few-shot
+                        'rarer half %', 'class margin°', 'paper, CIFAR-10', 'less the optimum°', 'mean sample margin',
+                        'runs']  # no few-shot
     rows = list(csv.DictReader(io.StringIO(comma_separated(summary))))
     for row, ours in zip(rows, [c for c in cells if c[0]], strict=True):
         assert ours[0].split(' (')[0] == row['label'] and ours[2] == row['accuracy_paper'].removesuffix('.0')
         mean, std = (float(row[f'accuracy_{what}']) for what in ('mean', 'std'))
         assert ours[1].strip('*') == f'{mean:.2f} ± {std:.2f}' and row['few_mean'] == ''
     body = [line for line in latex(summary).splitlines() if ' & ' in line]
-    assert len(body) == len(cells) and all(line.count('&') == 10 and line.endswith(r' \\') for line in body)
+    assert len(body) == len(cells) and all(line.count('&') == 11 and line.endswith(r' \\') for line in body)
     assert not re.search(r'(?<!\\)[%_°±]', ''.join(body)) and latex(summary).count(r'\textbf') == 4 * 7
 
 
@@ -340,7 +341,8 @@ def test_the_best_is_bold(made_up):
 
 # The command
 
-@pytest.mark.parametrize('table, dataset, settings', [('1', 'cifar100', 1), ('2', 'cifar10', 4)])
+@pytest.mark.parametrize('table, dataset, settings', [
+    ('1', 'cifar100', 1), ('2', 'cifar10', 4), ('3', 'market1501', 1), ('2', 'mnist', 4)])
 def test_a_dry_run_needs_no_data(table, dataset, settings, tmp_path, capsys):
     command = 'table', table, '--dataset', dataset, '--data', tmp_path/'nowhere', '--rows', 'ce', '--out', tmp_path/'x'
     assert run(*command, '--dry-run', '--seeds', '2') == 0
@@ -358,6 +360,46 @@ def test_dry_run(tmp_path, capsys):
         kept = data.subset(imbalanced_indices(data.train_targets, 100., kind))
         assert f'{sum(kept.counts)} training images, by class {kept.counts}' in said
     assert 'LM-Softmax s=20 + 500 R_w' in said and 'conv3, 20 epochs' in said
+
+
+def test_a_dry_run_estimates_from_an_epoch(tmp_path, capsys):
+    for jobs in (1, 2): assert run('table', '1', '--rows', 'ce*', '--dry-run', '--jobs', jobs, '--out', tmp_path/'x') == 0
+    said = capsys.readouterr().out
+    assert said.count('one epoch of ce takes') == 2 and 'all 2 runs' in said and not (tmp_path/'x').exists()
+
+
+def test_options_change_every_row_that_can_have_them(tmp_path, capsys):
+    asked = ['--dataset', 'cifar10', '--data', tmp_path, '--dry-run']
+    assert run('table', '1', *asked, '--scale', '7', '--body', 'conv3', '--batch-size', '50', '--learning-rate', '.5') == 0
+    said = capsys.readouterr().out
+    assert '10 runs' in said and 'normface-7+rsm' in said and 'CosFace s=7 m=0.1' in said and 's=20' not in said
+    assert 'conv3, 250 epochs, batches of 50, cosine, learning rate 0.5' in said
+    assert run('table', '2', *asked, '--scale', '7', '--rows', 'ce', 'ldam') == 0
+    assert 'LDAM s=7' in capsys.readouterr().out
+    assert run('table', 'sphere', '--bf16', '--dry-run') == 2
+
+
+def test_rows_as_printed():
+    for recipe, n in ((ONE, 20), (TWO, 13), (TABLES['3'], 13)):
+        rows = choose(recipe.rows(10) + recipe.more(10), ['printed'])
+        assert len(rows) == n and not {row.name for row in rows} & {row.name for row in recipe.rows(10)}
+        for row in rows:
+            if row.name != 'printed-ldam-30': assert printed(recipe, 'cifar10', recipe.settings[0], row) or recipe != TWO
+    rows = {row.name: row for row in TWO.more(100)}
+    c = TWO.configuration('cifar100', TWO.settings[0], rows['printed-cosface+rw'])
+    assert (c.scale, c.margin, c.zero_centroid, c.body, c.neck, c.epochs, c.rotate) == (
+        5., .35, 50_000., 'paper-resnet34', 'none', 250, 20.)
+    assert TWO.configuration('cifar10', TWO.settings[0], rows['printed-ldam-30']).scale == 30.
+    mnist = ONE.configuration('mnist', ONE.settings[0], ONE.more(10)[0])
+    assert (mnist.body, mnist.neck, mnist.batch_size, mnist.schedule) == ('paper-conv', 'none', 256, 'cosine')
+
+
+def test_every_setting_has_a_source():
+    for recipe in (ONE, TWO, TABLES['3']):
+        for dataset in ('mnist', 'cifar10', 'market1501', 'digits'):
+            for row in recipe.rows(10) + recipe.more(10):
+                found = recipe.sources(dataset, recipe.settings[0], row)
+                assert found.keys() >= {'loss', 'body', 'epochs', 'batch_size', 'learning_rate'} and all(found.values())
 
 
 def test_finished_runs_are_not_repeated(whole, capsys):

@@ -22,7 +22,6 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from fastai.callback.core import Callback
-from fastai.callback.tracker import TerminateOnNaNCallback
 from fastai.callback.training import GradientClip
 from fastai.learner import Learner
 from torch import Tensor, nn
@@ -33,7 +32,7 @@ from ..callbacks import Checkpoint
 from ..checks import NotFinite, plain
 from ..data import ImageData, RandomAffine, class_folders
 from .configurations import LOSSES, TrainingFields, _field
-from .experiments import time_epoch
+from .experiments import StopAtNaN, time_epoch
 from .glyphs import write_glyph_market, write_glyph_pairs
 from ..images import ImageFiles
 from ..reid import (
@@ -247,7 +246,7 @@ def _one_after_another(moves, x, generator=None):
 def _callbacks(c, checkpoint):
     "What ends a training that diverged, and keeps the state after each epoch."
     clip, same = SCHEDULES[c.schedule].clip, asdict(replace(c, data=None))
-    return [TerminateOnNaNCallback(), *([GradientClip(clip)] if clip else []),
+    return [StopAtNaN(), *([GradientClip(clip)] if clip else []),
             *([TripletLoss(c.triplet)] if c.triplet else []),
             *([] if checkpoint is None else [Checkpoint(checkpoint, same)])]
 
