@@ -7,7 +7,8 @@
    features, in chunks, dense and lazy, with and without autocast; then margins, predictions and heads.
 2. No host sync: forward and backward of each under `torch.cuda.set_sync_debug_mode('error')`.
 3. A few batches of training with `margin_learner`, in mixed precision.
-4. Time of a step (CUDA events, rows interleaved, medians) and peak memory over the gradients, with TF32 off and on.
+4. ResNet-18 on Fashion-MNIST in bfloat16: CE and margin losses with and without R_sm, as many seeds as fit.
+5. Time of a step (CUDA events, rows interleaved, medians) and peak memory over the gradients, with TF32 off and on.
 
 Without a GPU it says so, claims nothing and writes nothing. What did not fit into time or memory is listed as left out.
 The exit status is 1 if a result is wrong.
@@ -255,6 +256,30 @@ def train(report, device):
                    right=all(map(math.isfinite, values)) and where == device)
 
 
+STUDY = dict(dataset='fashion_mnist', body='resnet18', embedding=None, epochs=5, batch_size=256, schedule='cosine',
+             learning_rate=.1, weight_decay=1e-4, shift=2, flip=True, bf16=True)
+QUICK = dict(STUDY, dataset='digits', body='conv2-narrow', epochs=1, shift=0)
+
+
+def study(report, settings, seconds, most_seeds):
+    "Trainings of five rows, seed by seed, until the time for them is over."
+    from largest_margins.study.experiments import Configuration, train
+    end = report.spent() + min(seconds, report.left() / 2)
+    rows = [('CE', dict(loss='ce')), ('CE + 0.5 R_sm', dict(loss='ce', sample_margin=.5)),
+            ('NormFace s=20', dict(loss='normface')),
+            ('NormFace s=20 + 0.5 R_sm', dict(loss='normface', sample_margin=.5)),
+            ('LM-Softmax s=20', dict(loss='lm-softmax'))]
+    for seed in range(most_seeds):
+        for name, changes in rows:
+            if report.spent() > end: return report.leave_out(f'study, {name}, seed {seed}', 'no time')
+            try: found = train(Configuration(**settings, **changes, seed=seed))
+            except FileNotFoundError as e: return report.leave_out('study', str(e))
+            report.add('study', row=name, seed=seed, epochs=settings['epochs'], body=settings['body'],
+                       accuracy=round(found.accuracy, 2), class_margin=round(found.class_margin, 2),
+                       mean_sample_margin=round(found.mean_sample_margin, 3), seconds=round(found.seconds, 1),
+                       right=not found.diverged)
+
+
 # --- time and memory ---
 
 def of_function(function, features, prototypes, targets):
@@ -426,6 +451,7 @@ def main():
         check_margins(report, device, small)
         check_syncs(report, device, small, chosen)
         train(report, device)
+        study(report, *((QUICK, 60, 1) if options.quick else (STUDY, 180, 10)))
         measure_all(report, device, shapes, rounds)
     except TimeoutError as e: report.leave_out('everything after the last row', str(e))
     signal.setitimer(signal.ITIMER_REAL, 0)

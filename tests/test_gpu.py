@@ -395,6 +395,7 @@ def test_the_same_checks_on_a_cpu(tmp_path):
     assert len(found['correctness']) >= 20 and all(row['right'] for row in found['correctness'])
     assert {row['row'] for row in found['training']} == {'ArcFace', 'LM-Softmax', 'LDAM'}
     assert all(row['milliseconds'] > 0 for row in found['time'])
+    assert len({row['row'] for row in found['study']}) == 5 and all(row['accuracy'] > 0 for row in found['study'])
     assert {'cross-entropy', 'ours, ArcFace', 'metric-learning ArcFace'} <= {row['row'] for row in found['time']}
     assert 'no sync' not in found  # a CPU says nothing about that
     assert [p.name for p in tmp_path.iterdir()] == ['cpu.json']
