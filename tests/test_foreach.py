@@ -3,14 +3,16 @@ from functools import partial
 
 import pytest
 import torch
+from fastai.callback.core import Callback
 from fastai.optimizer import SGD, Adam, Lamb
 from torch import nn
 
-from largest_margins.data import load
+from largest_margins.data import ImageData, load
 from largest_margins.learner import margin_learner
 from largest_margins.losses import NormFaceLoss
 from largest_margins.training.bodies import ConvBody, resnet32
 from largest_margins.training.foreach import CountOperations, ForeachOptimizer, foreach
+from largest_margins.training.schedules import optimiser_for
 
 
 @pytest.mark.parametrize('usual', [Adam, partial(SGD, mom=.9, decouple_wd=False)])
@@ -51,12 +53,22 @@ def test_others_are_left_as_they_are():
     with pytest.raises(NotImplementedError): foreach(p, lr=.1).step(lambda: None)
 
 
-def test_a_step_of_resnet32_takes_at_most_500_operations():
-    body, prototypes = resnet32(), nn.Parameter(torch.randn(10, 64))
-    opt = foreach([*body.parameters(), prototypes], lr=.1, wd=2e-4, opt_func=partial(SGD, mom=.9, decouple_wd=False))
-    for _ in range(2):
-        with CountOperations() as counted:
-            NormFaceLoss(20.).linear(body(torch.randn(4, 3, 8, 8)), prototypes, torch.arange(4)).backward()
-            opt.step()
-            opt.zero_grad()
-    assert 100 < counted.total <= 500
+class Count(Callback):
+    "Counts the operations of each training step."
+    order = -100
+
+    def before_batch(self):
+        if self.training: self.counted = CountOperations().__enter__()
+
+    def after_batch(self):
+        if self.training: self.counted.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize('mixed_precision', [False, True])
+def test_a_training_step_of_resnet32_takes_at_most_500_operations(mixed_precision):
+    images, targets = torch.zeros(8, 3, 8, 8).byte(), torch.arange(8) % 2
+    dls = ImageData('zeros', images, targets, images, targets, ['a', 'b']).dataloaders(4, device='cpu')
+    learn = margin_learner(dls, resnet32(), NormFaceLoss(20.), mixed_precision=mixed_precision, cbs=Count(), wd=2e-4,
+                           **optimiser_for('steps'))
+    with learn.no_bar(), learn.no_logging(): learn.fit(1, .1)
+    assert 100 < learn.count.counted.total <= 500
