@@ -287,6 +287,7 @@ def _table(args):
     out = f'runs/table{args.table}' + (f'-{Path(dataset).name}' if dataset else '')
     given = {name: getattr(args, name) for name in _CHANGES}
     return _make(recipe, args, dataset, args.out or out, rows=args.rows,
+                 settings=args.settings,
                  seeds=args.seeds, jobs=args.jobs, resume=args.resume,
                  dry_run=args.dry_run, **given)
 
@@ -322,8 +323,11 @@ def _table_arguments(p):
     _training_arguments(p)
     _run_arguments(p, None, threads=1)
     p.add_argument('--rows', nargs='+', metavar='ROW',
-                   help='names like cosface-20, or patterns like "cosface*"; '
-                   'default: all; a dry run lists them')
+                   help='names like cosface-20, or patterns like "cosface*"; "printed": '
+                   'as the slides have them; default: all of ours; a dry run lists '
+                   'them')
+    p.add_argument('--settings', nargs='+', metavar='NAME',
+                   help='parts of the table, such as step-100 or "long*"; default: all')
     p.add_argument('--seeds', type=int, default=1, metavar='N',
                    help='trainings of each row: seeds 0 to N−1; default 1')
     p.add_argument('--weights', metavar='FILE', help='table 3 on persons: weights of '

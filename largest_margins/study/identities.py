@@ -35,6 +35,7 @@ from .configurations import LOSSES, TrainingFields, _field
 from .experiments import StopAtNaN, time_epoch
 from .glyphs import write_glyph_market, write_glyph_pairs
 from ..images import ImageFiles
+from ..margins import unit_rows
 from ..reid import (
     ReIDData, cosine_distances, duke_folder, embed, evaluate, market_folder,
     pk_dataloaders, reid_learner, resnet50_body)
@@ -354,8 +355,13 @@ class ReIDConfiguration(IdentityConfiguration):
     def _examine(self, learn, task):
         query, gallery = (embed(learn, x) for x in (task.query, task.gallery))
         found = evaluate(cosine_distances(query, gallery), *task.labels)
-        return measure(found, self._names), dict(valid_queries=found.valid_queries,
-                                                 cmc=found.cmc.tolist())
+        persons, cameras, *others = task.labels
+        everyone = [torch.cat(pair) for pair in zip((persons, cameras), others)]
+        shots = {n: few_shot_accuracy(torch.cat([query, gallery]), *everyone, n)
+                 for n in (1, 3)}
+        transfer = measure(SimpleNamespace(shots=shots), ('one_shot', 'three_shot'))
+        return measure(found, self._names) | transfer, dict(
+            valid_queries=found.valid_queries, cmc=found.cmc.tolist())
 
     def describe(self) -> tuple[str, str]:  # the data, this part
         "Say what a dry run prints; refuse bad data."
@@ -371,6 +377,26 @@ class ReIDConfiguration(IdentityConfiguration):
             _who(self, found), 'Single query, matches on other cameras only, average '
             'precision as the mean of the precisions at the matches, cosines of '
             'features after the neck, no re-ranking', *found.get('warnings', [])])
+
+# %% ../../nbs/study/39_identities.ipynb #39c0de13
+def few_shot_accuracy(
+    features: Tensor,  # of any norm, [N, d]
+    persons: Tensor,  # person on each picture; 0: a distractor, [N]
+    cameras: Tensor,  # camera of each picture, [N]
+    shots: int = 1,  # cameras of each person to learn from, ≥ 1
+) -> float:  # in [0, 1]; nan if nobody is on more cameras than that
+    "Classify pictures by the nearest mean feature of a few others of each person."
+    kept = persons > 0
+    features, cameras = unit_rows(features[kept].double()), cameras[kept]
+    names, persons = persons[kept].unique(return_inverse=True)
+    seen = torch.zeros(len(names), cameras.max() + 1).bool()
+    seen[persons, cameras] = True
+    rank = seen.long().cumsum(1)[persons, cameras]  # of the person's cameras, from 1
+    learned = rank <= shots
+    means = torch.zeros(len(names), features.shape[1], dtype=features.dtype)
+    means.index_add_(0, persons[learned], features[learned])
+    nearest = (features[~learned] @ unit_rows(means).T).argmax(1)
+    return (nearest == persons[~learned]).double().mean().item()
 
 # %% ../../nbs/study/39_identities.ipynb #f920d6bd
 @dataclass(frozen=True, eq=False)

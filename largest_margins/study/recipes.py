@@ -356,7 +356,8 @@ TABLES = {recipe.name: recipe for recipe in (
     Recipe('3', table3_rows, (Setting('single-query', 'Single query'),),
            {'glyphs': _GLYPHS, '': _PERSONS},
            {'dukemtmc': 'dukemtmc', '': 'market1501'},
-           ('mAP', 'rank1', 'rank5', 'mINP', 'class_margin', 'less_optimum'),
+           ('mAP', 'rank1', 'rank5', 'mINP', 'one_shot', 'three_shot', 'class_margin',
+            'less_optimum'),
            kind='identities.ReIDConfiguration',
            dataset='glyphs', more=more3_rows),
     Recipe('verification', table3_rows, (Setting('pairs', 'Pairs'),),
@@ -425,7 +426,7 @@ def find_recipe(
 
 # %% ../../nbs/study/36_recipes.ipynb #e025a576
 def choose(
-    rows: list[Row],  # rows to choose from
+    rows: list[Row],  # rows, or settings, to choose from
     patterns: list[str] | None,  # names, with * and ? as in a shell; None chooses all
 ) -> list[Row]:  # in the order of the table
     "Return the rows that a list of names and patterns picks; 'printed': as printed."
@@ -433,7 +434,8 @@ def choose(
     patterns = ['printed-*' if p == 'printed' else p for p in patterns]
     for pattern in patterns:
         if not any(fnmatchcase(row.name, pattern) for row in rows):
-            raise ValueError(f'rows must name rows of the table, got {pattern!r}; '
+            kind = f'{type(rows[0]).__name__.lower()}s'
+            raise ValueError(f'{kind} must name {kind} of the table, got {pattern!r}; '
                              f'it has {", ".join(row.name for row in rows)}')
     return [row for row in rows if any(fnmatchcase(row.name, p) for p in patterns)]
 

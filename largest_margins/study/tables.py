@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -384,6 +384,7 @@ def make_table(
     out: str | Path = 'runs/table',  # directory for records and tables
     *,
     rows: list[str] | None = None,  # names or patterns; None: ours, not as printed
+    settings: list[str] | None = None,  # names or patterns of parts; None takes all
     seeds: int | list[int] = 1,  # trainings of each row, ≥ 1 (0, 1, …); or the seeds
     jobs: int = 1,  # runs at the same time, ≥ 1, or −1 for as many as there are cores
     threads: int | None = 1,  # CPU threads of each run; None: torch's default
@@ -396,6 +397,7 @@ def make_table(
     dataset, out = dataset or recipe.dataset, Path(out)
     changes = {name: value for name, value in changes.items() if value is not None}
     scale, absent = changes.pop('scale', None), ''
+    if settings: recipe = replace(recipe, settings=(*choose(recipe.settings, settings),))
     if scale is not None: recipe = rescaled(recipe, scale)
     try:
         k = recipe.configurations.num_classes(dataset, **changes)

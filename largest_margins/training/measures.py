@@ -126,6 +126,8 @@ def _identity_measures():
         rank1=Measure('Rank-1 %', 1, lambda x: 100 * x.cmc[0].item()),
         rank5=Measure('Rank-5 %', 1, lambda x: 100 * x.cmc[4].item()),
         mINP=Measure('mINP %', 1, lambda x: 100 * x.mINP),
+        one_shot=Measure('one-shot accuracy %', 1, lambda x: 100 * x.shots[1]),
+        three_shot=Measure('three-shot accuracy %', 1, lambda x: 100 * x.shots[3]),
         fold_accuracy=Measure('accuracy %', 2, lambda x: 100 * x.accuracy.mean),
         standard_error=Measure('standard error over folds %', 2,
                                lambda x: 100 * x.accuracy.sem, None),
