@@ -261,48 +261,6 @@ def learner_of(
     if c.fixed: learn.model[-1].fix(_best_places(*learn.model[-1].weight.shape))
     return learn, data, saver
 
-# %% ../../nbs/study/31_experiments.ipynb #31c0de03
-def noisy(
-    data: ImageData,
-    share: float,  # share of the training labels to replace, in [0, 1)
-    seed: int = 0,  # chooses the labels and their new classes
-) -> ImageData:  # the test split stays
-    "Replace a share of the training labels by other classes."
-    generator = torch.Generator().manual_seed(seed)
-    targets, k = data.train_targets.clone(), len(data.classes)
-    rows = torch.randperm(len(targets), generator=generator)
-    rows = rows[:round(share * len(targets))]
-    moves = torch.randint(1, k, (len(rows),), generator=generator)
-    targets[rows] = (targets[rows] + moves) % k
-    return replace(data, train_targets=targets)
-
-# %% ../../nbs/study/31_experiments.ipynb #31c0de06
-class _Timer(Callback):
-    "Times a fit; stops it after `most` seconds of training."
-
-    def __init__(self, most): self.most, self.seconds = most, 0.
-
-    def before_fit(self): self.start, self.share = time.perf_counter(), 1.
-
-    def after_batch(self):
-        if not self.training or time.perf_counter() < self.start + self.most: return
-        self.share = (self.iter + 1) / self.n_iter
-        raise CancelFitException
-
-    def after_fit(self): self.seconds = (time.perf_counter() - self.start) / self.share
-
-
-def time_epoch(
-    learn: Learner,  # what to train for an epoch
-    schedule: str,  # a name in `SCHEDULES`
-    most: float = 30.,  # seconds after which to stop, and to calculate the rest
-) -> float:  # seconds
-    "Time one epoch with its validation, without a trace but in the Learner."
-    timer = _Timer(most)
-    learn.add_cb(timer)
-    with suppress(NotFinite): fit_schedule(learn, schedule, 1, 1e-6)
-    return timer.seconds
-
 # %% ../../nbs/study/31_experiments.ipynb #aa3101ac
 class _Progress(Callback):
     "Tells a function about each epoch."
@@ -351,13 +309,6 @@ def _best_places(k, d):
     "The simplex, or the best packing found where it does not fit."
     return simplex(k, d) if k <= d + 1 else best_packing(k, d).points
 
-# %% ../../nbs/study/31_experiments.ipynb #b0eb8026
-def _history(learn):
-    "What `MarginRecorder` kept, with fastai's losses and the accuracy in percent."
-    kept = zip(learn.margin_recorder.history, learn.recorder.values, strict=False)
-    return [{**margins, 'train_loss': train, 'valid_loss': valid,
-             'accuracy': 100 * hits} for margins, (train, valid, hits, *_) in kept]
-
 # %% ../../nbs/study/31_experiments.ipynb #aa3101ae
 def _examined(c, learn, data, seconds):
     "What a trained network does on both splits."
@@ -394,3 +345,45 @@ def _outputs(model, batches):
         scores = plain(model[-1](features))
         found.append((cosines.cpu(), scores.cpu(), y.cpu()))
     return (torch.cat(part) for part in zip(*found, strict=True))
+
+# %% ../../nbs/study/31_experiments.ipynb #31c0de03
+def noisy(
+    data: ImageData,
+    share: float,  # share of the training labels to replace, in [0, 1)
+    seed: int = 0,  # chooses the labels and their new classes
+) -> ImageData:  # the test split stays
+    "Replace a share of the training labels by other classes."
+    generator = torch.Generator().manual_seed(seed)
+    targets, k = data.train_targets.clone(), len(data.classes)
+    rows = torch.randperm(len(targets), generator=generator)
+    rows = rows[:round(share * len(targets))]
+    moves = torch.randint(1, k, (len(rows),), generator=generator)
+    targets[rows] = (targets[rows] + moves) % k
+    return replace(data, train_targets=targets)
+
+# %% ../../nbs/study/31_experiments.ipynb #31c0de06
+class _Timer(Callback):
+    "Times a fit; stops it after `most` seconds of training."
+
+    def __init__(self, most): self.most, self.seconds = most, 0.
+
+    def before_fit(self): self.start, self.share = time.perf_counter(), 1.
+
+    def after_batch(self):
+        if not self.training or time.perf_counter() < self.start + self.most: return
+        self.share = (self.iter + 1) / self.n_iter
+        raise CancelFitException
+
+    def after_fit(self): self.seconds = (time.perf_counter() - self.start) / self.share
+
+
+def time_epoch(
+    learn: Learner,  # what to train for an epoch
+    schedule: str,  # a name in `SCHEDULES`
+    most: float = 30.,  # seconds after which to stop, and to calculate the rest
+) -> float:  # seconds
+    "Time one epoch with its validation, without a trace but in the Learner."
+    timer = _Timer(most)
+    learn.add_cb(timer)
+    with suppress(NotFinite): fit_schedule(learn, schedule, 1, 1e-6)
+    return timer.seconds
