@@ -17,6 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import (
+    _are_functorch_transforms_active, _get_tracing_state, _len_torch_dispatch_stack)
+from torch.compiler import is_compiling
 
 # %% ../nbs/losses/10_checks.ipynb #377e9bec
 class NotFinite(ValueError):
@@ -138,13 +141,13 @@ def values_are_cheap(x: Tensor) -> bool:
 # %% ../nbs/losses/10_checks.ipynb #a62ef312
 def is_traced() -> bool:
     "Say whether code is being recorded or transformed: compile, trace, `torch.func`."
-    return (torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-            or torch._C._are_functorch_transforms_active())
+    return (is_compiling() or _get_tracing_state() is not None
+            or _are_functorch_transforms_active())
 
 
 def _is_fake():
     "Whether tensors now stand for values that nobody has: fake ones, or `make_fx`."
-    if not torch._C._len_torch_dispatch_stack(): return False
+    if not _len_torch_dispatch_stack(): return False
     modes = torch._C._TorchDispatchModeKey
     return any(torch._C._get_dispatch_mode(m) for m in (modes.FAKE, modes.PROXY))
 
@@ -304,12 +307,12 @@ def check_features(features: Tensor, prototypes: Tensor, samples=0, classes=0):
     "Refuse features that do not fit their prototypes: shape, dtype and device."
     _check_floating('features', features, '[N, d]')
     _check_floating('prototypes', prototypes, '[k, d]')
-    shapes = tuple(features.shape), tuple(prototypes.shape)
-    fit = len(shapes[0]) == len(shapes[1]) == 2 and shapes[0][1] == shapes[1][1]
-    if not fit or shapes[0][0] < samples or shapes[1][0] < classes:
+    x, w = features.shape, prototypes.shape
+    fit = len(x) == len(w) == 2 and x[1] == w[1]
+    if not fit or x[0] < samples or w[0] < classes:
         raise ValueError(f'features must be [N, d] with N ≥ {samples} and prototypes '
                          f'[k, d] with k ≥ {classes} and with the same d, '
-                         f'got shapes {shapes[0]} and {shapes[1]}')
+                         f'got shapes {tuple(x)} and {tuple(w)}')
     check_device('prototypes', prototypes, features.device)
 
 # %% ../nbs/losses/10_checks.ipynb #bb1549bf

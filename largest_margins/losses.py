@@ -154,9 +154,9 @@ class ClassificationLoss(_Reduction):
     "What all losses share: weights, the reduction, what fastai wants to know."
     y_int = True  # targets are integers, so MixUp mixes losses and not labels
 
-    def split_ignored(self, targets, num_classes):
+    def split_ignored(self, targets, num_classes, seen=None):
         "Class 0 in the place of `ignore_index`, and which samples count (None: all)."
-        if values_are_cheap(targets):
+        if values_are_cheap(targets) if seen is None else seen:
             low, high = targets.aminmax()
             low, high, ignored = low.item(), high.item(), self.ignore_index
             fine = 0 <= low and high < num_classes

@@ -125,12 +125,12 @@ class _Angles(NamedTuple):
     nearer: Tensor | None = None  # s·σ, [n, 1]
 
 
-def _in_the_middle(cosine):
+def _in_the_middle(cosine, cheap=True):
     "The angles of cosines that are all far from both ends; None if they are not."
-    if not values_are_cheap(cosine): return None
+    if not cheap: return None
     low, high = cosine.aminmax()
     if not (low.item() > -.95 and high.item() < .95): return None
-    sine = torch.addcmul(_full(cosine, 1.), cosine, cosine, value=-1).sqrt_()
+    sine = torch.addcmul(_kept(1., cosine.dtype), cosine, cosine, value=-1).sqrt_()
     return _Angles(cosine.acos(), sine)
 
 
@@ -150,14 +150,14 @@ def _by_chords(unit, own, cosine, s, usual=True):
 class _Plan:
     "What one call of a loss is about: the ways there and back read it."
 
-    def __init__(self, loss, valid, shards, size, x, numbers, cheap):
+    def __init__(self, loss, valid, shards, size, dtype, numbers, cheap):
         self.loss, self.valid, self.shards, self.size = loss, valid, shards, size
         self.numbers, self.cheap = tuple(numbers), cheap
         self.names = self.given + self.numbers
         self.learns = torch.is_grad_enabled()
         self.scale, self.lead = loss.scale or 1., loss.sample_margin
-        self.prior, self.block = loss.log_prior(x.dtype), max(1, 2**18 // shards.size)
-        most = 80 if x.dtype == torch.float32 else 600
+        self.prior, self.block = loss.log_prior(dtype), max(1, 2**18 // shards.size)
+        most = 80 if dtype == torch.float32 else 600
         self.bounded = self.prior is None and self.scale + math.log(shards.size) < most
 
 # %% ../../nbs/engine/14_fused.ipynb #7ef985d8
@@ -169,7 +169,7 @@ class _FromRows:
         self.plan, few = plan, prototypes.numel() <= 2**18
         self.z = _Rows(features, True, cheap=plan.cheap)
         self.w = _Rows(prototypes, few, plan.scale, plan.cheap)
-        self.usual = moderate(torch.cat([self.z.norms, self.w.norms]))
+        self.usual = moderate(torch.cat([self.z.norms, self.w.norms]), plan.cheap)
         if not self.usual:
             check_finite('features', features)
             check_finite('prototypes', prototypes)
@@ -193,7 +193,7 @@ class _OfRows(_FromRows):
         return torch.mm(self.w.x, unit.T).T
 
     def angles(self, unit, columns, cosine):
-        return _in_the_middle(cosine) or _by_chords(
+        return _in_the_middle(cosine, self.plan.cheap) or _by_chords(
             unit, self.w.long(columns), cosine, self.plan.scale, self.usual)
 
     def back(self, g, unit, wanted):
@@ -231,7 +231,7 @@ class _OfCosines:
 
     def angles(self, cosines, columns, cosine):
         "Angles and sines; near both ends a cosine tells less than a chord."
-        if (angles := _in_the_middle(cosine)) is not None: return angles
+        if angles := _in_the_middle(cosine, self.plan.cheap): return angles
         most = 1 - self.plan.resolution
         inside = cosine.clamp(-most, most)
         sine = ((1 - inside) * (1 + inside)).sqrt_()
@@ -359,12 +359,13 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, plan, *tensors):
         ctx.plan, loss = plan, plan.loss
+        plan.by_sample = loss.reduction == 'none'
         ctx.save_for_backward(*tensors)
         needed = ctx.needs_input_grad[1:] if plan.learns else ()
         plan.wanted = tuple(compress(plan.names, needed))
         batch = tensors[0], plan.valid, plan.shards.num_classes, tensors[1].dtype
         plan.share, plan.logs = loss.shares(*batch), loss.log_shares(*batch)
-        now = () if loss.reduction == 'none' else plan.wanted
+        now = () if plan.by_sample else plan.wanted
         losses, leads, plan.gradients = _pass(plan, tensors, now, plan.share)
         return loss.total(losses, leads, plan.share, plan.logs)
 
@@ -380,11 +381,10 @@ class _Fused(torch.autograd.Function):
 def _by_pass(plan, tensors, slope):
     "The gradients that were kept, or those of another pass, times a slope."
     found, plan.gradients = plan.gradients, None
-    by_sample = plan.loss.reduction == 'none'
     if found is None:
-        share = plan.share * slope if by_sample else plan.share
+        share = plan.share * slope if plan.by_sample else plan.share
         *_, found = _pass(plan, tensors, plan.wanted, share)
-    if not by_sample and not (values_are_cheap(slope) and slope.item() == 1):
+    if not plan.by_sample and not (values_are_cheap(slope) and slope.item() == 1):
         for gradient in found.values(): gradient.mul_(slope)
     return found
 
@@ -426,19 +426,18 @@ def fused_loss(loss, features, prototypes, targets, numbers, chunk_size='auto',
                group=None):
     "What `loss.linear` returns for its arguments, with `numbers` for each sample, [N]."
     features, prototypes = plain(features), plain(prototypes)
+    cheap = values_are_cheap(features)
     shards = one_process(prototypes.shape[0])
     if group is not None:
         features, targets, numbers, shards = all_ranks(
             loss, features, prototypes, targets, numbers, group)
-    targets, valid = loss.split_ignored(targets, shards.num_classes)
+    targets, valid = loss.split_ignored(targets, shards.num_classes, cheap)
     loss.check_classes(shards.num_classes, features.device)
     if chunk_size != 'auto': chunk_size = integer('chunk_size', chunk_size, at_least=1)
     else: chunk_size = rows_at_once(features.shape[0], shards.largest_size)
     dtype = work_dtype(features.dtype, prototypes.dtype)
-    tensors = [x if x.dtype is dtype else x.to(dtype)
-               for x in (features, prototypes, *numbers.values())]
-    plan = _PlanOfRows(loss.frozen(), valid, shards, chunk_size, tensors[0], numbers,
-                       values_are_cheap(tensors[0]))
+    tensors = [x.to(dtype) for x in (features, prototypes, *numbers.values())]
+    plan = _PlanOfRows(loss.frozen(), valid, shards, chunk_size, dtype, numbers, cheap)
     value = _Fused.apply(plan, targets, *tensors)
     if shards.alone or value.ndim == 0: return value
     return OwnRows.apply(value, shards.group)
@@ -447,8 +446,8 @@ def fused_loss(loss, features, prototypes, targets, numbers, chunk_size='auto',
 def dense_loss(loss, cosines, targets, valid, numbers, resolution):
     "What a loss returns for a matrix of cosines, all of whose rows are one chunk."
     n, k = cosines.shape
-    plan = _PlanOfCosines(loss.frozen(), valid, one_process(k), n, cosines, numbers,
-                          values_are_cheap(cosines))
+    plan = _PlanOfCosines(loss.frozen(), valid, one_process(k), n, cosines.dtype,
+                          numbers, values_are_cheap(cosines))
     plan.resolution = resolution
     numbers = [x.to(cosines.dtype) for x in numbers.values()]
     return _Fused.apply(plan, targets, cosines, *numbers)
