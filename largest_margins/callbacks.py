@@ -495,9 +495,8 @@ def _measure(self: MarginRecorder):
 def _optimum(self: MarginRecorder):
     "Return the class margin at the optimum of what is trained, °; None: not known."
     counts, weight = self.class_counts, self.head.weight
-    others = SampleMarginRegularizer, DeferredReweighting, MixHandler
     if counts is None or not weight.requires_grad: return None
-    if any(isinstance(cb, others) for cb in self.learn.cbs): return None
+    if any(isinstance(cb, OTHER_TERMS) for cb in self.learn.cbs): return None
     centroid = sum(cb.weight for cb in self.learn.cbs
                    if isinstance(cb, ZeroCentroidRegularizer))
     loss = find_loss(self.learn.loss_func, CosineLoss)
@@ -567,6 +566,9 @@ class DeferredReweighting(Callback):
         with self.in_loss(self._weighted()):
             weighted = self.learn.loss_func(self.learn.pred, *self.learn.yb)
         self.learn.loss_grad, self.learn.loss = weighted, weighted.clone()
+
+# %% ../nbs/training/23_callbacks.ipynb #23c0de02
+OTHER_TERMS = SampleMarginRegularizer, DeferredReweighting, MixHandler  # no optimum
 
 # %% ../nbs/training/23_callbacks.ipynb #c1d0f00c
 def has_bfloat16() -> bool:

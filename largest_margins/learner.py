@@ -30,13 +30,14 @@ from fastcore.basics import listify, noop
 from torch import nn
 
 from .callbacks import (
-    HeadCallback, MarginModel, MarginRecorder, bare, evaluate_once, find_loss,
+    OTHER_TERMS, HeadCallback, MarginModel, MarginRecorder, bare, evaluate_once, find_loss,
     has_bfloat16, last_layers)
 from .checks import integer
 from .data import ImageDataset
 from .heads import MarginHead
 from .losses import AdaFaceLoss, CosineLoss, FocalLoss
 from .training.foreach import foreach
+from .training.measures import has_optimum
 
 # %% ../nbs/training/24_learner.ipynb #fa01a69f
 def margin_neck(
@@ -316,19 +317,21 @@ def margin_learner(
         native = has_bfloat16() if on_cpu else _gpu_has_bfloat16(images.device)
         mixed_precision = convolves and native
     model.mixed_precision = bool(mixed_precision)
-    counts = _known_counts(dls) if loss and classes <= 100 else None
+    counts = _known_counts(learn, loss, d) if loss else None
     learn.add_cb(MarginRecorder(class_counts=counts))
     learn.recorder.smooth_loss = _SmoothLoss(learn.recorder.smooth_loss.beta)
     if pretrained: learn.freeze()
     return learn
 
 # %% ../nbs/training/24_learner.ipynb #24c0de01
-def _known_counts(dls):
-    "Return the training items of each class, or None if counting would take long."
-    data = dls.train.dataset
-    if not hasattr(data, 'targets') and len(data) > 50_000: return None
-    try: return class_counts(dls)
+def _known_counts(learn, loss, d):
+    "Return the training items of each class if they say where the loss wants to go."
+    data = learn.dls.train.dataset
+    if any(isinstance(cb, OTHER_TERMS) for cb in learn.cbs): return None
+    if not hasattr(data, 'targets') and len(data) > 50_000: return None  # slow to count
+    try: counts = class_counts(learn.dls)
     except (ValueError, TypeError): return None
+    return counts if has_optimum(loss, counts, d) else None
 
 # %% ../nbs/training/24_learner.ipynb #24c0de02
 class _SmoothLoss(AvgSmoothLoss):

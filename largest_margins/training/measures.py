@@ -78,6 +78,21 @@ _SOLVED = {ArcFaceLoss, CombinedMarginLoss, CosFaceLoss, GMSoftmaxLoss, LDAMLoss
 _optima: dict[str, float] = {}  # degrees, by loss and class sizes
 
 
+def has_optimum(
+    loss: nn.Module,  # the loss
+    class_counts: list[int],  # training samples of each class, [k]
+    d: int,  # dimension of the features
+) -> bool:
+    "Return whether `loss_optimum` is known."
+    k, state = len(class_counts), vars(loss)
+    room = d >= k - (len(set(class_counts)) == 1)
+    smooth = not state.get('sample_margin') and not state.get('detach_margin')
+    usual = state.get('weight') is None and state.get('aggregation', 'mean') == 'mean'
+    usual = usual and state.get('_buffers', {}).get('weight') is None
+    return (type(loss) in _SOLVED and room and smooth and usual and 2 <= k <= 100
+            and min(class_counts) >= 1)
+
+
 def loss_optimum(
     loss: nn.Module,  # the loss
     class_counts: list[int],  # training samples of each class, [k]
@@ -85,12 +100,8 @@ def loss_optimum(
     centroid: float = 0.,  # λ ≥ 0 of the zero-centroid regularizer
 ) -> float | None:  # degrees; None: not known
     "Solve for the class margin at a loss's optimum, once for each loss and counts."
-    k, state = len(class_counts), vars(loss) | vars(loss).get('_buffers', {})
-    room = d >= k - (len(set(class_counts)) == 1)
-    smooth = not state.get('sample_margin') and not state.get('detach_margin')
-    usual = state.get('weight') is None and state.get('aggregation', 'mean') == 'mean'
-    if not (type(loss) in _SOLVED and room and smooth and usual): return None
-    if not 2 <= k <= 100 or min(class_counts) < 1: return None
+    if not has_optimum(loss, class_counts, d): return None
+    state = vars(loss) | vars(loss).get('_buffers', {})
     numbers = {name: value.tolist() if isinstance(value, Tensor) else value
                for name, value in state.items() if name[0] != '_'}
     key = f'{type(loss).__name__} {numbers} {list(class_counts)} {centroid}'
