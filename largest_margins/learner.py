@@ -30,8 +30,8 @@ from fastcore.basics import listify, noop
 from torch import nn
 
 from .callbacks import (
-    OTHER_TERMS, HeadCallback, MarginModel, MarginRecorder, bare, evaluate_once, find_loss,
-    has_bfloat16, last_layers)
+    OTHER_TERMS, HeadCallback, MarginModel, MarginRecorder, bare, evaluate_once,
+    find_loss, has_bfloat16, last_layers)
 from .checks import integer
 from .data import ImageDataset
 from .heads import MarginHead

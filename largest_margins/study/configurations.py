@@ -163,8 +163,8 @@ class TrainingFields(LossFields):
     @property
     def training(self) -> str:
         "How it is trained, without the loss."
-        return (f'{self.body}, {self.epochs} epochs, batches of {self.batch_size}, {self.schedule}, '
-                f'learning rate {self.learning_rate:g}, weight decay '
+        return (f'{self.body}, {self.epochs} epochs, batches of {self.batch_size}, '
+                f'{self.schedule}, learning rate {self.learning_rate:g}, weight decay '
                 f'{self.weight_decay:g}')
 
 # %% ../../nbs/study/30_configurations.ipynb #0fb2f5d0

@@ -59,8 +59,8 @@ def describe_margins(
 
 # %% ../../nbs/study/31_experiments.ipynb #ac631f3f
 MEASURED = ('accuracy', 'best_accuracy', 'balanced_accuracy', 'rare_accuracy',
-            'class_margin', 'less_optimum', 'mean_sample_margin', 'min_sample_margin', 'norm_ratio',
-            'centroid_norm', 'many', 'medium', 'few')
+            'class_margin', 'less_optimum', 'mean_sample_margin', 'min_sample_margin',
+            'norm_ratio', 'centroid_norm', 'many', 'medium', 'few')
 
 # %% ../../nbs/study/31_experiments.ipynb #85111245
 @dataclass(frozen=True, eq=False)

@@ -160,7 +160,8 @@ class RandomErasing:
             line = torch.arange(most, device=x.device)
             return (line >= start) & (line < start + size)
         area, turned = draw(*self.area) * h * w, draw(self.ratio, 1 / self.ratio)
-        rows, columns = within((area * turned).sqrt(), h), within((area / turned).sqrt(), w)
+        rows = within((area * turned).sqrt(), h)
+        columns = within((area / turned).sqrt(), w)
         erased = rows[:, None, :, None] & columns[:, None, None]
         erased &= (draw(0, 1) < self.share)[:, :, None, None]
         mean = x.float().mean((0, 2, 3), keepdim=True).to(x.dtype)

@@ -397,7 +397,8 @@ def make_table(
     dataset, out = dataset or recipe.dataset, Path(out)
     changes = {name: value for name, value in changes.items() if value is not None}
     scale, absent = changes.pop('scale', None), ''
-    if settings: recipe = replace(recipe, settings=(*choose(recipe.settings, settings),))
+    if settings:
+        recipe = replace(recipe, settings=tuple(choose(recipe.settings, settings)))
     if scale is not None: recipe = rescaled(recipe, scale)
     try:
         k = recipe.configurations.num_classes(dataset, **changes)
@@ -489,7 +490,7 @@ def _plan_in_words(recipe, runs, absent=''):
         told = {}
         for name, source in recipe.sources(run.dataset, run.setting, run.row).items():
             told.setdefault(source, []).append(name)
-        lines += [f'\n{training}', *(f'  from {source}: {", ".join(names)}'
+        lines += [f'\n{training}', *(f'  {source}: {", ".join(names)}'
                                      for source, names in told.items())]
     return lines
 
