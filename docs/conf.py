@@ -43,14 +43,19 @@ python_use_unqualified_type_names = True     # of types; names have their module
 python_maximum_signature_line_length = 88
 prf_realtyp_to_countertyp = {k: 'theorem' for k in ('lemma', 'proposition', 'corollary', 'definition')}
 
+# pages with wide tables: they take the whole width, without the list of what is on the page
+wide = ['start/choose_a_loss', 'study/tables',
+        'results/balanced', 'results/glyphs', 'results/imbalanced', 'results/sphere']
 navigation = json.loads((Path(__file__).parent/'navigation.json').read_text(encoding='utf-8'))
 html_context = {'default_mode': 'auto',     # light or dark as the reader's machine is
-                'navigation': navigation, 'card': f"{cfg['doc_url']}_static/card.png", 'about': cfg['description']}
+                'navigation': navigation, 'wide': wide,
+                'card': f"{cfg['doc_url']}_static/card.png", 'about': cfg['description']}
 html_theme_options = dict(
     logo=dict(text=project), github_url=cfg['git_url'], navbar_center=['bar.html'],
     show_toc_level=2, show_prev_next=True, back_to_top_button=False,
     pygments_light_style='a11y-high-contrast-light', pygments_dark_style='a11y-high-contrast-dark',
-    footer_start=['copyright'], footer_end=[], secondary_sidebar_items=['page-toc'])
+    footer_start=['copyright'], footer_end=[],
+    secondary_sidebar_items={'**': ['page-toc'], **{page: [] for page in wide}})
 
 
 def linkcode_resolve(domain, info):

@@ -1,4 +1,4 @@
-"""No prototypes can be further apart than this, and here is the proof
+"""An angle that no k prototypes in d dimensions exceed, with a proof
 
 Docs: https://largest-margins.github.io/largest-margins/theory/bounds.html.md"""
 
@@ -36,7 +36,8 @@ class Bound:
     radians: float  # the upper bound, rounded up
     method: str  # which of the methods of `class_margin_bound`
     attained: bool | None = None  # whether a code reaches it; None if we cannot say
-    certificate: dict | None = field(default=None, repr=False)  # None for closed forms
+    # a proof for `verify`; None for closed forms
+    certificate: dict | None = field(default=None, repr=False)
 
     def verify(self) -> bool:
         "Check the bound again in exact arithmetic; True only if it is proved."
@@ -324,7 +325,7 @@ _KINDS = {'levenshtein': 'delsarte', 'delsarte': 'delsarte',
 def class_margin_bound(
     k: int,  # number of prototypes, ≥ 2
     d: int,  # dimension, ≥ 1
-    method: str = 'auto',  # 'auto' takes the smallest at hand; or the name of one
+    method: str = 'auto',  # 'auto' for the smallest bound, or one by its name
 ) -> Bound:  # .radians, rounded up; .verify() checks it exactly
     "A rigorous upper bound on the class margin of `k` prototypes in `d` dimensions."
     for name, value, least in (('k', k, 2), ('d', d, 1)):
@@ -378,7 +379,7 @@ def _with_certificate(k, d, method, certificate):
 def code_certificate(
     points: Tensor,  # one row for each point, of any norm, [k, d], k ≥ 2
 ) -> dict:  # of kind `code`, for `verify`
-    "Proof that `k` points in `d` dimensions can be as far apart as these are."
+    "Prove that `k` points in `d` dimensions can be as far apart as these."
     check_prototypes(points)
     rows = (unit_rows(points.detach().cpu().double()) * 10**10).round()
     (k, d), radians = rows.shape, class_margin(rows).item()
@@ -394,7 +395,7 @@ def code_certificate(
 def min_sample_margin_bound(
     k: int,  # number of prototypes, ≥ 2
     d: int,  # dimension, ≥ 1
-) -> float:  # in [0, 2], rounded up
+) -> float:  # bound on γ_min in [0, 2], rounded up
     "1 − cos of the class margin bound: no γ_min is larger."
     bound = class_margin_bound(k, d)
     if k <= d + 1: most = Fraction(bound.k, bound.k - 1)  # simplex

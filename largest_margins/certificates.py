@@ -1,4 +1,4 @@
-"""A bound that anyone can check, in exact arithmetic, without trusting us
+"""Check a bound in exact arithmetic, without trusting whoever found it
 
 Docs: https://largest-margins.github.io/largest-margins/theory/certificates.html.md"""
 

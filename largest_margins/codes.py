@@ -1,4 +1,4 @@
-"""As many prototypes as you need, as far apart as anyone can put them
+"""Place k prototypes as far apart as possible, and bound what is possible
 
 Docs: https://largest-margins.github.io/largest-margins/theory/packing.html.md"""
 
@@ -541,15 +541,15 @@ class Packing:
 
     def contacts(
         self,
-        tolerance: float = 1e-9,  # in cosine
+        tolerance: float = 1e-9,  # how far below the largest cosine a contact may be
     ) -> Tensor:  # pairs i < j at the smallest angle, [m, 2]
-        "The pairs that are as close as any."
+        "The pairs at the class margin."
         i, j, _ = _close_pairs(self.points.numpy(), tolerance)
         return torch.from_numpy(np.stack([i, j], 1))
 
     def rattlers(
         self,
-        tolerance: float = 1e-9,  # in cosine
+        tolerance: float = 1e-9,  # how far below the largest cosine a contact may be
     ) -> Tensor:  # indices of points, [r]
         "The points without a contact, which are free to move a little."
         free = torch.ones(len(self.points), dtype=torch.bool)
@@ -610,10 +610,11 @@ def best_packing(
     k: int,  # number of points, ≥ 2
     d: int,  # dimension, ≥ 2
     *,
-    seed: int = 0,  # the same seed gives the same points
-    starts: int | None = None,  # starts at most; None: by size, up to 400
-    seconds: float | None = None,  # how long to search; None: until `starts` are done
-    progress: Callable[[int, int, float], None] | None = None,  # told after each start
+    seed: int = 0,  # of the random starts; same seed, same points
+    starts: int | None = None,  # most starts, ≥ 1; None: by size, up to 400
+    seconds: float | None = None,  # search time, > 0; None: until `starts` are done
+    # called after each start: starts done, starts planned, class margin (radians)
+    progress: Callable[[int, int, float], None] | None = None,
 ) -> Packing:  # the points, their class margin, a rigorous bound, and the gap
     "The best packing of `k` points on the unit sphere that is known or found."
     bound = class_margin_bound(k, d).radians

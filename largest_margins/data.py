@@ -765,9 +765,9 @@ def load(
 # %% ../nbs/training/21_data.ipynb #ae77cdf0
 def imbalanced_counts(
     n_max: int,  # images of the most frequent class, ≥ 1
-    num_classes: int,  # k ≥ 2
+    num_classes: int,  # number of classes, k ≥ 2
     ratio: float,  # most frequent over least frequent class, ≥ 1
-    kind: str = 'long-tailed',  # or 'step'
+    kind: str = 'long-tailed',  # 'long-tailed', or 'step': half of the classes are rare
 ) -> list[int]:  # images of each class, in label order, [k]
     "Count the images of each class that remain (Cao et al. 2019, rounded down)."
     n_max = integer('n_max', n_max, at_least=1)
@@ -781,7 +781,7 @@ def imbalanced_counts(
 def imbalanced_indices(
     targets,  # classes of the training images, integers, [N]
     ratio: float,  # most frequent over least frequent class, ≥ 1
-    kind: str = 'long-tailed',  # or 'step'
+    kind: str = 'long-tailed',  # 'long-tailed', or 'step': half of the classes are rare
     seed: int = 0,  # which images are kept; 0 gives the subset that the field uses
 ) -> np.ndarray:  # indices of the kept images, grouped by class, int64
     "Choose the training images that remain; n_max is N/k, or what a class has."

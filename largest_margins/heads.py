@@ -28,7 +28,7 @@ class _Prototypes(nn.Module):
         in_features: int,  # d, dimension of the features
         out_features: int,  # k, number of classes
         device: torch.device | str | None = None,  # where the prototypes live
-        dtype: torch.dtype | None = None,  # their dtype
+        dtype: torch.dtype | None = None,  # dtype of the prototypes
     ):
         super().__init__()
         self.in_features = integer('in_features', in_features, at_least=1)
@@ -95,7 +95,7 @@ class _WithLoss(CosineLinear):
         *,
         chunk_size: int | str = 'auto',  # rows at a time, or 'auto': up to 72 MiB
         device: torch.device | str | None = None,  # where the prototypes live
-        dtype: torch.dtype | None = None,  # their dtype
+        dtype: torch.dtype | None = None,  # dtype of the prototypes
     ):
         super().__init__(in_features, out_features, device, dtype)
         if chunk_size != 'auto': integer('chunk_size', chunk_size, at_least=1)
@@ -158,7 +158,7 @@ class _Shard(MarginHead):
         averaged: bool = True,  # whether DDP or FSDP averages the body's gradients
         chunk_size: int | str = 'auto',  # rows at a time, or 'auto': up to 72 MiB
         device: torch.device | str | None = None,  # where the prototypes live
-        dtype: torch.dtype | None = None,  # their dtype
+        dtype: torch.dtype | None = None,  # dtype of the prototypes
     ):
         group = dist.group.WORLD if group is None else group
         k = integer('out_features', out_features, at_least=2)

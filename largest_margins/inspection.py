@@ -575,7 +575,8 @@ class Inspection:
     angles: Tensor = field(repr=False)  # of all sampled pairs, radians
     sampled: int  # number of sampled classes
     classes: list[str] | None = field(default=None, repr=False)  # names of the classes
-    notes: list[str] = field(default_factory=list, repr=False)  # doubts
+    # doubts about the weight, in words
+    notes: list[str] = field(default_factory=list, repr=False)
 
     @property
     def class_margin(self) -> float:
@@ -686,7 +687,8 @@ def inspect_prototypes(
     pairs: int = 5,  # number of closest pairs to report, ≥ 1
     classes: list[str] | None = None,  # names of the k classes
     notes: list[str] = (),  # doubts to print with the result
-    progress: Callable[[int, int], None] | None = None,  # told tiles done, all tiles
+    # called with the tiles done and all tiles
+    progress: Callable[[int, int], None] | None = None,
 ) -> Inspection:  # measures and a verdict
     "Measure how far apart classes are and how far apart they could be."
     check_prototypes(weight, 'weight')

@@ -1,4 +1,4 @@
-"""Two curves of the target's cosine and one reduction over the rest
+"""Every margin softmax from two curves of the target's cosine and one sum over the other classes
 
 Docs: https://largest-margins.github.io/largest-margins/losses/losses.html.md"""
 
@@ -117,12 +117,12 @@ _Numbers = Tensor | Iterable[float]
 @dataclass(eq=False, repr=False, kw_only=True)
 class _Options(_Sized):
     "The options of all losses."
-    # of each class, ≥ 0, [k]
+    # factor of each class's loss, ≥ 0, [k]; None: all 1
     weight: _Numbers | None = PerClass(None, at_least=0, below=1e30)
-    # 'mean', 'sum', 'none' or 'class-mean'
+    # how losses are averaged: 'mean', 'sum', 'none' or 'class-mean'
     reduction: str = Choice('mean', 'sum', 'none', 'class-mean')
     ignore_index: int = Integer(-100)  # samples with this target do not count
-    # counts or shares of the classes, > 0, [k]
+    # training counts or shares, > 0, [k], for logit adjustment; None: none
     prior: _Numbers | None = PerClass(None, above=0, below=1e30)
 
 # %% ../nbs/losses/12_losses.ipynb #f12a317d
@@ -333,7 +333,8 @@ _LAMBDA = dict(at_least=0, at_most=1e6)
 @dataclass(eq=False, repr=False, kw_only=True)
 class CosineLoss(_OnCosines):
     "A loss of each sample's own cosine and one reduction over the others."
-    sample_margin: float = Number(0., **_LAMBDA)  # λ ≥ 0 of the λ·R_sm that is added
+    # λ ≥ 0: λ·R_sm is added; the paper uses 0.5
+    sample_margin: float = Number(0., **_LAMBDA)
 
     def linear(
         self,
@@ -450,7 +451,8 @@ class MarginSoftmaxLoss(_Smoothed):
     "A margin softmax: the `curves` of the target's cosine, one reduction of the rest."
     scale: float = Number(20., **_SCALE)  # s > 0, inverse temperature of the cosines
     _: KW_ONLY
-    label_smoothing: float = Number(0., at_least=0, below=1)  # ε in [0, 1); dense only
+    # ε in [0, 1); only if called on cosines
+    label_smoothing: float = Number(0., at_least=0, below=1)
 
     def activation(self, scores):
         "The model's probabilities softmax(s·cosines), [N, k], without the margin."
@@ -537,14 +539,15 @@ class SphereFaceLoss(_AngularLoss):
 @dataclass(eq=False, repr=False)
 class _ClassCounts:
     "What stands before the parameters of all others."
-    class_counts: _Numbers = PerClass(above=0, below=1e30)  # samples of each, > 0, [k]
+    # training samples of each class, > 0, [k]
+    class_counts: _Numbers = PerClass(above=0, below=1e30)
 
 # %% ../nbs/losses/12_losses.ipynb #15c127a6
 @dataclass(eq=False, repr=False)
 class LDAMLoss(MarginSoftmaxLoss, _ClassCounts):
     "A margin on the cosine for each class, num = den = c − m_y (Cao et al. 2019)."
     scale: float = Number(30., **_SCALE)  # s > 0; 30 as in the authors' code
-    # of the rarest class, in [0, 2), in units of cosine
+    # margin of the rarest class, in [0, 2), in units of cosine
     max_margin: float = Number(.5, at_least=0, below=2)
 
     def class_margins(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -558,8 +561,8 @@ class LDAMLoss(MarginSoftmaxLoss, _ClassCounts):
 
 # %% ../nbs/losses/12_losses.ipynb #0fd8c9da
 def class_balanced_weights(
-    class_counts: Tensor | Iterable[float],  # training samples of each, > 0, [k]
-    beta: float = 0.9999,  # β in [0, 1)
+    class_counts: Tensor | Iterable[float],  # training samples of each class, > 0, [k]
+    beta: float = 0.9999,  # β in [0, 1); 0: equal weights, near 1: by inverse count
 ) -> Tensor:  # weights that sum to k, [k], float32
     "Weights by the effective number of samples (Cui et al. 2019)."
     counts = per_class('class_counts', class_counts, above=0, below=1e30)
@@ -597,12 +600,14 @@ class _Drawing(MarginSoftmaxLoss):
 class ElasticFaceLoss(_Drawing):
     "A margin drawn anew for each sample (Boutros et al. 2022, ElasticFace)."
     scale: float = Number(64., **_SCALE)  # s > 0; 64 as in the paper, for faces
-    # its mean; None: 0.5 rad for arc, 0.35 for cos
+    # mean margin; None: 0.5 rad for 'arc', 0.35 for 'cos'
     margin: float | None = Number(None, at_least=0, below=2)
-    # its standard deviation, in the same unit, in [0, 1]
+    # standard deviation of the margin, same unit, in [0, 1]
     std: float = Number(.05, at_least=0, at_most=1)
-    kind: str = Choice('arc', 'cos')  # margin on the angle, or taken off the cosine
-    generator: torch.Generator | None = None  # of the margins; None makes one
+    # 'arc': added to the angle; 'cos': taken off the cosine
+    kind: str = Choice('arc', 'cos')
+    # random generator of the margins; None: a new one
+    generator: torch.Generator | None = None
     label_smoothing: float = field(default=0., init=False)
     numbers: ClassVar = dict(margin='margin')
     detach_margin = False
@@ -666,7 +671,7 @@ class AdaFaceLoss(_NormStatistics):
     margin: float = Number(.4, at_least=0, below=2)  # m, in units of angle and cosine
     # how much a norm counts: standard deviations to [−1, 1]
     h: float = Number(.333, above=0, at_most=10)
-    # of the running mean and deviation of norms, in (0, 1]
+    # weight of a batch in the running statistics of norms, in (0, 1]
     momentum: float = Number(.01, above=0, at_most=1)
     label_smoothing: float = field(default=0., init=False)
 
@@ -727,9 +732,11 @@ class _Tilt(Number):
 @dataclass(eq=False, repr=False)
 class LMSoftmaxLoss(MarginSoftmaxLoss):
     "num = c, no den, divided by s (Zhou et al. 2022, largest-margin softmax)."
-    aggregation: str = Choice('mean', 'logsumexp')  # 'mean' is as published
+    # over samples: 'mean' as published, or 'logsumexp'
+    aggregation: str = Choice('mean', 'logsumexp')
     _: KW_ONLY
-    tilt: float | None = _Tilt(None, **_SCALE)  # t > 0 of 'logsumexp'; None: s
+    # sharpness t > 0 of 'logsumexp'; None: s
+    tilt: float | None = _Tilt(None, **_SCALE)
     label_smoothing: float = field(default=0., init=False)
 
     def curves(self, own): return own.cosine, None, 1., None
@@ -782,9 +789,9 @@ class FocalLoss(ClassificationLoss):
 
 # %% ../nbs/losses/12_losses.ipynb #1e597dcb
 def suggest_scale(
-    num_classes: int,  # k ≥ 2
+    num_classes: int,  # number of classes, k ≥ 2
     probability: float = 0.99,  # p wanted for a perfectly placed sample, in (1/k, 1)
-) -> float:  # s
+) -> float:  # the scale s
     "The smallest scale at which the best arrangement has this probability (NormFace)."
     k = integer('num_classes', num_classes, at_least=2)
     p = number('probability', probability, above=1 / k, below=1)

@@ -320,7 +320,7 @@ def plot_confusion(
 
 # %% ../nbs/training/22_plots.ipynb #641a330e
 def plot_target_logits(
-    losses: dict[str, MarginSoftmaxLoss],  # label -> loss
+    losses: dict[str, MarginSoftmaxLoss],  # loss of each curve by its label
     ax: Axes | None = None,  # axes to draw into; None: a new figure
 ) -> Axes:
     "Draw the target logit over scale, num(θ), of each loss from 0° to 180°."
@@ -336,7 +336,7 @@ def plot_target_logits(
 
 # %% ../nbs/training/22_plots.ipynb #00889a22
 def plot_loss_curves(
-    losses: dict[str, CosineLoss],  # label -> loss
+    losses: dict[str, CosineLoss],  # loss of each curve by its label
     ax: Axes | None = None,  # axes to draw into; None: a new figure
     num_classes: int = 10,  # number of classes, k ≥ 2
     others: float = 0.,  # cosine with every other prototype, in [−1, 1]

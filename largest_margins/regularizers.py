@@ -57,7 +57,7 @@ class _Centroid(torch.autograd.Function):
 def zero_centroid(
     prototypes: Tensor,  # one row for each class, of any norm, [k, d], k ≥ 2
     group=None,  # process group whose ranks hold different classes, [k_r, d] each
-) -> Tensor:  # in [0, 1], []
+) -> Tensor:  # squared norm of the centroid, in [0, 1], []
     "Compute ‖(1/k) Σ_j w_j/‖w_j‖‖², the centroid's squared norm (Zhou et al. 3.4)."
     check_prototypes(prototypes, least=2 if group is None else 1)
     if is_traced() and group is None:

@@ -553,7 +553,7 @@ def cosine_distances(
 
 # %% ../nbs/evaluation/34_reid.ipynb #5655a668
 def plot_cmc(
-    results: dict[str, ReIDResult],  # label -> result
+    results: dict[str, ReIDResult],  # results by their label in the legend
     ax: Axes | None = None,  # axes to draw into; None: a new figure
 ) -> Axes:
     "Draw the share of queries with a match up to each rank, percent."

@@ -23,7 +23,7 @@ def calibration_error(
     probabilities: Tensor,  # class probabilities, rows sum to 1, [N, k]
     targets: Tensor,  # class of each sample, integers in 0..k−1, [N]
     bins: int = 15,  # number of bins of equal width, ≥ 1
-) -> float:  # in [0, 1]
+) -> float:  # the error, in [0, 1]
     "Compute the expected calibration error of the predicted class, equation (eq-ece)."
     probabilities = check_scores(probabilities, 'probabilities').double()
     targets = check_targets(targets, *probabilities.shape, probabilities.device)

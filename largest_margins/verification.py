@@ -166,7 +166,7 @@ class TARResult:
     threshold: float  # pairs with a score at or above it are accepted
     far: float  # impostors accepted, as measured, in [0, 1]
     target: float  # the FAR that was asked for, in [0, 1]
-    impostors: int  # N, impostor pairs
+    impostors: int  # number N of impostor pairs
 
     @property
     def supported(self) -> bool:
@@ -823,7 +823,7 @@ def evaluate_pairs(
     root: str | Path | None = None,  # folder of the images; None: where `pairs` is
     *,
     folds: int = 10,  # number of contiguous blocks of pairs, ≥ 2
-    thresholds: str = 'grid',  # or 'midpoints', see `kfold_accuracy`
+    thresholds: str = 'grid',  # 'grid' or 'midpoints', as in `kfold_accuracy`
     fars: Sequence[float] = (1e-3,),  # FARs in [0, 1] at which to measure TAR
     **options,  # size, flip, batch_size and device of `embed_images`
 ) -> VerificationResult:  # prints as a short summary

@@ -82,7 +82,7 @@ def test_the_list_names_pages():
 # --- shell ---
 
 SHELL = {'sh', 'bash', 'shell', 'console'}
-GUIDES = [n for n in notebooks if n.parts[0] in ('start', 'howto') and blocks(n, SHELL)]
+GUIDES = [n for n in notebooks if n.parts[0] in ('index.ipynb', 'start', 'howto') and blocks(n, SHELL)]
 
 
 def offline(folder):

@@ -22,3 +22,7 @@ if (hero && !matchMedia('(prefers-reduced-motion: reduce)').matches) {
   button.setAttribute('aria-pressed', 'false');
   hero.after(button);
 }
+
+// The sidebar shows where the page stands.
+const here = document.querySelector('.kinds [aria-current=page]'), bar = here?.closest('.bd-sidebar-primary');
+if (bar && here.offsetTop > bar.clientHeight) bar.scrollTop = here.offsetTop - bar.clientHeight / 2;

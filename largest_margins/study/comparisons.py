@@ -58,7 +58,7 @@ class Comparison:
 
     def interval(
         self,
-        confidence: float = .95,  # of the interval, in (0, 1)
+        confidence: float = .95,  # confidence of the interval, in (0, 1)
     ) -> tuple[float, float]:  # its lower and upper end
         "Return the interval of the mean difference."
         se, df = self.standard_error, len(self.by_seed) - 1
@@ -82,7 +82,7 @@ class Comparison:
 
     def brief(
         self,
-        digits: int = 2,  # after the point
+        digits: int = 2,  # digits after the point
     ) -> str:  # for example '+4.25 [+3.01, +5.49], up in 2 of 2'
         "Write mean difference, interval of 95 %, and the number of cells above 0."
         mean, low, high = (f'{x:+.{digits}f}'.replace('-', '−')
@@ -136,7 +136,7 @@ def compare_rows(
     finished: list[tuple[Any, dict]],  # runs and their records
     pairs: list[tuple[str, str]],  # names of rows: without and with
     name: str,  # what was measured, such as 'accuracy'
-) -> Comparison:  # with − without
+) -> Comparison:  # the difference, with minus without
     "Compare the second row of each pair with the first, in each setting, by seed."
     if len({frozenset(pair) for pair in pairs}) < len(pairs) or any(
             a == b for a, b in pairs):

@@ -87,10 +87,10 @@ def _check_fields(
 @dataclass(frozen=True)
 class LossFields:
     "A loss by name with its numbers; bad values are refused at once."
-    loss: str = _field('cosface', LOSSES)  # the loss
+    loss: str = _field('cosface', LOSSES)  # name of the loss
     scale: float | None = None  # s > 0; None: 20, where the loss has one
     margin: float | None = None  # cosface, ldam: a cosine; arcface: radians
-    seed: int = _field(0, at_least=0)  # of everything that is random
+    seed: int = _field(0, at_least=0)  # seed of everything random
 
     def __post_init__(self):
         _check_fields(self)
@@ -151,7 +151,7 @@ class TrainingFields(LossFields):
     epochs: int = _field(20, at_least=1)  # passes through the training images, ≥ 1
     batch_size: int = _field(64, at_least=2)  # images in a batch, ≥ 2
     learning_rate: float = _field(1e-2, above=0)  # the schedule’s largest, > 0
-    schedule: str = _field('one-cycle', SCHEDULES)  # of the learning rate
+    schedule: str = _field('one-cycle', SCHEDULES)  # schedule of the learning rate
     weight_decay: float = _field(1e-2, at_least=0)  # decoupled with one-cycle, else L2
     body: str = 'conv3'  # conv3, conv3-narrow, conv4, resnet18, …, or a timm model
     embedding: int | None = _field(32, at_least=1)  # dimension of the features, ≥ 1
@@ -175,7 +175,7 @@ class ClassifierFields(TrainingFields):
     sample_margin: float = _field(0., at_least=0)  # weight of R_sm; the paper adds 0.5
     zero_centroid: float = _field(0., at_least=0)  # weight λ of the zero centroid, ≥ 0
     ratio: float = _field(1., at_least=1)  # most over least frequent class, ≥ 1
-    kind: str = _field('long-tailed', ('long-tailed', 'step'))  # of the imbalance
+    kind: str = _field('long-tailed', ('long-tailed', 'step'))  # kind of imbalance
     reduction: str = _field('mean', ('mean', 'class-mean'))  # of the losses of a batch
     sample_margin_reduction: str | None = _field(
         None, ('mean', 'class-mean'))  # that of R_sm; None: that of the loss

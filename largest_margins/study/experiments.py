@@ -72,7 +72,7 @@ class Result:
     seconds: float  # training and validation; an epoch trained twice counts once
     diverged: bool  # the loss became nan or infinite
     history: list[dict]  # losses, accuracy (percent) and margins of each epoch
-    prototypes: Tensor  # [k, d]
+    prototypes: Tensor  # trained prototypes, [k, d]
     cosines: Tensor  # cosines of the test images with the prototypes, [M, k]
     targets: Tensor  # classes of the test images, [M]
     predictions: Tensor  # predicted classes of the test images, [M]
@@ -121,7 +121,7 @@ class Result:
         self,
         at_least: float,  # training images of a class
         at_most: float,  # training images of a class
-    ) -> Tensor:  # bool, [k]
+    ) -> Tensor:  # whether each class has, bool, [k]
         "Which classes have so many training images."
         counts = torch.tensor(self.counts)
         return (counts >= at_least) & (counts <= at_most)

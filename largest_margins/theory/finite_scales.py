@@ -32,8 +32,8 @@ def _smallest_share(num_classes, class_counts):
 # %% ../../nbs/theory/11c_finite_scales.ipynb #6b7b6941
 @cache
 def admissible_margin(
-    num_classes: int,  # k ≥ 2
-    dimension: int,  # d ≥ 2
+    num_classes: int,  # number of classes, k ≥ 2
+    dimension: int,  # dimension of the features, d ≥ 2
 ) -> tuple[float, float]:  # lower and upper bound of the largest margin
     "Bound the largest margin m that CosFace can reach, 1 − cos δ*."
     k = integer('num_classes', num_classes, at_least=2)
@@ -47,9 +47,9 @@ def admissible_margin(
 
 # %% ../../nbs/theory/11c_finite_scales.ipynb #498109e8
 def guaranteed_margin(
-    num_classes: int,  # k ≥ 2
-    dimension: int,  # d ≥ 2
-    scale: float,  # s > 0
+    num_classes: int,  # number of classes, k ≥ 2
+    dimension: int,  # dimension of the features, d ≥ 2
+    scale: float,  # scale of the loss, s > 0
     *,
     margin: float = 0.,  # m of CosFace, a difference of cosines; 0: NormFace
     class_counts=None,  # samples of each class, [k]; None: equally many
@@ -66,9 +66,9 @@ def guaranteed_margin(
 
 # %% ../../nbs/theory/11c_finite_scales.ipynb #e2977e72
 def scale_for_margin(
-    num_classes: int,  # k ≥ 2
-    dimension: int,  # d ≥ 2
-    fraction: float = .9,  # of the largest possible γ_min, in (0, 1)
+    num_classes: int,  # number of classes, k ≥ 2
+    dimension: int,  # dimension of the features, d ≥ 2
+    fraction: float = .9,  # share of the largest possible γ_min, in (0, 1)
     *,
     margin: float = 0.,  # m of CosFace, a difference of cosines; 0: NormFace
     class_counts=None,  # samples of each class, [k]; None: equally many

@@ -1,4 +1,4 @@
-"""A certificate that no small change makes an arrangement better
+"""Certify that no small change of the prototypes improves their class margin
 
 Docs: https://largest-margins.github.io/largest-margins/theory/jammed.html.md"""
 

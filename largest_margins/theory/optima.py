@@ -23,7 +23,7 @@ from ..margins import unit_rows
 @dataclass(frozen=True)
 class Optimality:
     "The loss of prototypes and features, and a lower bound on any loss."
-    value: float  # the loss
+    value: float  # loss of these prototypes and features
     bound: float  # no prototypes and features have a lower loss, up to rounding
     eigenvalue: float  # smallest one of diag(ν) − M, relative; 0 at an optimum
 

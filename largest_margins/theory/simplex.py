@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 # %% ../../nbs/theory/02_codes.ipynb #caa1d392
 def simplex(
     k: int,  # number of points, 2 ≤ k ≤ d + 1
-    d: int,  # dimension
+    d: int,  # dimension, ≥ k − 1
 ) -> Tensor:  # unit rows with all inner products −1/(k−1), float64, [k, d]
     "The regular simplex, the best prototypes whenever they fit."
     for name, value, least in (('k', k, 2), ('d', d, 1)):
@@ -37,7 +37,7 @@ def simplex(
 # %% ../../nbs/theory/02_codes.ipynb #2d94ab2c
 def log_riesz_energy(
     points: Tensor,  # unit rows, [k, d], k ≥ 2
-    t: float,  # exponent, > 0
+    t: float,  # exponent t > 0; a large one counts the closest pairs
 ) -> Tensor:  # log Σ_{i≠j} ‖x_i − x_j‖^−t over ordered pairs, []; +inf if two coincide
     "The logarithm of the Riesz energy, which does not overflow."
     if not t > 0: raise ValueError(f't must be > 0, got {t!r}')
@@ -62,7 +62,7 @@ def _log_energies(rows, points, first, t):
 # %% ../../nbs/theory/02_codes.ipynb #1392e3c7
 def riesz_energy(
     points: Tensor,  # unit rows, [k, d], k ≥ 2
-    t: float,  # exponent, > 0
+    t: float,  # exponent t > 0; a large one counts the closest pairs
 ) -> Tensor:  # Σ_{i≠j} ‖x_i − x_j‖^−t over ordered pairs, []
     "The Riesz energy; for large `t` use `log_riesz_energy`."
     return log_riesz_energy(points, t).exp()

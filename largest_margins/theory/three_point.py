@@ -1,4 +1,4 @@
-"""A semidefinite program finds sharper bounds; integers remain to be checked
+"""Sharper bounds from a semidefinite program, checked in integers
 
 Docs: https://largest-margins.github.io/largest-margins/theory/three_point.html.md"""
 
@@ -109,7 +109,7 @@ def _solve(programme, pairs, triples):
     "The unknowns with the most room η, with the conditions at these points."
     try: import clarabel
     except ModuleNotFoundError as error:
-        message = "the solver is missing: pip install 'largest_margins[bounds]'"
+        message = "the solver is missing: pip install clarabel"
         raise ModuleNotFoundError(message) from error
     b, F, q, end = (programme.parts[i] for i in (0, 1, -2, -1))
     unit = np.eye(end + 1)
@@ -231,10 +231,10 @@ def three_point_certificate(
     d: int,  # dimension, ≥ 3
     degree: int = 6,  # of the polynomials in each variable, 3 to 10; higher is sharper
     *,
-    radians: float = math.pi / 2,  # where to start: an angle that is a bound
-    room: float = 1e-4,  # how far below zero to stay; less is sharper, slower to check
+    radians: float = math.pi / 2,  # starting angle: a bound already known
+    room: float = 1e-4,  # distance below zero; less is sharper, slower to check
 ) -> dict | None:  # a certificate that `verify` accepts; None if none was found
-    "Search the smallest angle that a certificate of kind `three-point` can prove."
+    "Search for the smallest angle that a certificate of kind `three-point` proves."
     if not (k > 2 * d >= 6 and 3 <= degree <= 10):
         raise ValueError(f'k > 2d ≥ 6, degree 3 to 10 are needed, got k = {k}, '
                          f'd = {d}, degree = {degree}')

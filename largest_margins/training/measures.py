@@ -1,4 +1,4 @@
-"""Everything that is measured, each in one line
+"""Everything that is measured, one line for each measure
 
 Docs: https://largest-margins.github.io/largest-margins/training/measures.html.md"""
 
@@ -192,5 +192,5 @@ def measure(
     examined: Any,  # what the measures read
     names: tuple[str, ...],  # in `MEASURES`
 ) -> dict:  # name → number; None for what cannot be measured
-    "All of these numbers."
+    "Compute these measures."
     return {name: MEASURES[name].compute(examined) for name in names}

@@ -1,4 +1,4 @@
-"""How the learning rate moves, and the optimizer that goes with it
+"""Choose how the learning rate changes, and the optimizer that goes with it
 
 Docs: https://largest-margins.github.io/largest-margins/training/schedules.html.md"""
 

@@ -18,8 +18,9 @@ const markup = data => `
 </form>
 <div class="widget-charts">
   <figure><svg class="map" viewBox="0 0 ${width} ${height}" role="img"></svg>
-    <figcaption>The angle between two rare prototypes at the optimum. Right of the line, where the theory puts the
-    threshold, it is 0: the rare classes have collapsed. Drag on the map, or move the sliders.</figcaption></figure>
+    <figcaption>The angle between two rare prototypes at the optimum: blue is ${data.simplex.toFixed(1)}°, as without
+    imbalance, orange is 0°. The dashed line is the threshold that the theory proves. Right of it the rare classes have
+    collapsed. Drag on the map, or move the sliders.</figcaption></figure>
   <figure><svg class="four" viewBox="0 0 ${ball} ${ball}" role="img"></svg>
     <figcaption aria-live="polite"></figcaption></figure>
 </div>`;
