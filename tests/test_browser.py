@@ -171,6 +171,13 @@ def test_tables_scroll_inside_themselves_and_numbers_stay_whole(browser, page):
     assert scrolls
 
 
+def test_the_table_of_losses_needs_no_scrolling_on_a_desktop(browser):
+    browser.open('start/choose_a_loss.html', *SCREEN)
+    widths = browser.run("""[...document.querySelectorAll('.pst-scrollable-table-container')]
+        .map(t => [t.scrollWidth, t.clientWidth])""")
+    assert widths and all(needed <= given for needed, given in widths)
+
+
 # --- search ---
 
 def first_results(browser, names):

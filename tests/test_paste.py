@@ -73,6 +73,14 @@ def test_python_blocks(notebook, tmp_path, fresh):
     fresh(tmp_path/'page.py')
 
 
+CHECK = re.compile(r'^\s*(?:assert\b|test_\w+\(|with expect_fail)|: assert\b', re.M)
+
+
+def test_visible_blocks_hold_no_checks():
+    assert CHECK.search('for x in y:\n    assert x') and CHECK.search('test_eq(1, 1)') and not CHECK.search('test = 1')
+    assert not [(str(n), code) for n in notebooks for code in blocks(n, {'python', 'py'}) if CHECK.search(code)]
+
+
 def test_the_list_names_pages():
     assert set(TO_DO) <= {n.as_posix() for n in notebooks}
     assert len(TO_DO) == len(set(TO_DO))

@@ -162,6 +162,19 @@ def test_what_is_cited_stands_in_the_bibliography(site):
                {a.split('#')[-1] for p in html_files(site) for a in read(p).links if 'bibliography.html#' in a})
 
 
+def test_papers_are_cited_by_their_keys():
+    by_name = re.compile(r'\([A-Z][^()@\n]* (?:19|20)\d\d[a-z]?\)|et al\.,?\s+\(?(?:19|20)\d\d')
+    assert by_name.search('as is known (Cao et al. 2019)') and by_name.search('Zhu et al. (2021) say')
+    prose = [(str(n), ''.join(c['source'])) for n in notebooks for c in cells(n) if c['cell_type'] == 'markdown']
+    assert not [(n, found) for n, text in prose if (found := by_name.findall(build.prose(text)))]
+
+
+def test_the_picture_of_the_home_page_begins_with_no_loss_ahead():
+    picture = (root/build.figures/'figure-1.svg').read_text(encoding='utf-8')
+    starts = re.findall(r'<animate attributeName="width" values="([\d.]+);', picture)
+    assert len(starts) == 3 and len(set(starts)) == 1
+
+
 def test_first_uses_of_terms_lead_to_the_glossary(site):
     links = [a for a in read(site/'start/get_started.html').links if 'glossary.html#term-' in a]
     assert 'class-margin' in ' '.join(links) and len(links) == len(set(links)) > 3
