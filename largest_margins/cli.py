@@ -167,7 +167,8 @@ def _explain(error):
     if sys.flags.dev_mode and not isinstance(error, KeyboardInterrupt): raise error
     if isinstance(error, KeyboardInterrupt): return _say('stopped', 130)
     if isinstance(error, ModuleNotFoundError):
-        advice = 'pip install "largest_margins[fastai]"'
+        advice = ('pip install "largest_margins[fastai] @ '
+                  'git+https://github.com/largest-margins/largest-margins"')
         return _say(f'this command needs {error.name}: {advice}', 2)
     expected = isinstance(error, ValueError | TypeError | OSError | ImportError)
     return _say(error if expected else f'{type(error).__name__}: {error}', 2)

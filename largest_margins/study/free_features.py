@@ -36,7 +36,7 @@ class FreeFeatures(LossFields):
     k: int = _field(8, at_least=2)  # number of classes, ≥ 2
     d: int = _field(3, at_least=2)  # dimension, ≥ 2
     ratio: float = _field(1., at_least=1)  # most over least frequent class, ≥ 1
-    kind: str = _field('long-tailed', ('long-tailed', 'step'))  # kind of the imbalance
+    kind: str = _field('long-tailed', ('long-tailed', 'step'))  # kind of imbalance
     rising: bool = _field(False)  # whether the scale rises to s, see `scales`
 
     @classmethod
