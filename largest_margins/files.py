@@ -268,7 +268,9 @@ _DATA_TYPES = set("""argparse.Namespace types.SimpleNamespace functools.partial
     builtins.bool builtins.bytearray builtins.bytes builtins.complex builtins.dict
     builtins.float builtins.frozenset builtins.getattr builtins.int builtins.list
     builtins.object builtins.range builtins.set builtins.slice builtins.str
-    builtins.tuple builtins.type builtins.Ellipsis builtins.NotImplemented""".split())
+    builtins.tuple builtins.type builtins.Ellipsis builtins.NotImplemented
+    types.GenericAlias builtins.iter itertools.count
+    platform.uname_result posix.uname_result urllib.parse.ParseResult""".split())
 
 
 def _named(module, name):
@@ -362,8 +364,11 @@ def _call(function, arguments):
     short = function.replace('numpy._core', 'numpy.core')
     match short, arguments:
         case 'torch._utils._rebuild_tensor' | 'torch._utils._rebuild_tensor_v2', (
-                _Storage() as storage, offset, tuple(size), tuple(stride), *_):
-            return _view(storage, offset, size, stride)
+                _Storage() as storage, offset, tuple(size), tuple(stride), *more):
+            found = _view(storage, offset, size, stride)
+            flags = more[2] if len(more) > 2 and isinstance(more[2], dict) else {}
+            if flags.get('conj') and found.is_complex(): found = found.conj()
+            return -found if flags.get('neg') and found.is_floating_point() else found
         case 'torch._utils._rebuild_tensor_v3', (
                 _Storage() as storage, offset, tuple(size), tuple(stride), _, _, dtype,
                 *_):

@@ -3,6 +3,7 @@ import errno
 import io
 import os
 import pickle
+import platform
 import re
 import resource
 import signal
@@ -312,6 +313,14 @@ def test_views_stay_within_their_storage(tmp_path):
                 return torch._utils._rebuild_tensor_v2, (x.storage(), offset, size, stride, False, {})
         torch.save({'x': Asked()}, tmp_path/'file')
         with pytest.raises(ValueError, match='impossible shape|too few numbers'): read_torch(tmp_path/'file')
+
+
+def test_lazy_signs_and_conjugates_are_read(tmp_path):
+    def conjugate(): return torch.randn(4, 3, dtype=torch.complex64).conj()
+    saved = dict(negative=torch._neg_view(torch.rand(4, 3)), conjugate=conjugate(), part=conjugate().imag)
+    torch.save(saved | dict(kind=list[int], where=platform.uname()), tmp_path/'file')
+    found = read_torch(tmp_path/'file')
+    assert all(torch.equal(found[name].resolve_conj(), x.resolve_conj().resolve_neg()) for name, x in saved.items())
 
 
 @pytest.mark.parametrize('format,text,shown', [
