@@ -30,6 +30,8 @@ def _scalar(name, value, kind, wanted):
     "The number in a 0-d tensor or array, if it is of some kind and no bool."
     _refuse_gradient(name, value)
     zero_dim = getattr(value, 'ndim', None) == 0 and hasattr(value, 'item')
+    if getattr(value, 'is_meta', False):
+        raise TypeError(f'{name} must be {wanted}, got a tensor without values')
     if zero_dim: value = value.item()
     if isinstance(value, bool) or not isinstance(value, kind):
         raise TypeError(f'{name} must be {wanted}, got {_described(value)}')
@@ -259,7 +261,8 @@ class PerClass(Checked):
     def __set__(self, instance, value):
         single = isinstance(self.default, float) and not getattr(
             value, 'ndim', isinstance(value, (list, tuple)))
-        value = number(self.name, value) if single else self.checked(value)
+        value = (number(self.name, value, **self.allowed) if single
+                 else self.checked(value))
         for place in (instance._buffers, instance.__dict__): place.pop(self.name, None)
         place = instance._buffers if isinstance(value, Tensor) else instance.__dict__
         place[self.name] = value

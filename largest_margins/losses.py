@@ -217,7 +217,7 @@ class _Hooks(ClassificationLoss):
             attribute = self.numbers[name]
             if attribute in found: raise TypeError(f'{name} is given twice')
             known = getattr_static(type(self), attribute, None)
-            bounds = known.allowed if isinstance(known, Number) else {}
+            bounds = known.allowed if isinstance(known, (Number, PerClass)) else {}
             found[attribute] = per_sample(name, value, x, **bounds)
         return found
 
@@ -412,6 +412,7 @@ _SCALE = dict(at_least=1e-6, at_most=1e6)
 _FACTOR = dict(at_least=1, at_most=10)  # of an angle
 _ANGLE = dict(at_least=0, below=math.pi)
 _LEAD = dict(above=-2, below=2)  # two cosines differ by at most 2
+_LINE = dict(at_least=-1e6, at_most=1e6)  # of a line through cosines
 
 # %% ../nbs/losses/12_losses.ipynb #64fb0eed
 def _smoothed(loss, cosines, own, valid, num):
@@ -704,10 +705,10 @@ class AdaFaceLoss(_NormStatistics):
 @dataclass(eq=False, repr=False)
 class GMSoftmaxLoss(MarginSoftmaxLoss):
     "num = α1·c + β1, den = α2·c + β2 (Zhou et al. 2022, generalized margin softmax)."
-    alpha1: float | Tensor = PerClass(1.)  # slope of the numerator, a number or [k]
-    alpha2: float | Tensor = PerClass(1.)  # slope of the denominator, a number or [k]
-    beta1: float | Tensor = PerClass(0.)  # offset of the numerator, a number or [k]
-    beta2: float | Tensor = PerClass(0.)  # offset of the denominator, a number or [k]
+    alpha1: float | Tensor = PerClass(1., **_LINE)  # slope of num, a number or [k]
+    alpha2: float | Tensor = PerClass(1., **_LINE)  # slope of den, a number or [k]
+    beta1: float | Tensor = PerClass(0., **_LINE)  # offset of num, a number or [k]
+    beta2: float | Tensor = PerClass(0., **_LINE)  # offset of den, a number or [k]
     label_smoothing: float = field(default=0., init=False)
     numbers: ClassVar = {n: n for n in ('alpha1', 'alpha2', 'beta1', 'beta2')}
 

@@ -39,7 +39,7 @@ def test_numbers_of_every_kind_are_welcome(value):
 
 
 @pytest.mark.parametrize('value', [True, np.bool_(1), torch.tensor(True), '1', None, [1], 1j, Decimal(1), torch.ones(1),
-                                   np.ones(2), torch.tensor(1j)], ids=repr)
+                                   np.ones(2), torch.tensor(1j), torch.tensor(1., device='meta')], ids=repr)
 def test_what_is_no_number_is_a_type_error(value):
     for check in (number, integer):
         with pytest.raises(TypeError, match='^x must be'): check('x', value)

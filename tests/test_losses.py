@@ -1075,13 +1075,13 @@ def test_half_precision_keeps_counts_and_priors_exact(kind):
 @pytest.mark.parametrize('name', ['alpha1', 'alpha2', 'beta1', 'beta2'])
 def test_bad_coefficients_of_gm_are_refused(name):
     for value, shown in ((torch.tensor([1., math.nan, 1., 1.]), 'nan'), (torch.tensor([1., math.inf, 1., 1.]), 'inf'),
-                         (torch.ones(2, 2), r'\(2, 2\)')):
+                         (torch.ones(2, 2), r'\(2, 2\)'), (1e308, r'1e\+308'), ([1e30] * 4, r'1e\+30')):
         with pytest.raises(ValueError, match=f'^{name} must .*got .*{shown}'): GMSoftmaxLoss(**{name: value})
     loss = GMSoftmaxLoss()
     for value, error, shown in (
             (torch.ones(4), ValueError, r'\(4,\)'), (torch.ones(7, 1), ValueError, r'\(7, 1\)'),
             (changed(torch.ones(7), math.nan), ValueError, 'nan'), (math.nan, ValueError, 'nan'),
-            ('a', TypeError, 'str'), ([1.] * 7, TypeError, 'list')):
+            (1e308, ValueError, r'1e\+308'), ('a', TypeError, 'str'), ([1.] * 7, TypeError, 'list')):
         with pytest.raises(error, match=f'^{name} must .*got .*{shown}'): loss(COSINES, TARGETS, **{name: value})
 
 
