@@ -167,6 +167,13 @@ def bare(
     return model
 
 # %% ../nbs/training/23_callbacks.ipynb #bdb72cb4
+class _Hook:
+    "A hook for one forward pass; copies do nothing, so an interrupted model is whole."
+    def __init__(self, function=None): self.function = function
+    def __call__(self, *args): return self.function(*args) if self.function else None
+    def __reduce__(self): return _Hook, ()
+
+
 class HeadCallback(Callback):
     "A base class for callbacks that need the classifier and the batch's cosines."
     _xtra = ('training',)  # what fastai looks up in the Learner for us
@@ -221,8 +228,9 @@ class HeadCallback(Callback):
                                    'leave it out of checkpoint, or say '
                                    'use_reentrant=False')
         def passed(*_): self._unhook()
-        self._hooks = (head.register_forward_pre_hook(remember),
-                       self.learn.model.register_forward_hook(passed, always_call=True))
+        self._hooks = (
+            head.register_forward_pre_hook(_Hook(remember)),
+            self.learn.model.register_forward_hook(_Hook(passed), always_call=True))
 
     def batch_cosines(self) -> Tensor:  # [N, k]
         "Return the cosines of the current batch, also for a linear classifier."

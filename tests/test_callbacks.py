@@ -1,4 +1,6 @@
 "The callbacks in a real Learner: what they add, what they work with, and that they leave no trace."
+import copy
+import pickle
 import warnings
 from functools import partial
 from math import degrees, inf
@@ -445,6 +447,25 @@ def test_no_trace_when_the_forward_pass_fails(error, place):
     assert state(learn) == before
     quiet(learn, learn.fit, 1)
     assert state(learn) == before
+
+
+def test_a_model_is_whole_after_ctrl_c_in_its_forward_pass():
+    "It can be saved and copied; the copy computes with its own weights, and the next fit leaves nothing."
+    learn = learner('linear', cbs=[SampleMarginRegularizer(), MarginRecorder()])
+    before, stop = state(learn), learn.model[0].register_forward_pre_hook(partial(interrupt, [3]))
+    with pytest.raises(KeyboardInterrupt): quiet(learn, learn.fit, 1)
+    stop.remove()
+    copies = copy.deepcopy(learn.model), pickle.loads(pickle.dumps(learn.model))
+    for model in copies:
+        nn.init.zeros_(model[-1].weight)
+        assert model.train()(torch.ones(2, *learn.dls.one_batch()[0].shape[1:])).eq(model[-1].bias).all()
+    quiet(learn, learn.fit, 1)
+    assert state(learn) == before
+
+
+def interrupt(left, *_):
+    left[0] -= 1
+    if not left[0]: raise KeyboardInterrupt
 
 
 def test_detaching_takes_the_columns_away():
