@@ -143,7 +143,7 @@ def _parsed(text):
 
 
 def _without_twins(pairs):
-    if len(dict(pairs)) < len(pairs): raise ValueError('a key stands there twice')
+    if len(dict(pairs)) < len(pairs): raise ValueError('a key appears twice')
     return dict(pairs)
 
 

@@ -402,8 +402,8 @@ class PKSampler(Sampler):
         rows = np.argsort(persons, kind='stable')
         self.rows = np.split(rows, counts.cumsum()[:-1])
         if len(self.rows) < people:
-            raise ValueError(f'people must be at most the {len(self.rows)} persons '
-                             f'there are, got {people}')
+            raise ValueError(f'people must be at most {len(self.rows)}, the number of '
+                             f'persons, got {people}')
         self.people, self.images, self.seed, self.epoch = people, images, seed, 0
         groups = np.maximum(1, counts // images)
         def too_many(b): return np.minimum(groups, b).sum() < people * b

@@ -687,7 +687,7 @@ def unit_features(
         raise ValueError(f'{name} must be finite, row {wrong[0].item()} is not')
     zeros = (largest == 0).sum().item()
     if zeros:
-        warnings.warn(f'{zeros} of {len(features)} {name} are zero, thus like nobody: '
+        warnings.warn(f'{zeros} of {len(features)} {name} are zero: '
                       'their cosines count as 0', stacklevel=3)
     return unit_rows(features)
 

@@ -43,7 +43,7 @@ class Own:
     def angle(self) -> Tensor:  # in [0, π], [n]
         "The angle between each sample and its own prototype, in radians."
         if self._angle is not None: return self._angle
-        raise TypeError('own.angle is there for losses that say `angular = True`')
+        raise TypeError('only losses with `angular = True` have own.angle')
 
 # %% ../../nbs/engine/14_fused.ipynb #f42ed633
 def _by_parts(function, size, *values):

@@ -1,4 +1,4 @@
-"""Root systems, codes and designs: arrangements that no search would find again
+"""Root systems, codes and designs: arrangements that no search finds
 
 Docs: https://largest-margins.github.io/largest-margins/theory/constructions.html.md"""
 

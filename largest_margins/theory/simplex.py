@@ -1,4 +1,4 @@
-"""When there is room, the best prototypes are known exactly
+"""The best prototypes for up to d + 1 classes, known exactly
 
 Docs: https://largest-margins.github.io/largest-margins/theory/codes.html.md"""
 

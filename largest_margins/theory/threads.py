@@ -1,4 +1,4 @@
-"""Small problems are faster on one thread, whatever the process has
+"""Run small problems on one thread, which is faster
 
 Docs: https://largest-margins.github.io/largest-margins/theory/threads.html.md"""
 
