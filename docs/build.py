@@ -103,7 +103,8 @@ moved = {
 # Markdown of the site itself, in docs/
 written = ['bibliography', 'cite', 'glossary']
 # names in backticks that look like ours and that no code of ours mentions
-foreign = {'BaseLoss', 'MixedPrecision', 'TensorImage', 'distrib_ctx', 'fine_tune', 'lr_find',    # fastai's
+foreign = {'BaseLoss', 'MixedPrecision', 'TensorImage', 'distrib_ctx', 'fine_tune', 'lr_find', 'to_bf16',
+           'to_fp16',    # fastai's
            'GradScaler', 'weight_norm', 'arcface_torch', 'sample_rate', 'NormedLinear',    # of other libraries
            'run_2024_c1'}    # an example of a folder
 # what Quarto's cell options say, as MyST-NB's tags

@@ -199,7 +199,7 @@ class HeadCallback(Callback):
     def _search(self, model):
         given = self._given_head
         if given is not None and not any(m is given for m in model.modules()):
-            raise ValueError(f'head= must be a layer of the model, {given} is not')
+            raise ValueError(f'head= must be a layer of the model, {given} is none')
         batch = [x for x in getattr(self.learn, 'xb', ()) if x is not None]
         inputs = apply(lambda x: x[:2], batch)
         head = _locate(model, inputs) if given is None else given
