@@ -33,21 +33,6 @@ from .engine.fused import Own, dense_loss, fused_loss
 from .engine.shards import ClassShards
 from .margins import angle, row_norms, unit_rows
 
-# %% ../nbs/losses/12_losses.ipynb #be217091
-class _Fields(nn.Module):
-    "A module with the fields of a dataclass, checked whenever they are set."
-
-    def __new__(cls, *args, **kwargs):
-        module = super().__new__(cls)
-        nn.Module.__init__(module)  # before the first field is set
-        return module
-
-    def __setattr__(self, name: str, value: Any):
-        "Also where torch would keep the value apart, as it does a Parameter."
-        known = getattr_static(type(self), name, None)
-        if isinstance(known, Checked): known.__set__(self, value)
-        else: super().__setattr__(name, value)
-
 # %% ../nbs/losses/12_losses.ipynb #be217093
 def _parameters(cls):
     "The parameters of a loss, also those that its `**options` hand on to its base."
@@ -65,8 +50,20 @@ def _as_text(value, is_angle=False):
     return f'{value:g}' + (f' rad ({math.degrees(value):.2f}°)' if is_angle else '')
 
 # %% ../nbs/losses/12_losses.ipynb #be217094
-class _Shown(_Fields):
-    "The same, which prints what makes it differ from others."
+class _Fields(nn.Module):
+    "A module with the fields of a dataclass, checked when set and printed."
+
+
+    def __new__(cls, *args, **kwargs):
+        module = super().__new__(cls)
+        nn.Module.__init__(module)  # before the first field is set
+        return module
+
+    def __setattr__(self, name: str, value: Any):
+        "Also where torch would keep the value apart, as it does a Parameter."
+        known = getattr_static(type(self), name, None)
+        if isinstance(known, Checked): known.__set__(self, value)
+        else: super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
         shown = []
@@ -82,7 +79,7 @@ class _Shown(_Fields):
         return ', '.join(shown)
 
 # %% ../nbs/losses/12_losses.ipynb #db9daa6c
-class _ClassNumbers(_Shown):
+class _Sized(_Fields):
     "Numbers for each class, in buffers."
 
     def _apply(self, fn, recurse=True):
@@ -96,10 +93,6 @@ class _ClassNumbers(_Shown):
                 raise RuntimeError(f'{name} of {type(self).__name__} lost its numbers '
                                    'on meta: make the loss again where it is used')
         return self
-
-# %% ../nbs/losses/12_losses.ipynb #db9daa6d
-class _Sized(_ClassNumbers):
-    "The same, which knows how many classes it is for."
 
     def check_classes(self, num_classes: int, device: torch.device):
         "A buffer holds a number per class, on the right device; refuse any other."
@@ -223,7 +216,7 @@ class _Hooks(ClassificationLoss):
 
     def _filled(self, given, targets, dtype):
         "Each of the loss's numbers: for each sample, for each class, or one for all."
-        for attribute in set(self.numbers.values()) - given.keys():
+        for attribute in {*self.numbers.values()} - given.keys():
             value = getattr(self, attribute)
             if isinstance(value, Tensor): value = value.to(dtype)[targets]
             given = given | {attribute: value}
@@ -364,9 +357,19 @@ class CosineLoss(_OnCosines):
         self.check_classes(len(prototypes), features.device)
         return self.of_matrix(features, prototypes, targets, valid, given)
 
+# %% ../nbs/losses/12_losses.ipynb #28dc9c67
+def _with_slopes(num, den, by_num, by_den, rest, s):
+    "Equation (eq-stable) and its slopes, from the curves and theirs."
+    if den is None: return rest / s - num, dict(pull=by_num / s, rest=1 / s)
+    excess = torch.sub(rest, den, alpha=s)
+    losses, miss = F.softplus(excess, threshold=40), excess.sigmoid()
+    if den is num: return losses, dict(pull=times(by_num, miss), rest=miss)
+    pull = by_num - (1 - miss) * by_den
+    return torch.add(losses, den - num, alpha=s), dict(pull=pull, rest=miss)
+
 # %% ../nbs/losses/12_losses.ipynb #28dc9c63
-class _Curves(CosineLoss):
-    "The hook of a margin softmax, its two curves."
+class _Softmax(CosineLoss):
+    "The hook of a margin softmax, its two curves, and what follows from them."
 
     def curves(self, own: Own, **numbers) -> tuple:
         """The hook: num and den of equation (eq-family), [n] each; den None means −∞.
@@ -379,25 +382,9 @@ class _Curves(CosineLoss):
         numbers = self._filled(self.per_batch({}, None, targets), targets, angle.dtype)
         return self.curves(Own(targets, angle=angle), **numbers)[:2]
 
-# %% ../nbs/losses/12_losses.ipynb #28dc9c67
-def _with_slopes(num, den, by_num, by_den, rest, s):
-    "Equation (eq-stable) and its slopes, from the curves and theirs."
-    if den is None: return rest / s - num, dict(pull=by_num / s, rest=1 / s)
-    excess = torch.sub(rest, den, alpha=s)
-    losses, miss = F.softplus(excess, threshold=40), excess.sigmoid_()
-    if den is num: return losses, dict(pull=times(by_num, miss), rest=miss)
-    pull = by_num - (1 - miss) * by_den
-    return torch.add(losses, den - num, alpha=s), dict(pull=pull, rest=miss)
-
-# %% ../nbs/losses/12_losses.ipynb #28dc9c64
-class _Softmax(_Curves):
-    "What follows from the curves."
-
     def per_sample(self, own, rest, **numbers):
         num, den, *_ = self.curves(own, **numbers)
-        if den is None: return rest / self.scale - num
-        losses = F.softplus(rest - self.scale * den, threshold=40)
-        return losses if den is num else losses + self.scale * (den - num)
+        return _with_slopes(num, den, 1., 1., rest, self.scale)[0]
 
     def terms(self, own, rest, given, wanted=()):
         ours = type(self).per_sample is _Softmax.per_sample and not self._parameters

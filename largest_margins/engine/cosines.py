@@ -19,11 +19,13 @@ from ..checks import check_features, plain
 from ..margins import unit_rows
 
 # %% ../../nbs/engine/11_cosines.ipynb #1597cc0f
+_AS_IT_IS, _may_cast = nullcontext(), cache(torch.amp.is_autocast_available)
+
+
 def full_precision(device_type):
     "Make a context without autocast."
-    known = torch.amp.is_autocast_available(device_type)
-    if not known or not torch.is_autocast_enabled(device_type): return nullcontext()
-    return torch.autocast(device_type, enabled=False)
+    cast = _may_cast(device_type) and torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if cast else _AS_IT_IS
 
 # %% ../../nbs/engine/11_cosines.ipynb #e9e69c0c
 @cache

@@ -56,13 +56,8 @@ def _by_parts(function, size, *values):
 # %% ../../nbs/engine/14_fused.ipynb #9c1db91b
 @lru_cache(64)
 def _kept(value, dtype, *shape):
+    "A tensor full of a number, to read only, made once."
     with torch.inference_mode(False): return torch.full(shape, value, dtype=dtype)
-
-
-def _full(like, value, *shape):
-    "A tensor full of a number, to read only: on a CPU it is made once."
-    if values_are_cheap(like): return _kept(value, like.dtype, *shape)
-    return like.new_full(shape, value)
 
 # %% ../../nbs/engine/14_fused.ipynb #d5d84ffb
 class _Rows:
@@ -136,11 +131,10 @@ def _in_the_middle(cosine, cheap=True):
 
 def _by_chords(unit, own, cosine, s, usual=True):
     "The angles of unit rows with rows `own` of length s, which are overwritten."
-    nearer = torch.copysign(_full(unit, s), cosine[:, None])
+    nearer = torch.ones_like(cosine).copysign_(cosine).mul_(s)[:, None]
     chord = own.addcmul_(unit, nearer, value=-1)
-    length = torch.linalg.vector_norm(chord, dim=1) / s
-    sine = torch.addcmul(_full(unit, 1.), length, length, value=-.25)
-    sine = sine.sqrt_().mul_(length)
+    half = torch.linalg.vector_norm(chord, dim=1) / (2 * s)
+    sine = (1 - half * half).sqrt_().mul_(2 * half)
     value = torch.atan2(sine, cosine)
     if not usual: sine.div_(torch.hypot(sine, cosine))  # of a row of zeros
     sine.clamp_min_(torch.finfo(sine.dtype).tiny**.5)
@@ -150,20 +144,21 @@ def _by_chords(unit, own, cosine, s, usual=True):
 class _Plan:
     "What one call of a loss is about: the ways there and back read it."
 
-    def __init__(self, loss, valid, shards, size, dtype, numbers, cheap):
-        self.loss, self.valid, self.shards, self.size = loss, valid, shards, size
-        self.numbers, self.cheap = tuple(numbers), cheap
-        self.names = self.given + self.numbers
-        self.learns = torch.is_grad_enabled()
+    def __init__(self, job, loss, valid, shards, size, dtype, numbers, cheap):
+        self.job, self.loss, self.valid, self.shards = job, loss, valid, shards
+        self.size, self.numbers, self.cheap = size, tuple(numbers), cheap
+        self.names, self.learns = job.given + self.numbers, torch.is_grad_enabled()
         self.scale, self.lead = loss.scale or 1., loss.sample_margin
         self.prior, self.block = loss.log_prior(dtype), max(1, 2**18 // shards.size)
         most = 80 if dtype == torch.float32 else 600
         self.bounded = self.prior is None and self.scale + math.log(shards.size) < most
 
 # %% ../../nbs/engine/14_fused.ipynb #7ef985d8
-class _FromRows:
-    "Features and prototypes, and what is made of them in a pass."
-    to_logits, buffer, by_prototypes = None, None, None
+class _OfRows:
+    "A pass over features, whose cosines with the prototypes are made in one buffer."
+    given = 'targets', 'features', 'prototypes'
+    to_logits = buffer = by_prototypes = None
+    per_logit = 1.  # what slopes by logits lack
 
     def __init__(self, plan, features, prototypes):
         self.plan, few = plan, prototypes.numel() <= 2**18
@@ -179,11 +174,6 @@ class _FromRows:
         self.x = self.z.x
         if features.shape[0] > plan.size:
             self.buffer = features.new_empty(plan.size, prototypes.shape[0])
-
-# %% ../../nbs/engine/14_fused.ipynb #7ef985d9
-class _OfRows(_FromRows):
-    "A pass over features, whose cosines with the prototypes are made in one buffer."
-    per_logit = 1.  # what slopes by logits lack
 
     def products(self, unit):
         "Products with the prototypes, [n, k]; the longer side is made of whole rows."
@@ -219,10 +209,15 @@ class _OfRows(_FromRows):
         if by_w is not None: found['prototypes'] = self.w.gradient(by_w, factor)
         return found
 
+    @staticmethod
+    def by_autograd(plan, targets, features, prototypes, numbers):
+        "The same, in steps that torch sees."
+        return plan.loss.of_matrix(features, prototypes, targets, plan.valid, numbers)
+
 # %% ../../nbs/engine/14_fused.ipynb #7ef985da
 class _OfCosines:
     "A pass over the rows of a matrix of cosines."
-    to_logits, by_kernel = None, False
+    given, to_logits, by_kernel = ('targets', 'cosines'), None, False
 
     def __init__(self, plan, cosines):
         self.plan, self.x, self.per_logit = plan, cosines, plan.scale
@@ -241,21 +236,10 @@ class _OfCosines:
 
     def gradients(self, by_cosines, factor): return dict(cosines=by_cosines)
 
-# %% ../../nbs/engine/14_fused.ipynb #cbd40aaf
-class _PlanOfRows(_Plan):
-    job, given = _OfRows, ('targets', 'features', 'prototypes')
-
-    def by_autograd(self, targets, features, prototypes, numbers):
+    @staticmethod
+    def by_autograd(plan, targets, cosines, numbers):
         "The same, in steps that torch sees."
-        return self.loss.of_matrix(features, prototypes, targets, self.valid, numbers)
-
-
-class _PlanOfCosines(_Plan):
-    job, given, resolution = _OfCosines, ('targets', 'cosines'), 0.
-
-    def by_autograd(self, targets, cosines, numbers):
-        return self.loss.of_given(cosines, targets, self.valid, numbers,
-                                  self.resolution)
+        return plan.loss.of_given(cosines, targets, plan.valid, numbers, plan.resolution)
 
 # %% ../../nbs/engine/14_fused.ipynb #93cf9292
 def _exponentials(g, at, here, job, wanted):
@@ -335,7 +319,7 @@ def _chunk(x, targets, logs, share, lead_share, job, wanted, *numbers):
 # %% ../../nbs/engine/14_fused.ipynb #cbd40ab0
 def _pass(plan, tensors, wanted, share):
     "Losses, negative margins and gradients of all chunks, outside of autocast."
-    last = len(plan.given)
+    last = len(plan.job.given)
     targets, logs, numbers, factor = tensors[0], plan.logs, tensors[last:], 1.
     with full_precision(targets.device.type):
         job = plan.job(plan, *tensors[1:last])
@@ -394,11 +378,11 @@ def _by_matrix(plan, tensors, slope, twice):
     if not plan.shards.alone:
         raise RuntimeError('create_graph=True: classes shared out among processes '
                            'have no second derivatives; use one process')
-    last = len(plan.given)
+    last = len(plan.job.given)
     with torch.enable_grad():  # of views: one tensor may depend on another
         views = [t.view_as(t) for t in tensors]
         numbers = dict(zip(plan.numbers, views[last:]))
-        value = plan.by_autograd(*views[:last], numbers)
+        value = plan.job.by_autograd(plan, *views[:last], numbers)
         wanted = [v for n, v in zip(plan.names, views) if n in plan.wanted]
         return dict(zip(plan.wanted, torch.autograd.grad(
             value, wanted, slope, create_graph=twice, materialize_grads=True)))
@@ -437,7 +421,8 @@ def fused_loss(loss, features, prototypes, targets, numbers, chunk_size='auto',
     else: chunk_size = rows_at_once(features.shape[0], shards.largest_size)
     dtype = work_dtype(features.dtype, prototypes.dtype)
     tensors = [x.to(dtype) for x in (features, prototypes, *numbers.values())]
-    plan = _PlanOfRows(loss.frozen(), valid, shards, chunk_size, dtype, numbers, cheap)
+    plan = _Plan(_OfRows, loss.frozen(), valid, shards, chunk_size, dtype, numbers,
+                 cheap)
     value = _Fused.apply(plan, targets, *tensors)
     if shards.alone or value.ndim == 0: return value
     return OwnRows.apply(value, shards.group)
@@ -446,8 +431,8 @@ def fused_loss(loss, features, prototypes, targets, numbers, chunk_size='auto',
 def dense_loss(loss, cosines, targets, valid, numbers, resolution):
     "What a loss returns for a matrix of cosines, all of whose rows are one chunk."
     n, k = cosines.shape
-    plan = _PlanOfCosines(loss.frozen(), valid, one_process(k), n, cosines.dtype,
-                          numbers, values_are_cheap(cosines))
+    plan = _Plan(_OfCosines, loss.frozen(), valid, one_process(k), n, cosines.dtype,
+                 numbers, values_are_cheap(cosines))
     plan.resolution = resolution
     numbers = [x.to(cosines.dtype) for x in numbers.values()]
     return _Fused.apply(plan, targets, cosines, *numbers)

@@ -41,8 +41,8 @@ def _own_rows(x, group):
     return x.chunk(dist.get_world_size(group))[dist.get_rank(group)]
 
 # %% ../../nbs/engine/15_shards.ipynb #4d6fa0b6
-class _Shares:
-    "Which classes are this rank's."
+class _Exchange:
+    "Which classes are this rank's, and what ranks tell each other about samples."
 
     def __init__(self, sizes, group=None):
         "Numbers of classes in rank order; without a group this process has all."
@@ -62,24 +62,18 @@ class _Shares:
         here = (columns >= 0) & (columns < self.size)
         return torch.where(here, columns, 0), here
 
-# %% ../../nbs/engine/15_shards.ipynb #afde5679
-class _Exchange(_Shares):
-    "What ranks tell each other about samples."
-
     def combine(self, here, own, rest, largest):
         """From this shard's numbers for each sample, [n], to those of all classes.
 
-        The own cosine or angle counts where it is `here`; `rest` and `largest` may be
-        None. Last comes whether the largest is in this shard.
+        The own cosine or angle counts where it is `here`; `largest` may be None. Last
+        comes whether the largest is in this shard.
         """
         if self.alone: return own, rest, largest, None
-        asked = [v for v in (rest, largest) if v is not None]
-        ours = torch.stack([torch.where(here, own, 0), *asked])
-        every = list(_all_gather(ours, self.group).unbind(1))
-        own, wins = every.pop(0).sum(0), None
-        if rest is not None: rest = every.pop(0).logsumexp(0)
-        if largest is not None:
-            largest, holder = every.pop(0).max(0)
+        ours = [torch.where(here, own, 0), rest, *([] if largest is None else [largest])]
+        own, rest, *most = _all_gather(torch.stack(ours), self.group).unbind(1)
+        own, rest, wins = own.sum(0), rest.logsumexp(0), None
+        if most:
+            largest, holder = most[0].max(0)
             wins = holder == dist.get_rank(self.group)
         return own, rest, largest, wins
 
@@ -87,10 +81,6 @@ class _Exchange(_Shares):
         "All ranks' rows one after the other, [n, …] → [R·n, …]; without gradient."
         if self.alone: return rows
         return _all_gather(rows.detach(), self.group).flatten(0, 1)
-
-    def own_rows(self, rows):
-        "This rank's part of what all know, [R·n, …] → [n, …]."
-        return rows if self.alone else _own_rows(rows, self.group)
 
 # %% ../../nbs/engine/15_shards.ipynb #9710012f
 class ClassShards(_Exchange):
@@ -101,7 +91,7 @@ class ClassShards(_Exchange):
         if self.alone: return cosines, classes
         pad = 0, min(n, self.largest_size) - cosines.shape[1]
         cosines, classes = (
-            self.own_rows(_all_gather(v, self.group).movedim(0, 1).flatten(1))
+            _own_rows(_all_gather(v, self.group).movedim(0, 1).flatten(1), self.group)
             for v in (F.pad(cosines, pad, value=-torch.inf),
                       F.pad(classes + self.first, pad)))
         cosines, where = cosines.topk(n)
