@@ -274,7 +274,8 @@ def files_of(
     if path.is_dir(): path = _in_folder(path)
     if not path.is_file(): return [path]
     with open(path, 'rb') as file: reader = _reader(path, file.read(512))
-    if reader is _from_index: return [path, *map(path.with_name, _places(path).values())]
+    if reader is _from_index:
+        return [path, *map(path.with_name, _places(path).values())]
     if reader is not _from_onnx: return [path]
     import onnx
     tensors = onnx.load(path, load_external_data=False).graph.initializer

@@ -227,8 +227,8 @@ class _Terms(_Hooks):
     "What the engine asks of a loss."
 
     def terms(self, own, rest, given, wanted=()):
-        """Losses, [n]; if any are wanted, slopes by 'rest' and what is given, and 'pull',
-        the slope by s·own (the cosine or the angle) with the other sign."""
+        """Losses, [n]; if any are wanted, slopes by 'rest' and what is given, and
+        'pull', the slope by s·own (the cosine or the angle) with the other sign."""
         if not wanted:
             given = self._filled(given, own.targets, rest.dtype)
             return self.per_sample(own, rest, **given), {}
