@@ -277,6 +277,15 @@ def test_code_fits_the_page(notebook):
     assert not [line for line in code.splitlines() if len(line) > 88]
 
 
+def test_the_first_screen_on_github_shows_no_directives():
+    "GitHub renders notebooks as plain Markdown, where roles and directives of Sphinx stay as they are written."
+    directive = re.compile(r':::|\{[a-z:]+\}`')
+    assert directive.search('see {eq}`eq-x`') and directive.search(':::{note}')
+    for notebook in notebooks:
+        lines = '\n'.join(''.join(cell['source']) for cell in cells(notebook)).splitlines()
+        assert not [line for line in lines[:45] if directive.search(line)], notebook
+
+
 @pytest.mark.parametrize('notebook', notebooks, ids=str)
 def test_outputs_name_no_folder_of_the_machine_they_were_made_on(notebook):
     outputs = json.dumps([cell.get('outputs', []) for cell in cells(notebook)])
