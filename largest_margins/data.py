@@ -290,9 +290,7 @@ class RandomAffine:
         flip: bool = False,  # also mirror half of the images
         rotate: float = 0.,  # the largest angle to both sides, in degrees, ≥ 0
     ):
-        if not isinstance(shift, int) or shift < 0:
-            raise ValueError(f'shift must be an int ≥ 0, got {shift!r}')
-        self.shift, self.flip = shift, flip
+        self.shift, self.flip = integer('shift', shift, at_least=0), flip
         self.rotate = number('rotate', rotate, at_least=0)
 
     def __call__(

@@ -11,6 +11,7 @@ __all__ = []
 import io
 import math
 import os
+import stat
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -33,6 +34,8 @@ def read_image(
 ) -> Image.Image:
     "Read an image, within limits of format and size."
     held = isinstance(source, bytes)
+    if not held and not stat.S_ISREG(os.stat(source).st_mode):
+        raise ValueError(f'the image {source} is not readable: it is no regular file')
     with io.BytesIO(source) if held else open(source, 'rb') as file:
         try: return _decoded(file, mode)
         except Exception as e:  # Pillow's decoders raise a dozen kinds of errors

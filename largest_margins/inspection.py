@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .bounds import Bound, class_margin_bound
 from .codes import Packing, best_packing
-from .checks import check_prototypes
+from .checks import check_prototypes, integer
 from .files import StandIn, escape, read_torch, write_file
 from .margins import (
     angle, closeness, norm_ratio, row_blocks, tiles_below, unit_rows)
@@ -694,8 +694,7 @@ def inspect_prototypes(
     "Measure how far apart classes are and how far apart they could be."
     check_prototypes(weight, 'weight')
     weight, (k, d) = weight.detach().cpu(), weight.shape
-    if not isinstance(pairs, int) or pairs < 1:
-        raise ValueError(f'pairs must be an int ≥ 1, got {pairs!r}')
+    pairs = integer('pairs', pairs, at_least=1)
     if classes is not None and len(classes) != k:
         raise ValueError(f'classes must be {k} names, got {len(classes)}')
     largest, found = _closest(weight, min(pairs, k * (k - 1) // 2), progress)
@@ -787,8 +786,7 @@ def write_prototypes(
     stream = str(path) == '-' or (path.exists() and not path.is_file())
     if not stream and path.suffix != '.safetensors':
         raise ValueError(f'path must end in .safetensors, got {path}')
-    if not isinstance(d, int) or d < 2:
-        raise ValueError(f'd must be an int ≥ 2, got {d!r}')
+    k, d = integer('k', k, at_least=2), integer('d', d, at_least=2)
     beside = path.with_suffix('.json')
     there = [str(p) for p in (path, beside) if p.exists() and not stream]
     if there and not force:

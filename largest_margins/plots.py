@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from .files import escape
 from .losses import CosineLoss, MarginSoftmaxLoss
-from .checks import check_cosines, check_prototypes
+from .checks import check_cosines, check_prototypes, integer
 from .margins import sample_margins
 
 # %% ../nbs/training/22_plots.ipynb #12bd2cd8
@@ -342,8 +342,7 @@ def plot_loss_curves(
     others: float = 0.,  # cosine with every other prototype, in [−1, 1]
 ) -> Axes:
     "Draw the loss of one sample against the angle to its own prototype."
-    if not isinstance(num_classes, int) or num_classes < 2:
-        raise ValueError(f'num_classes must be an int ≥ 2, got {num_classes!r}')
+    num_classes = integer('num_classes', num_classes, at_least=2)
     if not -1 <= others <= 1:
         raise ValueError(f'others must be in [-1, 1], got {others!r}')
     ax, theta = axes_for(ax), torch.linspace(0, math.pi, 721, dtype=torch.float64)

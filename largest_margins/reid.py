@@ -28,7 +28,7 @@ from matplotlib.axes import Axes
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
-from .checks import plain
+from .checks import integer, plain
 from .data import ImageData, ImageDataset, ImageLoader
 from .engine.cosines import cosine_matrix
 from .files import read_torch
@@ -305,8 +305,7 @@ def evaluate(
                                ('unmatched', unmatched, ('skip', 'zero'))):
         if value not in known:
             raise ValueError(f'{name} must be one of {known}, got {value!r}')
-    if not isinstance(max_rank, int) or max_rank < 1:
-        raise ValueError(f'max_rank must be an int ≥ 1, got {max_rank!r}')
+    max_rank = integer('max_rank', max_rank, at_least=1)
     rows, ranks = _match_ranks(distances, labels, _junk(junk))
     return _judge(rows, ranks.double(), len(distances), ap, unmatched, max_rank)
 
@@ -395,9 +394,8 @@ class PKSampler(Sampler):
         persons = as_int64('persons', persons)
         if persons.ndim != 1:
             raise ValueError(f'persons must be [N], got shape {persons.shape}')
-        for name, value in (('people', people), ('images', images)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f'{name} must be an int ≥ 1, got {value!r}')
+        people = integer('people', people, at_least=1)
+        images = integer('images', images, at_least=1)
         _, counts = np.unique(persons, return_counts=True)
         rows = np.argsort(persons, kind='stable')
         self.rows = np.split(rows, counts.cumsum()[:-1])

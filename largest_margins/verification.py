@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from numbers import Real
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -31,7 +30,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from .checks import at_least_float32
+from .checks import at_least_float32, integer, number
 from .files import write_file
 from .images import read_image
 from .margins import unit_rows
@@ -116,9 +115,7 @@ def kfold_accuracy(
     "Compute the accuracy on each fold at the best threshold of the others."
     distances = _numbers('distances', distances).astype(np.float64)
     same = _labels(same, len(distances))
-    if not isinstance(folds, int) or not 2 <= folds <= len(distances):
-        raise ValueError('folds must be an int from 2 to the number of pairs, '
-                         f'{len(distances)}, got {folds!r}')
+    folds = integer('folds', folds, at_least=2, at_most=len(distances))
     if thresholds not in ('grid', 'midpoints'):
         raise ValueError("thresholds must be 'grid' or 'midpoints', "
                          f'got {thresholds!r}')
@@ -193,9 +190,7 @@ def tar_at_far(
     "Equation (eq-tar-at-far), by selection; warns if α is below 1/N."
     scores = _numbers('scores', scores)
     genuine, impostors = _genuine_and_impostors(scores, same)
-    if not isinstance(far, Real):
-        raise TypeError(f'far must be a number in [0, 1], got {type(far).__name__}')
-    if not 0 <= far <= 1: raise ValueError(f'far must be in [0, 1], got {far!r}')
+    far = number('far', far, at_least=0, at_most=1)
     if rule not in ('strict', 'nearest'):
         raise ValueError(f"rule must be 'strict' or 'nearest', got {rule!r}")
     bound = _bound(impostors, far)
@@ -721,8 +716,7 @@ def embed_images(
 ) -> Tensor:  # unit features, on the CPU, [n, d]
     "Compute unit features of images, batch by batch, by equation (eq-flip)."
     if not len(images): raise ValueError('images must hold at least one, got none')
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f'batch_size must be an int ≥ 1, got {batch_size!r}')
+    batch_size = integer('batch_size', batch_size, at_least=1)
     def load(i):
         try: return decode_image(images[i], root, size)
         except ValueError as e: raise ValueError(f'images[{i}]: {e}') from e

@@ -27,7 +27,11 @@ from largest_margins.checks import (
     plain,
     values_are_cheap,
 )
+from largest_margins.data import RandomAffine
+from largest_margins.inspection import inspect_prototypes
 from largest_margins.losses import CosFaceLoss, GMSoftmaxLoss, NormFaceLoss
+from largest_margins.reid import evaluate
+from largest_margins.verification import kfold_accuracy
 
 
 @pytest.mark.parametrize('value', [1, 1.5, Fraction(3, 2), np.float32(1.5), np.int64(1), np.array(1.5),
@@ -159,3 +163,17 @@ def test_prototypes():
         with pytest.raises(error, match='^points must .*row 1'): check_prototypes(bad, 'points')
     check_prototypes(good[:1], least=1)
     with pytest.raises(ValueError, match='k ≥ 2'): check_prototypes(good[:1])
+
+
+@pytest.mark.parametrize('make', [np.int64, np.uint8, torch.tensor])
+def test_whole_numbers_of_every_kind_are_welcome(make):
+    "In evaluation, too; a bool is none."
+    distances = torch.tensor([[.1, .5, .9], [.7, .2, .8]])
+    def calls(n):
+        yield lambda: evaluate(distances, [0, 1], [0, 0], [0, 1, 2], [1, 1, 1], max_rank=n).cmc
+        yield lambda: kfold_accuracy([.1, .2, 1.5, 1.6], [1, 1, 0, 0], folds=n).accuracies
+        yield lambda: inspect_prototypes(torch.eye(4), pairs=n).pairs
+        yield lambda: vars(RandomAffine(n))['shift']
+    for given, usual in zip(calls(make(2)), calls(2), strict=True): assert str(given()) == str(usual())
+    for call in calls(True):
+        with pytest.raises(TypeError, match='must be an int'): call()

@@ -3,6 +3,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import pickle
 import re
 import struct
@@ -532,6 +533,12 @@ def test_no_program_is_run_and_the_name_is_said(tmp_path, monkeypatch, name, con
     (tmp_path/name).write_bytes(content)
     for read in readers(tmp_path/name):
         with pytest.raises(ValueError, match=rf'the image .*{re.escape(name)} is not readable'): read()
+
+
+def test_a_pipe_among_the_images_is_refused(tmp_path):
+    os.mkfifo(tmp_path/'a.png')
+    for read in readers(tmp_path/'a.png'):
+        with pytest.raises((ValueError, FileNotFoundError), match='a.png'): read()  # and does not wait for a writer
 
 
 def test_a_bomb_is_refused_by_its_header_and_large_images_come_one_at_a_time(tmp_path, monkeypatch):
