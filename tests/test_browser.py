@@ -14,10 +14,10 @@ from largest_margins.plots import BLUE, GREEN, GREY, ORANGE
 text, graphics = 4.5, 3
 
 
-# widgets draw themselves when they come near the window
+# widgets draw themselves when they come near the window; scrollIntoView would move where Tab begins
 drawn = '''(async () => {
     for (const widget of document.querySelectorAll('[data-widget]')) {
-        widget.scrollIntoView();
+        scrollTo(0, widget.getBoundingClientRect().top + scrollY);
         while (!widget.dataset.state) await new Promise(done => setTimeout(done, 50));
     }
     scrollTo(0, 0);

@@ -239,7 +239,8 @@ class _OfCosines:
     @staticmethod
     def by_autograd(plan, targets, cosines, numbers):
         "The same, in steps that torch sees."
-        return plan.loss.of_given(cosines, targets, plan.valid, numbers, plan.resolution)
+        return plan.loss.of_given(cosines, targets, plan.valid, numbers,
+                                  plan.resolution)
 
 # %% ../../nbs/engine/14_fused.ipynb #93cf9292
 def _exponentials(g, at, here, job, wanted):

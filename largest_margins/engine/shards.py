@@ -69,7 +69,8 @@ class _Exchange:
         comes whether the largest is in this shard.
         """
         if self.alone: return own, rest, largest, None
-        ours = [torch.where(here, own, 0), rest, *([] if largest is None else [largest])]
+        ours = [torch.where(here, own, 0), rest,
+                *([] if largest is None else [largest])]
         own, rest, *most = _all_gather(torch.stack(ours), self.group).unbind(1)
         own, rest, wins = own.sum(0), rest.logsumexp(0), None
         if most:
