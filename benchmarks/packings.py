@@ -3,18 +3,20 @@
 Up to 50 classes have 400 starts of `best_packing` in space and 40 beyond, more have 4 to 1, in space as many as take a
 minute (66 for 100 points), all from seed 0. A size that `benchmarks/results/packings.json` has is not searched again,
 so that a broken run goes on; `--fresh` begins anew.
-Then each size gets the best of three: what its search found, the best construction that contains it, and the best
-entry for more points or fewer dimensions. Each construction is a size of its own, with at most 1000 of its points.
+Then each size gets the best of four: what its search found, the code that the package stores with its certificate, the
+best construction that contains it, and the best entry for more points or fewer dimensions. Each construction is a size
+of its own, with at most 1000 of its points.
 """
 import argparse
 import json
 import math
+from fractions import Fraction
 from time import process_time
 
 import torch
 from measure import RESULTS, store
 
-from largest_margins.bounds import class_margin_bound
+from largest_margins.bounds import class_margin_bound, stored_certificates
 from largest_margins.codes import best_packing
 from largest_margins.margins import class_margin
 from largest_margins.theory.constructions import constructions, known_packing
@@ -60,7 +62,10 @@ def completed(rows):
         "Rounding apart, a row is never below what it could have instead."
         if margin > row['class_margin'] + 1e-9: row.update(class_margin=margin, how=how)
 
+    codes = {(c['k'], c['d']): math.degrees(Fraction(c['radians']))
+             for c in stored_certificates() if c['kind'] == 'code'}
     for row in sorted(rows, key=lambda row: (row['d'], -row['k'])):  # what contains a row comes before it
+        improve(row, codes.get((row['k'], row['d']), 0), 'search, other seeds')
         if known := known_packing(row['k'], row['d']):
             improve(row, math.degrees(class_margin(known[0]).item()), known[1])
         for other in best:

@@ -167,11 +167,12 @@ def _solved(square, wanted):
 # %% ../nbs/theory/03_packing.ipynb #5d1e8a43
 def _newton(points, i, j, steps=10):
     "Move the points so that these pairs all have the same cosine."
-    k, d = points.shape
+    (k, d), off = points.shape, math.inf
     for _ in range(steps):
         c = 1 - np.square(points[i] - points[j]).sum(1, keepdims=True) / 2
         wanted = (c.mean() - c)[:, 0]
-        if abs(wanted).max() < 2e-16: break
+        before, off = off, abs(wanted).max()
+        if off < 2e-16 or off >= before: break
         left, right = points[j] - c * points[i], points[i] - c * points[j]
         rows = _rows_of(i, j, left, right, k * d)
         rows = hstack([rows, -np.ones((len(i), 1))]).tocsr()
@@ -232,23 +233,23 @@ def _interior(rows, room, cost, most=50):
         miss = abs(rows @ u + g + slack - room).max()
         if stress @ slack < 1e-11 and miss < 1e-10: break
         try: u, g, slack, stress = _interior_step(rows, room, cost, u, g, slack, stress)
-        except np.linalg.LinAlgError: break  # as far as rounding allows
+        except (np.linalg.LinAlgError, RuntimeError): break  # singular, by rounding
     return u, g, stress
 
 
 # %% ../nbs/theory/03_packing.ipynb #7a9c3e15
-def _programme(points, pairs, top, radius):
+def _programme(points, pairs, top, radius, cost):
     "The best moves up to a radius: moves, what they gain, and which pairs have stress."
     (k, d), (i, j, cosines), tangents = points.shape, pairs, _tangents(points)
     rows = _rows_of(i, j, np.einsum('nbd,nd->nb', tangents[i], points[j]),
                     np.einsum('nbd,nd->nb', tangents[j], points[i]), k * (d - 1))
     room = (top - cosines) / radius  # all lengths in units of the radius
-    if points.size > _FEW: moves, gain, stress = _interior(rows, room, 1e-3 / k)
+    if points.size > _FEW: moves, gain, stress = _interior(rows, room, cost / k)
     else:
         rows = hstack([rows, -np.ones((len(i), 1))])
-        cost, limits = np.zeros(rows.shape[1]), [(-1, 1)] * (k * (d - 1)) + [(None, 0)]
-        cost[-1] = 1
-        found = linprog(cost, A_ub=rows, b_ub=room, bounds=limits, method='highs-ds',
+        loss, limits = np.zeros(rows.shape[1]), [(-1, 1)] * (k * (d - 1)) + [(None, 0)]
+        loss[-1] = 1
+        found = linprog(loss, A_ub=rows, b_ub=room, bounds=limits, method='highs-ds',
                         options=_EXACT)
         if found.x is None: return None
         moves, gain, stress = found.x[:-1], -found.x[-1], -found.ineqlin.marginals
@@ -260,17 +261,23 @@ def _programme(points, pairs, top, radius):
 _EXACT = dict.fromkeys(('primal_feasibility_tolerance', 'dual_feasibility_tolerance'),
                        1e-10)
 _FEW = 400  # coordinates, up to which the dual simplex method is faster
+_FEWER = 1000  # coordinates, up to which each good end of a search is polished
 
 
 # %% ../nbs/theory/03_packing.ipynb #7a9c3e1g
 def _lift(points, deadline, exact=True):
     "Sequential linear programming: lower the largest cosine while that is possible."
-    top = _largest_cosine(points)
-    radius = min(.01, .05 * math.sqrt(2 - 2 * top))
-    largest = .1 * math.sqrt(2 - 2 * top)
-    for _ in range(300 if points.size <= _MANY // 4 else 15):
-        pairs = i, j, _ = _close_pairs(points, 4 * radius)
-        found = _programme(points, pairs, top, radius)
+    top, (_, d) = _largest_cosine(points), points.shape
+    chord = math.sqrt(2 - 2 * top)
+    radius, largest, cost = min(.01, .05 * chord), .1 * chord, 1e-3
+    large, steps = points.size > _FEWER, 300
+    step = 3e-4 * points.size if d < 5 else 3e-10 * points.size**3  # seconds, about
+    if large and deadline == math.inf: steps = int(60 / step)
+    for _ in range(steps):
+        if large and time.monotonic() + step > deadline: break
+        reach = 4 * radius * (chord if large else 1)
+        pairs = i, j, _ = _close_pairs(points, reach)
+        found = _programme(points, pairs, top, radius, cost)
         if found is None: break
         moves, promised, stressed = found
         if promised < 1e-13: break
@@ -284,6 +291,8 @@ def _lift(points, deadline, exact=True):
         if gain > 0: points, top = moved, top - gain
         if exact and moved is tries[2] and _in_balance(points, i, j): break
         part = gain / promised
+        if large and part > .5 and radius == largest: cost = max(1e-8, cost / 4)
+        if part <= 0: cost = min(1e-3, 4 * cost)
         radius *= 2 if part > .5 else 1 / 2 if part > 0 else 1 / 4
         radius = min(largest, radius)
         if radius < 1e-10 or time.monotonic() > deadline: break
@@ -455,10 +464,16 @@ def _kind(m, k, d):
 # %% ../nbs/theory/03_packing.ipynb #05d791bh
 def _search(k, d, rng, starts, deadline, bound, progress, best=None):
     "The best of many starts, each taken down the energies and polished."
-    top, highest, ends = 2. if best is None else _largest_cosine(best), 2., []
+    large = k * d > _FEWER  # then only the best end is polished
+    top = 2. if best is None or large else _largest_cosine(best)
+    highest, ends = 2., []
     energies, random, distinct, symmetric = {p: [] for p in _EXPONENTS}, 0, 0, 0
+    latest = deadline
+    if large and k * d <= _MANY and deadline < math.inf:  # half of it, then the polish
+        latest = (deadline + time.monotonic()) / 2
     for m in count(1):
         kind, first = _kind(m, k, d)
+        if m == 1 and best is not None and large: kind, first = 'shaken', 2
         points = _start(kind, k, d, symmetric, best, rng)
         symmetric += kind == 'symmetric'
         random += kind in ('random', 'crowded')
@@ -467,7 +482,7 @@ def _search(k, d, rng, starts, deadline, bound, progress, best=None):
         known = False
         for n, p in enumerate(_EXPONENTS[first:], first):
             now = time.monotonic()
-            until = now + (deadline - now) / (len(_EXPONENTS) - n)
+            until = now + (latest - now) / (len(_EXPONENTS) - n)
             points, energy = _descend(points, p, 1500 if p == 2 else 300, until)
             if known := any(abs(energy - other) < 1e-9 for other in energies[p]): break
             energies[p].append(energy)
@@ -478,15 +493,15 @@ def _search(k, d, rng, starts, deadline, bound, progress, best=None):
             ends.append(end)
             distinct += away > 2e-6 and kind in ('random', 'crowded')
             highest = min(highest, end)
-            if first == len(_EXPONENTS) or (
-                    math.acos(end) > (.98 if d == 3 else .9995) * math.acos(highest)):
+            if not large and (first == len(_EXPONENTS) or (
+                    math.acos(end) > (.98 if d == 3 else .9995) * math.acos(highest))):
                 points = _polish(points, deadline)
                 if (now := _largest_cosine(points)) < top: best, top = points, now
         if progress: progress(m, starts if starts < math.inf else m, math.acos(top))
         rest = random - distinct - 2
         seen = distinct * (random - 1) < (distinct + .5) * rest
         all_seen = m > 8 and rest > 0 and seen
-        if _attained(top, bound) or m >= starts or time.monotonic() > deadline: break
+        if _attained(top, bound) or m >= starts or time.monotonic() > latest: break
         if all_seen and deadline == math.inf: break
     return best if time.monotonic() > deadline else _release(_settle(best, deadline))
 
@@ -627,7 +642,7 @@ def best_packing(
         if k <= 2 * d or d == 2 or known.gap <= _RESOLUTION: return known
     largest = starts or min(40 if d > 3 else 400, max(1, 2_000_000 // (k * k * d)))
     if seconds is not None: largest = starts or math.inf
-    first = known.points.numpy() if known and k * d <= 1000 else None
+    first = known.points.numpy() if known and k * d <= _MANY else None
     with one_thread() if k * k * d <= _SMALL else nullcontext():
         deadline = time.monotonic() + (seconds or math.inf)
         points = _search(k, d, np.random.default_rng(seed), largest, deadline, bound,

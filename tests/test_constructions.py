@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from largest_margins.bounds import class_margin_bound
+from largest_margins.bounds import class_margin_bound, stored_certificates
 from largest_margins.codes import best_packing
 from largest_margins.margins import class_margin
 from largest_margins.theory.constructions import constructions, known_packing
@@ -89,6 +89,21 @@ def test_no_entry_of_the_table_is_below_one_that_contains_it_or_below_a_construc
         assert margin > max(contains) - 1e-8, (k, d)
         assert margin > math.degrees(math.acos(cosine(k, d))) - 1e-8, (k, d)
         assert margin <= row['bound'] + 1e-9 and row['how']
+
+
+def test_every_size_up_to_32_points_has_a_certified_code_that_the_table_is_not_below():
+    codes = {(c['k'], c['d']): math.degrees(Fraction(c['radians']))
+             for c in stored_certificates() if c['kind'] == 'code'}
+    table = {(row['k'], row['d']): row['class_margin'] for row in ROWS}
+    assert {(k, d) for d in range(3, 9) for k in range(2 * d + 1, 33)} <= set(codes)
+    assert all(table[size] > degrees - 1e-8 for size, degrees in codes.items())
+
+
+def test_two_cross_polytopes_in_parallel_hyperplanes_are_in_the_table():
+    "Heights ±h, and m the largest cosine between the axes of the layers: h² = m/(2 + m)."
+    table = {(row['k'], row['d']): row['class_margin'] for row in ROWS}
+    for size, m in {(20, 6): 6 / 11, (24, 7): 5**-.5}.items():
+        assert table[size] == pytest.approx(math.degrees(math.acos(m / (2 + m))), abs=1e-7)
 
 
 def test_every_construction_is_in_the_table():
