@@ -18,6 +18,7 @@ import joblib
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from largest_margins.cli import main
 from largest_margins.data import imbalanced_indices, load
@@ -77,6 +78,17 @@ def timeless(found): return {k: v for k, v in found.items() if k not in ('second
     (dict(body='resent'), 'body must be one of conv3'), (dict(shift=-1), 'shift'), (dict(weight_decay=-1.), 'weight')])
 def test_bad_configurations(given, message):
     with pytest.raises(ValueError, match=message): Configuration(**given)
+
+
+def test_the_size_of_a_folder_s_images_and_the_stem_for_it(tmp_path):
+    for i in range(8):
+        file = tmp_path/str(i % 2)/f'{i}.png'
+        file.parent.mkdir(exist_ok=True)
+        Image.new('RGB', (90, 70), (20 * i, 0, 0)).save(file)
+    c = Configuration(dataset=str(tmp_path), size=80, body='resnet18', loss='ce')
+    assert c.images.train_images.shape[1:] == (3, 80, 80)
+    strides = [make_body('resnet18', 3, pixels).conv1.stride for pixels in (32, 64, 80)]
+    assert strides == [(1, 1), (1, 1), (2, 2)]
 
 
 @pytest.mark.parametrize('loss', [name for name, entry in LOSSES.items() if entry.prior])

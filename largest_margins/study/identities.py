@@ -183,7 +183,7 @@ def triplet_loss(
 # %% ../../nbs/study/39_identities.ipynb #39c0de10
 class TripletLoss(Callback):
     "Adds `weight` times the triplet loss of the features before the batch norm."
-    order, run_valid = 1, False
+    order, run_valid, moves_optimum = 1, False, True
 
     def __init__(self, weight=1.): self.weight = weight
 

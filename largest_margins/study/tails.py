@@ -42,7 +42,7 @@ def adjusted_margins(
 # %% ../../nbs/study/43_tails.ipynb #8838da17
 class _AdjustedTerm(HeadCallback):
     "Adds `weight` times the adjusted R_sm to the loss while training."
-    order, run_valid = 1, False
+    order, run_valid, moves_optimum = 1, False, True
 
     def __init__(self, weight, prior, scale):
         super().__init__()
