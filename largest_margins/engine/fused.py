@@ -124,7 +124,7 @@ def _in_the_middle(cosine, cheap=True):
     "The angles of cosines that are all far from both ends; None if they are not."
     if not cheap: return None
     low, high = cosine.aminmax()
-    if not (low.item() > -.95 and high.item() < .95): return None
+    if not (low.item() > -.7 and high.item() < .7): return None
     sine = torch.addcmul(_kept(1., cosine.dtype), cosine, cosine, value=-1).sqrt_()
     return _Angles(cosine.acos(), sine)
 
@@ -137,6 +137,8 @@ def _by_chords(unit, own, cosine, s, usual=True):
     sine = (1 - half * half).sqrt_().mul_(2 * half)
     value = torch.atan2(sine, cosine)
     if not usual: sine.div_(torch.hypot(sine, cosine))  # of a row of zeros
+    if values_are_cheap(sine) and sine.amin().item() > 1 / 32:
+        return _Angles(value, sine)
     sine.clamp_min_(torch.finfo(sine.dtype).tiny**.5)
     return _Angles(value, sine, chord, nearer)
 
