@@ -19,7 +19,6 @@ import torch
 from fastai.distributed import DistributedDL
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from matplotlib.figure import Figure
 from PIL import Image
 from torchvision import datasets
 from torchvision.transforms.functional import InterpolationMode, rotate
@@ -37,7 +36,7 @@ from largest_margins.data import (
     rotate_images,
 )
 from largest_margins.images import ImageFiles, read_image
-from largest_margins.reid import ReIDImages, _show
+from largest_margins.reid import ReIDData, ReIDImages, plot_ranked_gallery
 from largest_margins.verification import decode_image, embed_images
 
 LONG_100 = [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
@@ -513,12 +512,12 @@ def png_of_zeros(width, height):
 
 def readers(path):
     "Every way in which the library opens an image."
-    images = ReIDImages([path], torch.tensor([1]), torch.tensor([1]))
-    axes = Figure().subplots()
+    images, elsewhere, others = (ReIDImages([path], torch.tensor([person]), torch.tensor([camera]))
+                                 for person, camera in ((1, 1), (1, 2), (2, 1)))
     return [lambda: read_image(path), lambda: ImageFiles([path], 8)[0], lambda: images.pixels((8, 4)),
             lambda: images.pixels((8, 4), channels=1), lambda: decode_image(path.name, path.parent),
             lambda: embed_images([path.name], lambda x: x.flatten(1), path.parent),
-            lambda: _show(axes, path, '', 'black', '-')]
+            lambda: plot_ranked_gallery(ReIDData('one', others, images, elsewhere), torch.zeros(1, 1), [0])]
 
 
 EPS = b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n'

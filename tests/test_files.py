@@ -298,7 +298,7 @@ def test_no_attribute_of_anything_can_be_set(tmp_path):
     for target in (b'ctorch\nTensor\n', b'ctorch._utils\n_rebuild_tensor_v2\n', b'ccollections\nOrderedDict\n'):
         (tmp_path/'file').write_bytes(b'\x80\x02' + target + b'(N}X\x01\x00\x00\x00aK\x01st' + b'b.')
         read_torch(tmp_path/'file')
-    assert not any(hasattr(x, 'a') for x in (torch.Tensor, torch._utils._rebuild_tensor_v2, files.StandIn, files._Name))
+    assert not any(hasattr(x, 'a') for x in (torch.Tensor, torch._utils._rebuild_tensor_v2, *vars(files).values()))
 
 
 def test_views_stay_within_their_storage(tmp_path):

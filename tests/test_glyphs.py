@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 
 from largest_margins.reid import parse_market_name
-from largest_margins.study import glyphs as module
 from largest_margins.study.glyphs import (
     FACES,
     draw_glyphs,
@@ -201,7 +200,7 @@ def test_an_interrupted_write_leaves_what_was_there(tmp_path, monkeypatch):
     folder = write_glyph_market(tmp_path/'glyphs', **SMALL)
     before = files(folder)
     def stop(picture, path): raise KeyboardInterrupt
-    monkeypatch.setattr(module, '_save', stop)
+    monkeypatch.setattr(Image.Image, 'save', stop)
     for target in (folder, tmp_path/'new'):
         with pytest.raises(KeyboardInterrupt): write_glyph_market(target, seed=1, **SMALL)
     assert files(folder) == before and [p.name for p in tmp_path.iterdir()] == ['glyphs']
