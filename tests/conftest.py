@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts us in the background has it ignored
+
 
 @pytest.fixture
 def ends():

@@ -5,22 +5,26 @@ import json
 import math
 import os
 import re
+import resource
 import shlex
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import fields, replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
+from processes import alone, run_alone
 
 import largest_margins
 from largest_margins import cli
 from largest_margins.callbacks import load_file
 from largest_margins.cli import main
 from largest_margins.margins import class_margin, sample_margins
+from largest_margins.study import tables
 from largest_margins.study.configurations import LOSSES, ClassifierFields
 from largest_margins.study.experiments import Configuration, train
 from largest_margins.study.recipes import DEMO, single
@@ -148,13 +152,16 @@ def test_prove(capsys, tmp_path):
     assert {r['kind'] for r in rows} == {'exact', 'certified', 'optimised', 'boundary'}
 
 
-def test_a_failed_check_exits_with_1(monkeypatch, capsys):
-    from largest_margins import claims as ledger
-    false = ledger.Claim('X', 'Two', 'holds', 'two is three', 'as printed', 'never',
-                         (ledger.Check('exact arithmetic', lambda: (2, 3), '='),))
-    monkeypatch.setitem(ledger._LEDGER, 'X', false)
-    assert run('prove', 'X') == 1
-    assert 'FAILED' in capsys.readouterr().out
+def test_a_failed_check_exits_with_1():
+    status, printed = run_alone(_prove_what_is_false)
+    assert status == 1 and 'FAILED' in printed
+
+
+def _prove_what_is_false():
+    ledger = import_module('largest_margins.claims')
+    ledger.register(ledger.Claim('X', 'Two', 'holds', 'two is three', 'as printed', 'never',
+                                 (ledger.Check('exact arithmetic', lambda: (2, 3), '='),)))
+    main(['prove', 'X'])
 
 
 @pytest.mark.parametrize('argv,message', [
@@ -186,12 +193,17 @@ def test_train_writes_a_table_and_a_record(tmp_path, capsys):
     assert f'{kept["measured"]["class_margin"]:.2f}°' in capsys.readouterr().out
 
 
-def test_options_are_the_fields_of_a_configuration():
-    args = cli._parser().parse_args(['train'])
-    for f in fields(ClassifierFields): assert getattr(args, f.name) == f.default
+def test_options_are_the_fields_of_a_configuration(monkeypatch):
+    asked = []
+    monkeypatch.setattr(tables, 'make_table', lambda recipe, *args, **kwargs: asked.append(recipe) or True)
+    assert run('train') == 0
+    made, = plan(asked[0])
+    for f in fields(ClassifierFields): assert getattr(made.configuration, f.name) == f.default
 
 
-def test_demo(tmp_path, capsys):
+def test_demo(tmp_path, capsys, monkeypatch):
+    "Without its proofs, which the page of the command line runs."
+    monkeypatch.setattr(import_module('largest_margins.claims'), 'prove', lambda *args, **kwargs: [])
     assert run('demo', '--epochs', '3', '--out', tmp_path) == 0
     out = capsys.readouterr().out
     rows = [line for line in out.splitlines() if '| 96.38' in line]
@@ -225,8 +237,8 @@ def test_the_package_is_the_command():
     for how in (['-m', 'largest_margins'], ['-m', 'largest_margins.cli'], [cli.__file__]):
         done = subprocess.run([sys.executable, *how, '--version'], capture_output=True, text=True, check=True)
         assert done.stdout == f'largest-margins {largest_margins.__version__}\n'
-    done = subprocess.run([*TOOL, 'train', '--loss', 'x'], capture_output=True, text=True)
-    assert done.returncode == 2 and 'loss must be one of' in done.stderr
+    done = subprocess.run([*TOOL, 'trian'], capture_output=True, text=True)
+    assert done.returncode == 2 and 'trian' in done.stderr
 
 
 @pytest.mark.parametrize('encoding', ['cp1252', 'latin-1', 'ascii'])
@@ -237,7 +249,7 @@ def test_output_in_every_encoding(encoding, monkeypatch):
         assert run(*line.split()) == (2 if '“' in line else 0)
         sys.stderr.flush()
         assert len(shown.getvalue()) > 20
-    codes, _, err = shell('lm train --help', PYTHONIOENCODING=encoding)
+    codes, _, err = shell('lm table --help', PYTHONIOENCODING=encoding)
     assert (codes, err) == ('codes 0', '')
 
 
@@ -265,7 +277,7 @@ def test_files_that_cannot_be_written_are_refused_before_the_work(tmp_path, caps
 
 
 def test_standard_output_is_a_file(tmp_path):
-    shell(f'lm prototypes 4 3 --out {tmp_path}/p.safetensors')
+    assert run('prototypes', 4, 3, '--out', tmp_path/'p.safetensors') == 0
     codes, out, _ = shell(f'lm inspect <(cat {tmp_path}/p.safetensors) --json >(cat) --html /dev/null | cat')
     assert codes == 'codes 0 0' and json.loads(out[out.index('{'):out.rindex('}') + 1])['k'] == 4
     assert Path('/dev/null').is_char_device()
@@ -310,26 +322,37 @@ def test_ctrl_c_during_an_import(tmp_path):
 
 def test_an_error_that_nobody_foresaw_is_one_line(monkeypatch, capsys):
     "And not exit code 1, which says that a claim failed."
-    def broken(args): raise RuntimeError('a worker\ndied \x1b[2J')
-    monkeypatch.setitem(cli._COMMANDS, 'prove', cli._COMMANDS['prove']._replace(run=broken))
+    def broken(*args, **kwargs): raise RuntimeError('a worker\ndied \x1b[2J')
+    monkeypatch.setattr(import_module('largest_margins.claims'), 'prove', broken)
     assert run('prove') == 2
     assert capsys.readouterr().err == 'largest-margins: RuntimeError: a worker died \\x1b[2J\n'
 
 
 def test_a_full_disk_under_train(tmp_path):
     "No file may be larger than 20 kB: one line, and nothing half."
-    codes, _, err = shell(f'ulimit -f 20; lm train --epochs 1 --out {tmp_path}/out')
-    assert codes == 'codes 2' and err.count('\n') == 0 and 'File too large' in err
+    status, printed = run_alone(_limited, 20_000, 'train', '--epochs', '1', '--out', str(tmp_path/'out'))
+    assert status == 2 and 'File too large' in printed.splitlines()[-1] and 'Traceback' not in printed
     assert not [p for p in (tmp_path/'out').rglob('*') if p.is_file()]
 
 
+def _limited(size, *argv):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    main(argv)
+
+
 def test_ctrl_c_keeps_the_finished_rows(tmp_path):
-    process = command('demo', '--epochs', '4', '--out', str(tmp_path))
-    while len(list(tmp_path.rglob('seed-0.json'))) < 2 and process.poll() is None: time.sleep(.05)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate()
-    assert process.returncode == 130 and 'Traceback' not in err
+    with alone(_unproved, 'demo', '--epochs', '1', '--out', str(tmp_path)) as (process, printed):
+        while len(list(tmp_path.rglob('seed-0.json'))) < 2 and process.is_alive(): time.sleep(.05)
+        os.kill(process.pid, signal.SIGINT)
+        process.join()
+        out = printed.read_text()
+    assert process.exitcode == 130 and 'Traceback' not in out
     assert 'of 6 runs complete' in out and (tmp_path/'table.html').exists()
+
+
+def _unproved(*argv):
+    import_module('largest_margins.claims').prove = lambda *args, **kwargs: []  # which takes longer than the rows
+    main(argv)
 
 
 def test_help_is_quick_and_prove_needs_no_fastai(tmp_path):

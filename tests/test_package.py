@@ -125,14 +125,6 @@ for name in {light}: print(import_module('largest_margins.' + name).__file__)
     assert all(line.startswith(str(installed)) for line in done.stdout.split())
 
 
-def test_losses_import_nothing_of_the_training_floor(tmp_path):
-    code = "import largest_margins.losses, sys; print(*{name.split('.')[0] for name in sys.modules})"
-    done = run(sys.executable, '-c', code, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert 'torch' in done.stdout.split()
-    assert not set(training_only) & set(done.stdout.split())
-
-
 def test_command_line_is_installed(installed, tmp_path):
     env = {**os.environ, 'PYTHONPATH': str(installed)}
     done = run(sys.executable, installed/'bin/largest-margins', '--help', cwd=tmp_path, env=env)

@@ -7,18 +7,16 @@ import math
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from html.parser import HTMLParser
-from pathlib import Path
 
 import joblib
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import alone, run_alone
 
 from largest_margins.cli import main
 from largest_margins.data import imbalanced_indices, load
@@ -49,12 +47,6 @@ def whole(tmp_path_factory):
     out = tmp_path_factory.mktemp('whole')
     assert make_table(ONE, 'digits', out, jobs=2, **CHOICE, tell=lambda line: None)
     return out
-
-
-def command(*argv, **kwargs):
-    tool = Path(sys.executable).with_name('largest-margins')
-    return subprocess.Popen([tool, *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            start_new_session=True, **kwargs)
 
 
 def run(*argv):
@@ -240,26 +232,33 @@ def test_resume_trains_what_is_missing(whole, tmp_path):
 
 
 def test_killed_and_resumed(whole, tmp_path):
-    argv = ('table', '1', '--rows', 'ce*', '--seeds', 2, '--epochs', 1, '--jobs', 2, '--out', tmp_path)
-    process = command(*argv)
-    while not list(tmp_path.rglob('seed-*.json')) and process.poll() is None: time.sleep(.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    "With two jobs until it is killed, with its workers, and then with one."
+    argv = 'table', '1', '--rows', 'ce*', '--seeds', '2', '--epochs', '1', '--out', str(tmp_path)
+    with alone(_leader, *argv, '--jobs', '2') as (process, _):
+        while not list(tmp_path.rglob('seed-*.json')) and process.is_alive(): time.sleep(.05)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.join()
     assert 1 <= len(records(tmp_path)) < 4 and not (tmp_path/'table.md').exists()
-    process = command(*argv, '--resume')
-    out, err = process.communicate()
-    assert process.returncode == 0 and 'Traceback' not in err and 'FutureWarning' not in err
+    status, out = run_alone(main, [*argv, '--resume'])
+    assert status == 0 and 'Traceback' not in out and 'FutureWarning' not in out
     assert 'of 4 runs are there already' in out
     assert {k: timeless(v) for k, v in records(tmp_path).items()} == {k: timeless(v) for k, v in records(whole).items()}
     assert (tmp_path/'table.csv').read_text() == (whole/'table.csv').read_text()
 
 
+def _leader(*argv):
+    "The command, which its workers are killed with."
+    os.setsid()
+    main(argv)
+
+
 def test_ctrl_c_writes_the_table_of_what_is_there(tmp_path):
-    process = command('table', '1', '--epochs', 2, '--out', tmp_path)
-    while not list(tmp_path.rglob('seed-*.json')) and process.poll() is None: time.sleep(.01)
-    os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate()
-    assert process.returncode == 130 and 'Traceback' not in err
+    with alone(main, ['table', '1', '--epochs', '2', '--out', str(tmp_path)]) as (process, printed):
+        while not list(tmp_path.rglob('seed-*.json')) and process.is_alive(): time.sleep(.05)
+        os.kill(process.pid, signal.SIGINT)
+        process.join()
+        out = printed.read_text()
+    assert process.exitcode == 130 and 'Traceback' not in out
     assert 'of 26 runs complete' in out and (tmp_path/'table.md').exists()
 
 
