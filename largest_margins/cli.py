@@ -212,7 +212,7 @@ def _prove_arguments(p):
     p.add_argument('--json', metavar='FILE', help='also write the evidence to a file')
 
 
-_COMMANDS['prove'] = _Command('run the checks of the paper’s claims', _prove_arguments,
+_COMMANDS['prove'] = _Command('run the checks of the slides’ claims', _prove_arguments,
                               _prove)
 
 # %% ../nbs/study/33_cli.ipynb #a25b7b20
@@ -375,7 +375,7 @@ def _titles():
     return json.loads(text)['titles']
 
 
-_COMMANDS['table'] = _Command('one of the paper’s tables, with its numbers beside ours',
+_COMMANDS['table'] = _Command('one of the slides’ tables, with its numbers beside ours',
                               _table_arguments, _table)
 
 # %% ../nbs/study/33_cli.ipynb #6b841426
@@ -515,7 +515,7 @@ def _demo(args):
     "Quick proofs, then CE, CosFace and LM-Softmax, each without and with 0.5 R_sm."
     from largest_margins.study.recipes import DEMO
     start = time.perf_counter()
-    print('What the paper claims, checked:\n')
+    print('What the slides claim, checked:\n')
     failed = _prove(argparse.Namespace(ids=None, quick=True, json=None))
     print(f'\nSix trainings on {args.dataset}:\n')
     code = _make(DEMO, args, args.dataset, args.out, seeds=[args.seed], data=args.data,

@@ -234,7 +234,7 @@ class Line:
     runs: int  # finished, diverged ones included
     diverged: int  # how many of these diverged
     values: dict  # name in `MEASURES` → the numbers of the others, a list
-    printed: dict  # name in `MEASURES` → the paper's number
+    printed: dict  # name in `MEASURES` → the slides' number
 
     def mean(
         self,
