@@ -16,12 +16,14 @@ from functools import cache
 from importlib.resources import files
 from numbers import Integral
 
+
 import numpy as np
 from scipy.linalg import eigh_tridiagonal
 from scipy.optimize import brentq, linprog
 from scipy.special import betaincinv
 from torch import Tensor
 
+# %% ../nbs/theory/05_bounds.ipynb #7162b545
 from .certificates import checksum, cosine_bounds, verify
 from .margins import check_prototypes, class_margin, unit_rows
 from .theory.three_point import _angle_with, _gegenbauer
@@ -80,14 +82,14 @@ def _by_simplex(k, d, angle):
 
 def _by_rankin(k, d, angle): return k > d + 1 and cosine_bounds(angle)[1] <= 0
 
-
+# %% ../nbs/theory/05_bounds.ipynb #2f1d3cd9
 def _by_fejes_toth(k, d, angle):
     if d != 3 or k < 3: return False
     cosine = max(cosine_bounds(k * _PI / (6 * (k - 2)))[0], Fraction(0))
     square = cosine * cosine
     return cosine_bounds(angle)[1] <= (square / (1 - square) - 1) / 2
 
-
+# %% ../nbs/theory/05_bounds.ipynb #dad39ed2
 def _by_caps(k, d, angle):
     "k caps of half the angle are at least as large as the sphere."
     if d < 3: return False
@@ -117,7 +119,7 @@ def _closed(method, k, d):
     cotangent = 1 / math.tan(k * math.pi / (6 * (k - 2)))
     return math.acos((cotangent**2 - 1) / 2)
 
-
+# %% ../nbs/theory/05_bounds.ipynb #22696091
 def _attained(method, k, d):
     "True where a code is known to reach the closed form; None if we cannot say."
     reached = {'line': True, 'circle': True, 'simplex': k <= d + 1,
@@ -150,7 +152,7 @@ def _jacobi(n, a, b):
 def _zeros(diagonal, squares):
     return eigh_tridiagonal(diagonal, np.sqrt(squares), eigvals_only=True)
 
-
+# %% ../nbs/theory/05_bounds.ipynb #1846e77d
 def _design_size(d, m):
     "How many points a design of strength m has at least: Levenshtein's interval ends."
     n, odd = divmod(m, 2)
@@ -181,10 +183,10 @@ def _levenshtein(k, d):
         s = (low + high) / 2
         low, high = (s, high) if _levenshtein_points(d, m, s) < k else (low, s)
     diagonal, squares = _jacobi(n, a + 1, a + even)
-    rest = low - diagonal[0]  # move the last entry so that s becomes a node
+    pivot = low - diagonal[0]  # move the last entry so that s becomes a node
     for j in range(1, n):
-        if j == n - 1: diagonal[j] = low - squares[j - 1] / rest
-        else: rest = low - diagonal[j] - squares[j - 1] / rest
+        if j == n - 1: diagonal[j] = low - squares[j - 1] / pivot
+        else: pivot = low - diagonal[j] - squares[j - 1] / pivot
     nodes = _zeros(diagonal, squares)[:-1] if n > 1 else []
     return low, [*np.repeat(nodes, 2), *[-1.] * even]
 
@@ -194,7 +196,7 @@ _DEGREE = 30  # of the polynomials in the linear program
 
 _EXACT = {f'{side}_feasibility_tolerance': 1e-10 for side in ('primal', 'dual')}
 
-
+# %% ../nbs/theory/05_bounds.ipynb #c94656c0
 def _maxima(d, c, s):
     "Where Σ c_n P_n has its local maxima on [−1, s], and how high they are."
     def value(t): return np.tensordot(c, _gegenbauer(d, len(c) - 1, t), 1)
@@ -209,16 +211,16 @@ def _maxima(d, c, s):
         high = grid[np.minimum(best + 1, 20), column]
     return (low + high) / 2, value((low + high) / 2)
 
-
+# %% ../nbs/theory/05_bounds.ipynb #f4250a6a
 def _programme(d, s, degree, rounds=6):
     "The coefficients c_0 = 1, c_1, … ≥ 0 of the polynomial with least f(1), or None."
     nodes = np.cos(np.linspace(math.acos(s), math.pi, 4 * degree))
     for _ in range(rounds):
         values = _gegenbauer(d, degree, nodes)[1:]
-        found = linprog(np.ones(degree), A_ub=values.T, b_ub=-np.ones(len(nodes)),
-                        method='highs-ds', options=_EXACT)
-        if found.x is None: return None
-        c = np.append(1, found.x)
+        solution = linprog(np.ones(degree), A_ub=values.T, b_ub=-np.ones(len(nodes)),
+                           method='highs-ds', options=_EXACT)
+        if solution.x is None: return None
+        c = np.append(1, solution.x)
         at, height = _maxima(d, c, s)
         if height.max() < 1e-8: break
         nodes = np.append(nodes, at[height > 0])
@@ -245,7 +247,7 @@ def _times(c, d, zero):
         if n: out[n - 1] += down * x
     return out
 
-
+# %% ../nbs/theory/05_bounds.ipynb #be678317
 def _certify(k, d, s, polynomial):
     "A bound with its certificate, as close to arccos(s) as exact arithmetic allows."
     for room in (1e-10, 1e-9, 1e-8, 1e-7, 3e-7, 1e-6, 3e-6, 1e-5, 1e-4, 1e-3):
@@ -260,7 +262,7 @@ def _certify(k, d, s, polynomial):
         if verify(certificate): return certificate
     return None
 
-
+# %% ../nbs/theory/05_bounds.ipynb #ca8b9e68
 def _levenshtein_bound(k, d):
     k = min(k, _design_size(d, _HIGHEST + 1), 10**9)  # the most that we can do
     s, zeros = _levenshtein(k, d)
@@ -302,7 +304,7 @@ def _stored_bound(k, d):
                if c['kind'] == 'three-point' and c['k'] <= k and c['d'] >= d]
     return min(fitting, key=lambda c: Fraction(c['radians']), default=None)
 
-
+# %% ../nbs/theory/05_bounds.ipynb #e97836b0
 def _three_point_bound(k, d):
     "The stored certificate for this size, or a new one, which takes a minute."
     stored = _stored_bound(k, d)
@@ -333,7 +335,7 @@ def class_margin_bound(
             raise ValueError(f'{name} must be an int ≥ {least}, got {value!r}')
     return _bound(int(k), int(d), method)
 
-
+# %% ../nbs/theory/05_bounds.ipynb #cd769483
 @cache
 def _bound(k, d, method):
     many = k > 2 * d > 4
@@ -360,17 +362,18 @@ def _least(k, d, methods):
     least = min(closed.values()) + 1e-9  # rounding is less than that
     bounds = [_closed_bound(name, k, d) for name in closed if closed[name] < least]
     if len(closed) == len(methods): return min(bounds, key=_angle)
-    found = {'three-point': _stored_bound(k, d)}
+    certificates = {'three-point': _stored_bound(k, d)}
     if not _stored_here(k, d):  # if there is one, it is sharper than those
-        found |= {name: _CERTIFIED[name](k, d) for name in ('levenshtein', 'delsarte')}
+        certificates |= {name: _CERTIFIED[name](k, d)
+                         for name in ('levenshtein', 'delsarte')}
     bounds += [_with_certificate(k, d, name, certificate)
-               for name, certificate in found.items() if certificate]
+               for name, certificate in certificates.items() if certificate]
     return min(bounds, key=_angle)
 
 
 def _angle(bound): return bound.radians
 
-
+# %% ../nbs/theory/05_bounds.ipynb #75f3e3c0
 def _with_certificate(k, d, method, certificate):
     radians = float(Fraction(certificate['radians']))
     return Bound(k, d, radians, method, None, certificate)

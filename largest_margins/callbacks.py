@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FunctionType, ModuleType, SimpleNamespace
 from typing import ClassVar
 
+# %% ../nbs/training/23_callbacks.ipynb #c6c05b5d
 import numpy as np
 import torch
 from fastai.callback.core import Callback, CancelEpochException
@@ -35,7 +36,8 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from torch import Tensor, nn
 
-from .checks import Integer, Number, choice, plain
+# %% ../nbs/training/23_callbacks.ipynb #2efb03a9
+from .checks import Integer, Number, choice, plain_tensor
 from .engine.cosines import cosine_matrix
 from .files import differences, read_torch, remove_file, write_file
 from .heads import CosineLinear, ShardedMarginHead
@@ -112,8 +114,8 @@ class MarginModel(nn.Sequential):
         targets: Tensor | None = None,  # class of each sample, [N]; None: no loss
     ) -> Tensor:  # the loss, []; without targets cosines or logits, [N, k]
         "Return the loss; without targets, the head's cosines or logits."
-        given = () if targets is None else (targets,)
-        return self[-1](self.features(x), *given)
+        inputs = () if targets is None else (targets,)
+        return self[-1](self.features(x), *inputs)
 
 # %% ../nbs/training/23_callbacks.ipynb #b0d1e601
 def find_head(
@@ -152,7 +154,7 @@ def _last_of_sequential(model):
 def _is_multiple(result, cosines):
     "Return whether the model returns its cosines times a number."
     if not isinstance(result, Tensor) or result.shape != cosines.shape: return False
-    result, cosines = plain(result).to(cosines.dtype), plain(cosines)
+    result, cosines = plain_tensor(result).to(cosines.dtype), plain_tensor(cosines)
     scale = (result * cosines).sum() / cosines.square().sum()
     return torch.allclose(result, scale * cosines, rtol=1e-3, atol=1e-3 * scale.abs())
 
@@ -173,7 +175,7 @@ class _Hook:
     def __call__(self, *args): return self.function(*args) if self.function else None
     def __reduce__(self): return _Hook, ()
 
-
+# %% ../nbs/training/23_callbacks.ipynb #9910803e
 class HeadCallback(Callback):
     "A base class for callbacks that need the classifier and the batch's cosines."
     _xtra = ('training',)  # what fastai looks up in the Learner for us
@@ -196,65 +198,82 @@ class HeadCallback(Callback):
             self._found = self.learn.model, *self._search(bare(self.learn.model))
         return self._found
 
-    def _search(self, model):
-        given = self._given_head
-        if given is not None and not any(m is given for m in model.modules()):
-            raise ValueError(f'head= must be a layer of the model, {given} is none')
-        batch = [x for x in getattr(self.learn, 'xb', ()) if x is not None]
-        inputs = apply(lambda x: x[:2], batch)
-        head = _locate(model, inputs) if given is None else given
-        k, rows = get_c(self.learn.dls), getattr(head, 'out_features', len(head.weight))
-        if given is None and k and rows != k:
-            raise ValueError(f'head= must say which layer has the {k} classes of the '
-                             f'data, the model returns the output of {head}')
-        cosines = isinstance(head, CosineLinear) and head is _last_of_sequential(model)
-        loss = find_loss(self.learn.loss_func, CosineLoss)
-        if loss and inputs and not cosines: _check_range(model, inputs, loss)
-        return head, cosines
-
     def before_fit(self): self._found = None
 
-    def before_batch(self):
-        "Hook the head if the prediction may not be its cosines."
-        self.forget()
-        _, head, cosines = self._look()
-        if cosines: return
-        seen, training = [], self.training  # a list, which torch.compile can follow
-        self._seen = seen
-        def remember(module, args):
-            seen.append(args[0])
-            if training and not torch.is_grad_enabled():
-                raise RuntimeError('the head must run with gradients in training: '
-                                   'leave it out of checkpoint, or say '
-                                   'use_reentrant=False')
-        def passed(*_): self._unhook()
-        self._hooks = (
-            head.register_forward_pre_hook(_Hook(remember)),
-            self.learn.model.register_forward_hook(_Hook(passed), always_call=True))
+# %% ../nbs/training/23_callbacks.ipynb #af840d99
+@patch
+def _search(self: HeadCallback, model):
+    chosen = self._given_head
+    if chosen is not None and not any(m is chosen for m in model.modules()):
+        raise ValueError(f'head= must be a layer of the model, {chosen} is none')
+    batch = [x for x in getattr(self.learn, 'xb', ()) if x is not None]
+    inputs = apply(lambda x: x[:2], batch)
+    head = _locate(model, inputs) if chosen is None else chosen
+    k, rows = get_c(self.learn.dls), getattr(head, 'out_features', len(head.weight))
+    if chosen is None and k and rows != k:
+        raise ValueError(f'head= must say which layer has the {k} classes of the '
+                         f'data, the model returns the output of {head}')
+    cosines = isinstance(head, CosineLinear) and head is _last_of_sequential(model)
+    loss = find_loss(self.learn.loss_func, CosineLoss)
+    if loss and inputs and not cosines: _check_range(model, inputs, loss)
+    return head, cosines
 
-    def batch_cosines(self) -> Tensor:  # [N, k]
-        "Return the cosines of the current batch, also for a linear classifier."
-        _, head, cosines = self._look()
-        if cosines: return self.learn.pred
-        features = self._seen[-1]
-        if isinstance(head, CosineLinear): return head(features)
-        return cosine_matrix(features, head.weight)
+# %% ../nbs/training/23_callbacks.ipynb #6c55f269
+@patch
+def before_batch(self: HeadCallback):
+    "Hook the head if the prediction may not be its cosines."
+    self.forget()
+    _, head, cosines = self._look()
+    if cosines: return
+    seen, training = [], self.training  # a list, which torch.compile can follow
+    self._seen = seen
+    def remember(module, args):
+        seen.append(args[0])
+        if training and not torch.is_grad_enabled():
+            raise RuntimeError('the head must run with gradients in training: '
+                               'leave it out of checkpoint, or say '
+                               'use_reentrant=False')
+    def passed(*_): self._unhook()
+    self._hooks = (
+        head.register_forward_pre_hook(_Hook(remember)),
+        self.learn.model.register_forward_hook(_Hook(passed), always_call=True))
 
-    def _unhook(self):
-        for hook in self._hooks: hook.remove()
-        self._hooks = ()
+# %% ../nbs/training/23_callbacks.ipynb #3ba33bc6
+@patch
+def _unhook(self: HeadCallback):
+    for hook in self._hooks: hook.remove()
+    self._hooks = ()
 
-    def forget(self):
-        "Forget everything that belongs to a batch."
-        self._unhook()
-        self._seen = ()
+# %% ../nbs/training/23_callbacks.ipynb #0358b013
+@patch
+def forget(self: HeadCallback):
+    "Forget everything that belongs to a batch."
+    self._unhook()
+    self._seen = ()
 
-    def after_batch(self): self.forget()
-    def after_cancel_batch(self): self.forget()
 
-    def after_fit(self):
-        self.forget()
-        self._found = None
+@patch
+def after_batch(self: HeadCallback): self.forget()
+
+
+@patch
+def after_cancel_batch(self: HeadCallback): self.forget()
+
+# %% ../nbs/training/23_callbacks.ipynb #25a1065e
+@patch
+def after_fit(self: HeadCallback):
+    self.forget()
+    self._found = None
+
+# %% ../nbs/training/23_callbacks.ipynb #49af2d90
+@patch
+def batch_cosines(self: HeadCallback) -> Tensor:  # [N, k]
+    "Return the cosines of the current batch, also for a linear classifier."
+    _, head, cosines = self._look()
+    if cosines: return self.learn.pred
+    features = self._seen[-1]
+    if isinstance(head, CosineLinear): return head(features)
+    return cosine_matrix(features, head.weight)
 
 # %% ../nbs/training/23_callbacks.ipynb #242d11bd
 def _check_range(model, inputs, loss):
@@ -274,8 +293,8 @@ def find_loss(
     "Find the loss inside its wrappers."
     if isinstance(loss, kind): return loss
     inside = _wrapped(loss) if depth else ()
-    found = (find_loss(part, kind, depth - 1) for part in inside)
-    return next((part for part in found if part is not None), None)
+    losses = (find_loss(part, kind, depth - 1) for part in inside)
+    return next((part for part in losses if part is not None), None)
 
 # %% ../nbs/training/23_callbacks.ipynb #5d9021e9
 def _ignore_index(loss):
@@ -328,44 +347,52 @@ class SampleMarginRegularizer(HeadCallback):
         super().after_fit()
         self.order = type(self).order
 
-    def reads_pred(
-        self,
-        loss: CosineLoss,  # the head's loss
-    ) -> bool:
-        "Return whether R_sm must be computed from cosines, apart from the loss."
-        reweighted = any(isinstance(cb, DeferredReweighting) for cb in self.learn.cbs)
-        return (loss.reduction != self.loss.reduction or loss.weight is not None
-                or reweighted or getattr(self._given_head, 'loss', loss) is not loss)
+# %% ../nbs/training/23_callbacks.ipynb #edf72b6e
+@patch
+def reads_pred(
+    self: SampleMarginRegularizer,
+    loss: CosineLoss,  # the head's loss
+) -> bool:
+    "Return whether R_sm must be computed from cosines, apart from the loss."
+    reweighted = any(isinstance(cb, DeferredReweighting) for cb in self.learn.cbs)
+    return (loss.reduction != self.loss.reduction or loss.weight is not None
+            or reweighted or getattr(self._given_head, 'loss', loss) is not loss)
 
-    @contextmanager
-    def in_loss(
-        self,
-        loss: CosineLoss,  # the head's loss
-    ):
-        "Within this context, the head's loss contains R_sm."
-        usual = loss.sample_margin
-        loss.sample_margin = usual + self.weight
-        try: yield
-        finally: loss.sample_margin = usual
+# %% ../nbs/training/23_callbacks.ipynb #3c4e6dc9
+@patch
+@contextmanager
+def in_loss(
+    self: SampleMarginRegularizer,
+    loss: CosineLoss,  # the head's loss
+):
+    "Within this context, the head's loss contains R_sm."
+    usual = loss.sample_margin
+    loss.sample_margin = usual + self.weight
+    try: yield
+    finally: loss.sample_margin = usual
 
-    def after_loss(self):
-        "Add R_sm to `learn.loss_grad` unless the loss contains it."
-        if not self.learn.yb or self.learn.pred.ndim < 2: return
-        self.loss.ignore_index = _ignore_index(self.learn.loss_func)
-        self.value = self._mixed(self.batch_cosines(), self.learn.yb[0])
-        self.learn.loss_grad = self.learn.loss_grad + self.weight * self.value
+# %% ../nbs/training/23_callbacks.ipynb #15a1bcb4
+@patch
+def after_loss(self: SampleMarginRegularizer):
+    "Add R_sm to `learn.loss_grad` unless the loss contains it."
+    if not self.learn.yb or self.learn.pred.ndim < 2: return
+    self.loss.ignore_index = _ignore_index(self.learn.loss_func)
+    self.value = self._mixed(self.batch_cosines(), self.learn.yb[0])
+    self.learn.loss_grad = self.learn.loss_grad + self.weight * self.value
 
-    def _mixed(self, cosines, targets):
-        "Return R_sm, interpolated between the two targets of MixUp or CutMix."
-        mix = next((cb for cb in self.learn.cbs if isinstance(cb, MixHandler)), None)
-        if mix is None: return self.loss(cosines, targets)
-        each = SampleMarginLoss(reduction='none', ignore_index=self.loss.ignore_index)
-        other, own = (each(cosines, y) for y in (mix.yb1[0], targets))
-        mixed = torch.lerp(other, own, torch.as_tensor(mix.lam, dtype=own.dtype))
-        k = cosines.shape[1]
-        targets, valid = self.loss.split_ignored(plain(targets).long(), k)
-        shares = self.loss.shares(targets, valid, k, own.dtype)
-        return self.loss.aggregate(mixed, shares)
+# %% ../nbs/training/23_callbacks.ipynb #d6d07185
+@patch
+def _mixed(self: SampleMarginRegularizer, cosines, targets):
+    "Return R_sm, interpolated between the two targets of MixUp or CutMix."
+    mix = next((cb for cb in self.learn.cbs if isinstance(cb, MixHandler)), None)
+    if mix is None: return self.loss(cosines, targets)
+    each = SampleMarginLoss(reduction='none', ignore_index=self.loss.ignore_index)
+    other, own = (each(cosines, y) for y in (mix.yb1[0], targets))
+    mixed = torch.lerp(other, own, torch.as_tensor(mix.lam, dtype=own.dtype))
+    k = cosines.shape[1]
+    targets, valid = self.loss.split_ignored(plain_tensor(targets).long(), k)
+    loss_weights = self.loss.loss_weights(targets, valid, k, own.dtype)
+    return self.loss.aggregate(mixed, loss_weights)
 
 # %% ../nbs/training/23_callbacks.ipynb #be0b5105
 class ZeroCentroidRegularizer(HeadCallback):
@@ -428,12 +455,13 @@ class MarginRecorder(HeadCallback):
         self.__dict__['_learn'] = learn
         if learn is not None: learn.metrics = [*learn.metrics, *self._metrics]
 
-    @property
-    def _predicting(self):
-        return hasattr(self.learn, 'gather_preds') or hasattr(self.learn, 'lr_finder')
-
     def before_batch(self):
         if not self._predicting: super().before_batch()
+
+# %% ../nbs/training/23_callbacks.ipynb #3ac2fe3b
+@patch(as_prop=True)
+def _predicting(self: MarginRecorder):
+    return hasattr(self.learn, 'gather_preds') or hasattr(self.learn, 'lr_finder')
 
 # %% ../nbs/training/23_callbacks.ipynb #b4b1f625
 @patch
@@ -451,12 +479,12 @@ def before_train(self: MarginRecorder):
 def before_validate(self: MarginRecorder):
     self.latest, self._margins, self._targets = {}, [], []
 
-
+# %% ../nbs/training/23_callbacks.ipynb #81501f47
 @patch
 def after_pred(self: MarginRecorder):
     "Remember the sample margins of the batch."
     if self._predicting or not self.learn.yb: return
-    targets, features = plain(self.learn.yb[0]), vars(self.learn).get('features')
+    targets, features = plain_tensor(self.learn.yb[0]), vars(self.learn).get('features')
     ignored = targets == _ignore_index(self.learn.loss_func)
     targets = targets.masked_fill(ignored, 0)
     margins = (sample_margins(self.batch_cosines(), targets) if features is None
@@ -546,34 +574,40 @@ class DeferredReweighting(Callback):
             raise TypeError('loss_func must have a weight per class, '
                             f'{self.learn.loss_func} has none')
 
-    def _weighted(self):
-        "Return the loss that has a `weight`, inside its wrappers."
-        loss = self.learn.loss_func
-        if hasattr(loss, 'weight'): return loss
-        return find_loss(loss, (ClassificationLoss, nn.CrossEntropyLoss, nn.NLLLoss))
+# %% ../nbs/training/23_callbacks.ipynb #40932a8b
+@patch
+def _weighted(self: DeferredReweighting):
+    "Return the loss that has a `weight`, inside its wrappers."
+    loss = self.learn.loss_func
+    if hasattr(loss, 'weight'): return loss
+    return find_loss(loss, (ClassificationLoss, nn.CrossEntropyLoss, nn.NLLLoss))
 
-    @contextmanager
-    def in_loss(
-        self,
-        loss,  # a loss with a `weight`
-    ):
-        "Within this context, from `start_epoch` on, the loss has the weights."
-        usual = loss.weight
-        buffers = getattr(loss, '_buffers', {})
-        held = buffers if 'weight' in buffers else vars(loss)
-        if self.learn.epoch >= self.start_epoch:
-            self.weights = self.weights.to(self.learn.yb[0].device)  # waits once
-            held['weight'] = self.weights  # checked when they were made
-        try: yield
-        finally: held['weight'] = usual
+# %% ../nbs/training/23_callbacks.ipynb #2d6f91fa
+@patch
+@contextmanager
+def in_loss(
+    self: DeferredReweighting,
+    loss,  # a loss with a `weight`
+):
+    "Within this context, from `start_epoch` on, the loss has the weights."
+    usual = loss.weight
+    buffers = getattr(loss, '_buffers', {})
+    held = buffers if 'weight' in buffers else vars(loss)
+    if self.learn.epoch >= self.start_epoch:
+        self.weights = self.weights.to(self.learn.yb[0].device)  # waits once
+        held['weight'] = self.weights  # checked when they were made
+    try: yield
+    finally: held['weight'] = usual
 
-    def after_loss(self):
-        "Compute the loss again with class-balanced weights."
-        if self.learn.epoch < self.start_epoch or not self.learn.yb: return
-        if self.learn.pred.ndim < 2: return
-        with self.in_loss(self._weighted()):
-            weighted = self.learn.loss_func(self.learn.pred, *self.learn.yb)
-        self.learn.loss_grad, self.learn.loss = weighted, weighted.clone()
+# %% ../nbs/training/23_callbacks.ipynb #7598056b
+@patch
+def after_loss(self: DeferredReweighting):
+    "Compute the loss again with class-balanced weights."
+    if self.learn.epoch < self.start_epoch or not self.learn.yb: return
+    if self.learn.pred.ndim < 2: return
+    with self.in_loss(self._weighted()):
+        weighted = self.learn.loss_func(self.learn.pred, *self.learn.yb)
+    self.learn.loss_grad, self.learn.loss = weighted, weighted.clone()
 
 # %% ../nbs/training/23_callbacks.ipynb #23c0de02
 OTHER_TERMS = SampleMarginRegularizer, DeferredReweighting, MixHandler  # no optimum
@@ -581,8 +615,8 @@ OTHER_TERMS = SampleMarginRegularizer, DeferredReweighting, MixHandler  # no opt
 # %% ../nbs/training/23_callbacks.ipynb #c1d0f00c
 def has_bfloat16() -> bool:
     "Return whether this CPU multiplies in bfloat16 and PyTorch uses it."
-    found = getattr(torch.cpu, 'get_capabilities', dict)()
-    native = any(found.get(name) for name in ('avx512_bf16', 'amx_bf16'))
+    capabilities = getattr(torch.cpu, 'get_capabilities', dict)()
+    native = any(capabilities.get(name) for name in ('avx512_bf16', 'amx_bf16'))
     return native and torch.backends.mkldnn.is_available()
 
 # %% ../nbs/training/23_callbacks.ipynb #4e01aa07
@@ -601,13 +635,13 @@ def load_file(
     kind: str = 'a file of tensors and plain values',# what the error says it should be
 ) -> dict:  # the content, tensors on the CPU
     "Load a file from `save_file`; run no code from it."
-    try: return read_torch(path, plain=True)
+    try: return read_torch(path, plain_only=True)
     except ValueError as e: raise ValueError(f'{path} is not {kind}: {e}') from e
 
 # %% ../nbs/training/23_callbacks.ipynb #6e52511b
 def _as_plain(value):
     "Convert a value to tensors and Python's own types."
-    if isinstance(value, Tensor): return plain(value.detach())
+    if isinstance(value, Tensor): return plain_tensor(value.detach())
     if isinstance(value, np.generic): return value.item()
     if isinstance(value, np.ndarray): return value.tolist()
     if isinstance(value, dict): return {k: _as_plain(v) for k, v in value.items()}
@@ -670,8 +704,8 @@ _REMEMBERED = {Recorder: ('lrs', 'iters', 'losses', 'values'), ParamScheduler: (
 
 def _names(cb):
     "Return the attributes in which a callback remembers past epochs."
-    found = [names for kind, names in _REMEMBERED.items() if isinstance(cb, kind)]
-    return [*sum(found, ()), *getattr(type(cb), 'checkpointed', ())]
+    names = [names for kind, names in _REMEMBERED.items() if isinstance(cb, kind)]
+    return [*sum(names, ()), *getattr(type(cb), 'checkpointed', ())]
 
 # %% ../nbs/training/23_callbacks.ipynb #f08a7f5b
 def _memories(cbs):
@@ -717,20 +751,20 @@ def _training_state(learn):
 def _set_training_state(learn, state):
     "Restore what `_training_state` returned."
     for name, part in _parts(learn).items():
-        kept = state['parts'][name]
+        saved = state['parts'][name]
         if isinstance(part, Optimizer):  # fastai's, which takes everything as it is
             device = part.all_params()[0][0].device
-            kept = dict(hypers=L(kept['hypers']),
-                        state=to_device(kept['state'], device))
-        part.load_state_dict(kept)
+            saved = dict(hypers=L(saved['hypers']),
+                         state=to_device(saved['state'], device))
+        part.load_state_dict(saved)
     _set_gradients(learn.model, state['gradients'])
     _set_memories(learn.cbs, state['callbacks'])
     smooth, recorder = learn.recorder.smooth_loss, learn.recorder
     smooth.count, smooth.val = state['smooth_loss']
     recorder.values = [L(row) for row in recorder.values]
     learn.train_iter = state['iterations']
-    for (_, put), kept in zip(_generators(learn.dls), state['loaders'], strict=True):
-        put(kept)
+    for (_, put), saved in zip(_generators(learn.dls), state['loaders'], strict=True):
+        put(saved)
     _set_random_state(state['random'])
 
 # %% ../nbs/training/23_callbacks.ipynb #2d3b082f

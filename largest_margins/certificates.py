@@ -40,7 +40,7 @@ def _lines(tensor, degree):
     width = len(tensor) // (degree + 1)
     return [tensor[i:i + width] for i in range(0, len(tensor), width)]
 
-
+# %% ../nbs/theory/04_certificates.ipynb #9a36e2be
 def _substituted(tensor, degree, axes, low, high):
     "The coefficients of (1 − y)ⁿ⁻ʲ yʲ, where t = low·(1 − y) + high·y on each axis."
     unit = lcm(low.denominator, high.denominator)  # on each axis a factor unitⁿ is left
@@ -69,7 +69,7 @@ def _bernstein(tensor, degree, axes):
     largest = max(map(abs, tensor)) or 1
     return [-((-x << _BITS) // largest) for x in tensor]
 
-
+# %% ../nbs/theory/04_certificates.ipynb #cba4b42c
 def _halves(rows):
     "The coefficients on both halves of the first axis, rounded up."
     left, right = [], []
@@ -96,7 +96,7 @@ def _no_box_positive(bernstein, degree, axes):
             boxes.append(([x for line in zip(*half) for x in line], box))
     return False
 
-
+# %% ../nbs/theory/04_certificates.ipynb #79957cf3
 def _nowhere_positive(powers, low, high):
     "Prove that Σ powers[i] tⁱ is ≤ 0 on [low, high]; False if it is not, or too close."
     while len(powers) > 1 and not powers[-1]: powers = powers[:-1]
@@ -135,7 +135,7 @@ def verify(
         return certificate['sha256'] == checksum(certificate) and proves(certificate)
     except _MALFORMED: return False
 
-
+# %% ../nbs/theory/04_certificates.ipynb #8d539872
 def _parsed(text):
     if len(text) > _LENGTH or re.search('[0-9]{401}', text):
         raise ValueError(f'at most {_LENGTH} characters, and numbers of 400 digits')
@@ -146,7 +146,7 @@ def _without_twins(pairs):
     if len(dict(pairs)) < len(pairs): raise ValueError('a key appears twice')
     return dict(pairs)
 
-
+# %% ../nbs/theory/04_certificates.ipynb #a1b95806
 def _delsarte(certificate):
     "No `k` points in `d` dimensions are more than `radians` apart."
     _only(certificate, 'k', 'd', 'cosine', 'radians', 'coefficients')
@@ -174,7 +174,7 @@ def _list(value, least, most):
         raise ValueError(f'there must be a list of {least} to {most} entries')
     return value
 
-
+# %% ../nbs/theory/04_certificates.ipynb #cd914929
 def _integer(value, low=-10**40, high=10**40):
     if type(value) is not int or not low <= value <= high:
         raise ValueError(f'there must be an integer from {low} to {high}')
@@ -189,7 +189,7 @@ def _fraction(text, digits=400):
         raise ValueError(f'there must be a number of at most {digits} digits')
     return Fraction(*map(int, parts))
 
-
+# %% ../nbs/theory/04_certificates.ipynb #da63f4b4
 def _claim(certificate):
     "k, d and the cosine of an upper bound, if the cosine of the angle is not larger."
     k, d = (_integer(certificate[key], 2, 10**9) for key in 'kd')
@@ -237,7 +237,7 @@ def _hull(certificate):
     return (0 <= lower <= upper and square <= (upper * unit * total)**2
             and (lower == 0 or (lead > 0 and lead**2 >= (lower * unit)**2 * length)))
 
-
+# %% ../nbs/theory/04_certificates.ipynb #ff4a7e09
 _KINDS['hull'] = _hull
 
 # %% ../nbs/theory/04_certificates.ipynb #2aa4a42e
@@ -259,7 +259,7 @@ def _code(certificate):
         _at_most(c, sum(map(mul, points[i], points[j])), squares[i] * squares[j])
         for i in range(k) for j in range(i))
 
-
+# %% ../nbs/theory/04_certificates.ipynb #a971269e
 def _at_most(c, x, square):
     "x ≤ c·√square, in integers."
     left, right = (x * c.denominator)**2, c.numerator**2 * square
@@ -278,7 +278,7 @@ def _product(p, q):
             total[e] = total.get(e, 0) + x * y
     return total
 
-
+# %% ../nbs/theory/04_certificates.ipynb #7d2c5b06
 @lru_cache(64)
 def _projected(d, degree):
     "Q_0 … Q_degree as integers, and the number each of them is multiplied by."
@@ -293,7 +293,7 @@ def _projected(d, degree):
         scales.append(scales[n] * (n + d - 3))
     return Q, scales
 
-
+# %% ../nbs/theory/04_certificates.ipynb #58156b66
 def _six_means(d, matrices):
     "6·T̄: T summed over the orders of its arguments; integers, and their denominator."
     T, total, (Q, scales) = {}, {}, _projected(d, len(matrices) - 1)
@@ -314,7 +314,7 @@ def _dense(polynomial, degree):
     if max(map(max, polynomial)) > degree: raise ValueError('the degree is higher')
     return [polynomial.get(e, 0) for e in product(range(degree + 1), repeat=3)]
 
-
+# %% ../nbs/theory/04_certificates.ipynb #48e5deae
 def _never_positive(kernel, common, multiplier, degree, cosine):
     "Prove kernel / common + q·D ≤ 0 on [−1, cosine]³, for a symmetric kernel."
     n, low = degree, Fraction(-1)
@@ -371,5 +371,5 @@ def _three_point(certificate):
     return (_nowhere_positive(line, Fraction(-1), cosine)
             and _never_positive(six, common, [6 * x for x in q], n, cosine))
 
-
+# %% ../nbs/theory/04_certificates.ipynb #8f54e6fb
 _KINDS['three-point'] = _three_point

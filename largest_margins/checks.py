@@ -43,7 +43,7 @@ def _refuse_gradient(name, value):
         raise TypeError(f'{name} must be constant, got a tensor that requires grad, '
                         'which would get none: detach() it')
 
-
+# %% ../nbs/losses/10_checks.ipynb #cc351863
 def _described(value):
     "A short description of what is not a number."
     kind, shown = type(value).__name__, repr(value)
@@ -63,11 +63,11 @@ def _in_range(name, value, bounds):
 def number(name: str, value, **bounds: float) -> float:
     "Check a finite number; `bounds` are `above`, `at_least`, `at_most` and `below`."
     value = _scalar(name, value, Real, 'a number')
-    try: given = float(value)
-    except OverflowError: given = math.inf
-    if not math.isfinite(given):
+    try: x = float(value)
+    except OverflowError: x = math.inf
+    if not math.isfinite(x):
         raise NotFinite(f'{name} must be a finite number, got {value}')
-    return _in_range(name, given, bounds)
+    return _in_range(name, x, bounds)
 
 # %% ../nbs/losses/10_checks.ipynb #56242783
 def integer(name: str, value, **bounds: float) -> int:
@@ -154,7 +154,7 @@ def _is_fake():
     return any(torch._C._get_dispatch_mode(m) for m in (modes.FAKE, modes.PROXY))
 
 # %% ../nbs/losses/10_checks.ipynb #68661f2d
-def plain(x: Tensor) -> Tensor:
+def plain_tensor(x: Tensor) -> Tensor:
     "Strip tensor subclasses, which cost time and may return the subclass again."
     if type(x) is Tensor or is_traced(): return x
     if isinstance(x, torch._subclasses.FakeTensor): return x
@@ -166,7 +166,7 @@ def plain(x: Tensor) -> Tensor:
 # %% ../nbs/losses/10_checks.ipynb #68661f2f
 def at_least_float32(x: Tensor) -> Tensor:
     "Return a plain tensor in float32, or in float64 if it was."
-    return plain(x).to(torch.promote_types(x.dtype, torch.float32))
+    return plain_tensor(x).to(torch.promote_types(x.dtype, torch.float32))
 
 # %% ../nbs/losses/10_checks.ipynb #51b7a3ca
 def is_symbol(x) -> bool:
@@ -174,13 +174,13 @@ def is_symbol(x) -> bool:
     return isinstance(x, torch.fx.Proxy)
 
 # %% ../nbs/losses/10_checks.ipynb #51b7a3cb
-def as_one_node(module: torch.nn.Module, *args, given=None) -> torch.fx.Proxy:
+def as_one_node(module: torch.nn.Module, *args, numbers=None) -> torch.fx.Proxy:
     "Make a call of `module` one node of a graph, since its checks cannot be drawn."
     tracer = args[0].tracer
     try: path = tracer.path_of_module(module)
     except NameError: path = ''  # it is traced by itself
     node = ('call_module', path) if path else ('call_function', module.forward)
-    return tracer.create_proxy(*node, args, {} if is_symbol(given) else given or {})
+    return tracer.create_proxy(*node, args, {} if is_symbol(numbers) else numbers or {})
 
 # %% ../nbs/losses/10_checks.ipynb #80317c70
 def _check_floating(name, x, shape):
@@ -209,7 +209,7 @@ def check_matrix(name: str, x: Tensor, **least: int):
 # %% ../nbs/losses/10_checks.ipynb #8d8ef921
 _FAINT = 1e-37  # below that float32 loses digits, and GPUs take 0
 
-
+# %% ../nbs/losses/10_checks.ipynb #b95a4d56
 def _as_tensor(name, values):
     "A tensor, or what makes one, as a plain tensor of numbers."
     wanted = f'{name} must be a tensor or a list of numbers [k]'
@@ -227,7 +227,7 @@ def _as_tensor(name, values):
     _refuse_gradient(name, values)
     if values.is_complex() or values.dtype == torch.bool:
         raise TypeError(f'{name} must be numbers [k], got {values.dtype}')
-    return plain(values)
+    return plain_tensor(values)
 
 # %% ../nbs/losses/10_checks.ipynb #8d8ef922
 def per_class(name: str, values: Tensor | Iterable, **bounds: float) -> Tensor:
@@ -280,7 +280,7 @@ def per_sample(name: str, value, x: Tensor, **bounds: float) -> Tensor:
         raise ValueError(f'{name} must be a number or [N] with N = {x.shape[0]}, '
                          f'got shape {tuple(value.shape)}')
     check_device(name, value, x.device)
-    if values_are_cheap(value := plain(value)):
+    if values_are_cheap(value := plain_tensor(value)):
         for extreme in value.detach().aminmax(): number(name, extreme, **bounds)
     return value.to(dtype).expand(x.shape[0])
 
@@ -289,7 +289,7 @@ def check_prototypes(prototypes: Tensor, name: str = 'prototypes', least: int = 
     "Refuse what cannot be `least` prototypes: shape, dtype and, on a CPU, values."
     check_matrix(name, prototypes, k=least, d=1)
     if not values_are_cheap(prototypes): return
-    values = plain(prototypes.detach())
+    values = plain_tensor(prototypes.detach())
     largest = torch.maximum(-values.amin(1), values.amax(1))
     if not largest.isfinite().all(): check_finite(name, values)
     if not largest.all():
@@ -331,7 +331,7 @@ def check_integers(targets: Tensor, samples: int, device=None) -> Tensor:
         raise ValueError(f'targets must be [N] with N = {samples}, '
                          f'got shape {tuple(targets.shape)}')
     if device is not None: check_device('targets', targets, device)
-    return plain(targets).long()
+    return plain_tensor(targets).long()
 
 # %% ../nbs/losses/10_checks.ipynb #bb1549c0
 def check_range(targets: Tensor, num_classes: int, ignored: Tensor | None = None):
@@ -355,8 +355,8 @@ def check_targets(targets: Tensor, samples: int, num_classes: int, device=None):
 def check_scores(scores: Tensor, name: str = 'logits') -> Tensor:
     "Refuse what cannot be 'logits', or 'cosines'; return at least float32, [N, k]."
     check_matrix(name, scores, N=1, k=2)
-    if values_are_cheap(plain(scores)):
-        low, high = (v.item() for v in plain(scores).detach().aminmax())
+    if values_are_cheap(plain_tensor(scores)):
+        low, high = (v.item() for v in plain_tensor(scores).detach().aminmax())
         if not (math.isfinite(low) and math.isfinite(high)):
             raise NotFinite(f'{name} must be finite, got {low:.4g} to {high:.4g}')
         slack = max(1e-3, 4 * torch.finfo(scores.dtype).eps)

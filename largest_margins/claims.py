@@ -23,10 +23,12 @@ from pkgutil import iter_modules
 from random import Random
 from types import ModuleType
 
+# %% ../nbs/theory/00_claims.ipynb #9443ded1
 import numpy as np
 import torch
 from scipy.optimize import minimize
 from torch import Tensor
+
 
 from .margins import unit_rows
 from .theory.threads import one_thread
@@ -164,14 +166,14 @@ def prove(
     if unknown := [i for i in ids or [] if i not in known]:
         raise ValueError(f'unknown claim {unknown[0]!r}: the ledger has '
                          f'{", ".join(known)}')
-    found = []
+    evidence = []
     for claim in ledger:
         if ids is not None and claim.id not in ids: continue
         for check in claim.checks:
             if quick and not check.quick: continue
-            found.append(_run(claim, check))
-            if seen is not None: seen(found[-1])
-    return found
+            evidence.append(_run(claim, check))
+            if seen is not None: seen(evidence[-1])
+    return evidence
 
 # %% ../nbs/theory/00_claims.ipynb #b8137035
 def _run(claim, check):
@@ -227,7 +229,16 @@ def rational_points(
         points.append([x / (square + 1) for x in (*(2 * x for x in plane), square - 1)])
     return points
 
+# %% ../nbs/theory/00_claims.ipynb #c1be8c71
+def rational_frame(
+    seed: int,  # random seed; k and d follow from it
+) -> tuple[list, list, int]:  # points [k][d], their sum [d], and k in 2..8
+    "Draw rational points of the unit sphere with their sum and their number."
+    k, d = 2 + seed % 7, 2 + seed % 4
+    W = rational_points(k, d, seed)
+    return W, [sum(column) for column in zip(*W, strict=True)], k
 
+# %% ../nbs/theory/00_claims.ipynb #86c0f9f4
 def dot(
     x: list,  # coordinates
     y: list,  # coordinates, as many as `x` has
@@ -266,7 +277,7 @@ def descend(
         return value.item(), np.concatenate([g.flatten().numpy() for g in gradients])
 
     first = np.concatenate([unit_rows(s.double()).flatten().numpy() for s in starts])
-    found = minimize(value_and_gradient, first, jac=True, method='L-BFGS-B',
-                     options=dict(maxiter=iterations, maxfun=2 * iterations, maxcor=20,
-                                  ftol=0, gtol=1e-13))
-    return found.fun, *(unit_rows(row.detach()) for row in rows(found.x))
+    least = minimize(value_and_gradient, first, jac=True, method='L-BFGS-B',
+                     options=dict(maxiter=iterations, maxfun=2 * iterations,
+                                  maxcor=20, ftol=0, gtol=1e-13))
+    return least.fun, *(unit_rows(row.detach()) for row in rows(least.x))

@@ -21,9 +21,11 @@ from collections.abc import Callable
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, fields
 from importlib import resources
+from math import degrees
 from pathlib import Path
 from typing import NamedTuple, get_args
 
+# %% ../nbs/study/33_cli.ipynb #c3f3c870
 import largest_margins
 
 # %% ../nbs/study/33_cli.ipynb #e00a4b60
@@ -74,19 +76,20 @@ class _Completion(argparse.Action):
     def __call__(self, parser, *_):
         commands = next(a.choices for a in parser._actions if a.choices)
         for p in commands.values(): p.learn()
-        cases = [f'    {name}) words="{" ".join(_words(p))}" ;;'
+        cases = [f'    {name}) words="{" ".join(_completions(p))}" ;;'
                  for name, p in commands.items()]
         print('_largest_margins() {', '  local words', '  case "${COMP_WORDS[1]}" in',
-              *cases, f'    *) words="{" ".join([*commands, *_words(parser)])}" ;;',
+              *cases,
+              f'    *) words="{" ".join([*commands, *_completions(parser)])}" ;;',
               '  esac', '  [ "$COMP_CWORD" = 1 ] && '
-              f'words="{" ".join([*commands, *_words(parser)])}"',
+              f'words="{" ".join([*commands, *_completions(parser)])}"',
               '  COMPREPLY=($(compgen -W "$words" -- "${COMP_WORDS[COMP_CWORD]}"))',
               '}',
               'complete -o default -F _largest_margins largest-margins', sep='\n')
         parser.exit()
 
 # %% ../nbs/study/33_cli.ipynb #83e58988
-def _words(parser):
+def _completions(parser):
     "The options of a command, and what its arguments can be."
     for action in parser._actions:
         yield from action.option_strings
@@ -190,20 +193,30 @@ def _prove(args):
     def show(e):
         if not evidence or evidence[-1].claim != e.claim:
             print('\n' if evidence else '', statements[e.claim], '\n\n', sep='', end='')
-            print(f'  {"method":18}{"":7}{"value":>13}   {"reference":>12}'
-                  f'{"difference":>12}{"seconds":>9}')
-        print(f'  {e.method:18}{"passed" if e.passed else "FAILED":7}'
-              f'{e.value:13.8f} {e.relation} {e.reference:12.8f}{e.difference:12.1e}'
-              f'{e.seconds:9.2f}  {e.error}'.rstrip(), flush=True)
+            print(_CHECK_HEADING)
+        print(_check_line(e), flush=True)
         evidence.append(e)
     prove(args.ids or None, quick=args.quick, seen=show)
     failed = sum(not e.passed for e in evidence)
     print(f'\n{len(evidence) - failed} of {len(evidence)} checks passed')
-    if args.json:
-        rows = [{**asdict(e), 'kind': e.kind, 'difference': e.difference}
-                for e in evidence]
-        write_file(args.json, json.dumps(rows, indent=1, ensure_ascii=False))
+    if args.json: write_file(args.json, _evidence_json(evidence))
     return 1 if failed else 0
+
+# %% ../nbs/study/33_cli.ipynb #1acde53b
+_CHECK_HEADING = (f'  {"method":18}{"":7}{"value":>13}   {"reference":>12}'
+                  f'{"difference":>12}{"seconds":>9}')
+
+
+def _check_line(e):
+    return (f'  {e.method:18}{"passed" if e.passed else "FAILED":7}'
+            f'{e.value:13.8f} {e.relation} {e.reference:12.8f}{e.difference:12.1e}'
+            f'{e.seconds:9.2f}  {e.error}').rstrip()
+
+
+def _evidence_json(evidence):
+    rows = [{**asdict(e), 'kind': e.kind, 'difference': e.difference}
+            for e in evidence]
+    return json.dumps(rows, indent=1, ensure_ascii=False)
 
 # %% ../nbs/study/33_cli.ipynb #3ce4abb0
 def _prove_arguments(p):
@@ -252,19 +265,19 @@ def _field_arguments(p, kind, names=None):
     lines = field_lines(kind)
     for f in fields(kind):
         if names and f.name not in names: continue
-        name, words = f'--{f.name.replace("_", "-")}', [lines[f.name]]
+        name, parts = f'--{f.name.replace("_", "-")}', [lines[f.name]]
         if choices := f.metadata.get('choices'):
-            words.append(f'one of {", ".join(choices)}')
+            parts.append(f'one of {", ".join(choices)}')
         kinds = get_args(f.type) or (f.type,)
         if bool in kinds:
             action = 'store_true' if f.default is False else (
                 argparse.BooleanOptionalAction)
-            p.add_argument(name, action=action, help=words[0])
+            p.add_argument(name, action=action, help=parts[0])
             continue
-        if f.default is not None: words.append(f'default {f.default}')
+        if f.default is not None: parts.append(f'default {f.default}')
         p.add_argument(name, type=_seed if f.name == 'seed' else kinds[0],
                        default=f.default, metavar=f.name.rsplit('_', 1)[-1].upper(),
-                       help='; '.join(words).replace('%', '%%'))
+                       help='; '.join(parts).replace('%', '%%'))
 
 # %% ../nbs/study/33_cli.ipynb #5a3d5cf6
 def _run_arguments(p, out, threads):
@@ -286,11 +299,10 @@ def _table(args):
     recipe = find_recipe(args.table, args.dataset)
     dataset = args.dataset or recipe.dataset
     out = f'runs/table{args.table}' + (f'-{Path(dataset).name}' if dataset else '')
-    given = {name: getattr(args, name) for name in _CHANGES}
+    changes = {name: getattr(args, name) for name in _CHANGES}
     return _make(recipe, args, dataset, args.out or out, rows=args.rows,
-                 settings=args.settings,
-                 seeds=args.seeds, jobs=args.jobs, resume=args.resume,
-                 dry_run=args.dry_run, **given)
+                 settings=args.settings, seeds=args.seeds, jobs=args.jobs,
+                 resume=args.resume, dry_run=args.dry_run, **changes)
 
 # %% ../nbs/study/33_cli.ipynb #c8d913b5
 def _predicted(args):
@@ -335,6 +347,10 @@ def _table_arguments(p):
                    'torchvision’s resnet50 to start from')
     p.add_argument('--despite-withdrawal', action='store_true', default=None,
                    help='table 3: read dukemtmc, which its authors withdrew')
+    _plan_arguments(p)
+
+# %% ../nbs/study/33_cli.ipynb #5570d84a
+def _plan_arguments(p):
     p.add_argument('--jobs', type=int, default=1, metavar='N',
                    help='runs at the same time, −1 for one a core; default 1')
     p.add_argument('--resume', action='store_true',
@@ -351,7 +367,7 @@ def _table_arguments(p):
 _CHANGES = ('weights', 'data', 'download', 'strict', 'despite_withdrawal', 'epochs',
             'body', 'scale', 'batch_size', 'learning_rate', 'size', 'noise', 'bf16')
 
-
+# %% ../nbs/study/33_cli.ipynb #11d7fd57
 def _training_arguments(p):
     "What a table can train in another way than its recipe says."
     def option(name, kind, metavar, text):
@@ -394,17 +410,18 @@ def _inspect(args):
     name, weight, notes = choose_classifier(
         tensors, args.key, transposed=args.transposed, classes=names and len(names))
     with _progress('tile') as tell:
-        found = inspect_prototypes(weight, pairs=args.pairs, classes=names,
-                                   notes=[*notes, *_parts_beside(files)], progress=tell)
+        inspection = inspect_prototypes(
+            weight, pairs=args.pairs, classes=names, progress=tell,
+            notes=[*notes, *_parts_beside(files)])
     title = f'{", ".join(files)}, {name}'
-    print(escape(title, 'terminal'), found, sep='\n')
+    print(escape(title, 'terminal'), inspection, sep='\n')
     if args.json:
         file = files[0] if len(files) == 1 else files
-        record = dict(file=file, tensor=name, **found.record())
-        write_file(args.json, json.dumps(record, indent=1, ensure_ascii=False))
+        content = dict(file=file, tensor=name, **inspection.to_dict())
+        write_file(args.json, json.dumps(content, indent=1, ensure_ascii=False))
     if args.html:
         command = ' '.join(['largest-margins', *sys.argv[1:]])
-        write_file(args.html, inspection_page(found, title, command))
+        write_file(args.html, inspection_page(inspection, title, command))
     return 0
 
 # %% ../nbs/study/33_cli.ipynb #d6aa86b0
@@ -438,19 +455,17 @@ def _parts_beside(files):
 @contextmanager
 def _progress(unit):
     "A function of (done, all, angle): a bar on a terminal, else a line in 10 seconds."
-    from math import degrees
-
     from tqdm import tqdm
-    said = time.monotonic()
+    last_line = time.monotonic()
     def tell(done, total, angle=None):
-        nonlocal said
+        nonlocal last_line
         if angle is not None: bar.set_postfix_str(f'{degrees(angle):.4f}°')
         bar.total = total
         bar.update(done - bar.n)
-        if bar.disable and time.monotonic() > said + 10:
+        if bar.disable and time.monotonic() > last_line + 10:
             so_far = '' if angle is None else f', {degrees(angle):.4f}°'
             print(f'{unit} {done} of {total}{so_far}', flush=True)
-            said = time.monotonic()
+            last_line = time.monotonic()
     with tqdm(unit=unit, delay=1, leave=False, disable=not sys.stderr.isatty()) as bar:
         yield tell
 

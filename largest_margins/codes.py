@@ -17,6 +17,7 @@ from functools import cache, cached_property
 from itertools import compress, count, product
 from numbers import Integral, Real
 
+# %% ../nbs/theory/03_packing.ipynb #736706a5
 import numpy as np
 import torch
 from scipy.linalg import cho_factor, cho_solve
@@ -26,6 +27,7 @@ from scipy.sparse.linalg import splu
 from scipy.spatial import cKDTree
 from torch import Tensor
 
+# %% ../nbs/theory/03_packing.ipynb #27ff0f6b
 from .bounds import class_margin_bound
 from .theory.constructions import known_packing
 from .theory.jammed import jammed_certificate
@@ -44,7 +46,7 @@ _PAIRS = 2**18  # pairs in memory at a time
 def _normalised(rows):
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
-
+# %% ../nbs/theory/03_packing.ipynb #7219a951
 def _log_energy(points, p):
     "(1/p) log Σ ‖x_i − x_j‖^−p over ordered pairs, and its gradient."
     k, size = len(points), max(1, _PAIRS // len(points))
@@ -91,7 +93,7 @@ _LAST = 30_000, 200_000  # of packings that are too large for a linear program
 
 class _TimeIsUp(Exception): pass
 
-
+# %% ../nbs/theory/03_packing.ipynb #ac524ed6
 def _descend(points, p, iterations, deadline):
     "L-BFGS on the energy, the rows normalized inside; the points and their energy."
     (k, d), latest = points.shape, (points, math.inf)
@@ -109,22 +111,22 @@ def _descend(points, p, iterations, deadline):
     try:
         options = dict(maxiter=iterations, maxfun=2 * iterations, maxcor=15,
                        ftol=1e-12, gtol=1e-9)
-        found = minimize(energy, points.ravel(), jac=True, method='L-BFGS-B',
-                         options=options)
+        solution = minimize(energy, points.ravel(), jac=True, method='L-BFGS-B',
+                            options=options)
     except _TimeIsUp: return latest
-    return _normalised(found.x.reshape(points.shape)), found.fun
+    return _normalised(solution.x.reshape(points.shape)), solution.fun
 
 # %% ../nbs/theory/03_packing.ipynb #0ae2b089
 def _close_pairs(points, slack):
     "Pairs i < j whose cosine is within `slack` of the largest, and these cosines."
     k, size = len(points), max(1, _PAIRS // len(points))
-    top, found = -2., []
+    top, pairs = -2., []
     for a in range(0, k, size):
         cosines = np.triu(points[a:a + size] @ points[a:].T + 2, 1) - 2
         top = max(top, cosines.max())
         i, j = np.nonzero(cosines >= top - slack - 1e-12)
-        found.append(np.stack([a + i, a + j]))
-    i, j = np.concatenate(found, 1)
+        pairs.append(np.stack([a + i, a + j]))
+    i, j = np.concatenate(pairs, 1)
     cosines = 1 - np.square(points[i] - points[j]).sum(1) / 2
     near = cosines >= cosines.max() - slack
     return i[near], j[near], cosines[near]
@@ -133,7 +135,7 @@ def _close_pairs(points, slack):
 def _largest_cosine(points):
     return _close_pairs(points, 0)[2].max()
 
-
+# %% ../nbs/theory/03_packing.ipynb #dd23c6e4
 def _rows_of(i, j, left, right, columns):
     "A sparse matrix: row n has left[n] in the columns of point i, right[n] in j's."
     rows, width = np.repeat(np.arange(len(i)), left.shape[1]), np.arange(left.shape[1])
@@ -224,7 +226,7 @@ def _interior_step(rows, room, cost, u, g, slack, stress):
     part = min(_fraction(slack, steps[2]), _fraction(stress, steps[3]))
     return [x + part * dx for x, dx in zip((u, g, slack, stress), steps)]
 
-
+# %% ../nbs/theory/03_packing.ipynb #4869f29d
 def _interior(rows, room, cost, most=50):
     "Maximize g − cost·‖u‖²/2 with rows·u + g ≤ room: u, g and the dual, of sum 1."
     m, n = rows.shape
@@ -249,15 +251,15 @@ def _programme(points, pairs, top, radius, cost):
         rows = hstack([rows, -np.ones((len(i), 1))])
         loss, limits = np.zeros(rows.shape[1]), [(-1, 1)] * (k * (d - 1)) + [(None, 0)]
         loss[-1] = 1
-        found = linprog(loss, A_ub=rows, b_ub=room, bounds=limits, method='highs-ds',
+        optimum = linprog(loss, A_ub=rows, b_ub=room, bounds=limits, method='highs-ds',
                         options=_EXACT)
-        if found.x is None: return None
-        moves, gain, stress = found.x[:-1], -found.x[-1], -found.ineqlin.marginals
+        if optimum.x is None: return None
+        moves, gain, stress = optimum.x[:-1], -optimum.x[-1], -optimum.ineqlin.marginals
     moves = (moves.reshape(k, d - 1, 1) * tangents).sum(1)
     longest = max(1, np.linalg.norm(moves, axis=1).max() / 4)
     return radius / longest * moves, radius / longest * gain, stress > 1e-7
 
-
+# %% ../nbs/theory/03_packing.ipynb #6776ec2b
 _EXACT = dict.fromkeys(('primal_feasibility_tolerance', 'dual_feasibility_tolerance'),
                        1e-10)
 _FEW = 400  # coordinates, up to which the dual simplex method is faster
@@ -277,9 +279,9 @@ def _lift(points, deadline, exact=True):
         if large and time.monotonic() + step > deadline: break
         reach = 4 * radius * (chord if large else 1)
         pairs = i, j, _ = _close_pairs(points, reach)
-        found = _programme(points, pairs, top, radius, cost)
-        if found is None: break
-        moves, promised, stressed = found
+        solution = _programme(points, pairs, top, radius, cost)
+        if solution is None: break
+        moves, promised, stressed = solution
         if promised < 1e-13: break
         i, j = i[stressed], j[stressed]
         still = np.zeros_like(points)
@@ -308,7 +310,7 @@ def _tilted(points):
     noise = np.random.default_rng(0).standard_normal(points.shape)
     return _normalised(points + _TILT * noise)
 
-
+# %% ../nbs/theory/03_packing.ipynb #9325b34b
 def _polish(points, deadline):
     "To a stationary arrangement nearby, and there to rounding."
     if points.size <= _MANY: points = _lift(points, deadline)
@@ -322,7 +324,7 @@ def _polish(points, deadline):
         points = min(points, _newton(points, i, j), key=_largest_cosine)
     return points
 
-
+# %% ../nbs/theory/03_packing.ipynb #5c847bf9
 def _certified(points):
     "The certificate that the points are jammed, if we find one."
     if points.size > _MANY: return None
@@ -346,12 +348,12 @@ def _turn(axis, angle):
 
 def _distinct(arrays):
     "One of each, to rounding."
-    kept = []
+    seen = []
     for array in arrays:
-        if all(abs(array - other).max() > 1e-6 for other in kept): kept.append(array)
-    return kept
+        if all(abs(array - other).max() > 1e-6 for other in seen): seen.append(array)
+    return seen
 
-
+# %% ../nbs/theory/03_packing.ipynb #efdb1b11
 def _generated(*turns):
     "All products of these matrices, [size, 3, 3]."
     group, size = [np.eye(3)], 0
@@ -360,18 +362,18 @@ def _generated(*turns):
         group = _distinct([*group, *(g @ turn for g in group for turn in turns)])
     return np.array(group)
 
-
+# %% ../nbs/theory/03_packing.ipynb #1c91c16f
 @cache
 def _groups():
     "Groups of rotations, and the antipodal one, the largest first."
     third = _turn([1, 1, 1], 2 * math.pi / 3)
     icosahedral = _turn([0, 1, (1 + math.sqrt(5)) / 2], 2 * math.pi / 5)
-    found = [_generated(-np.eye(3)), _generated(third, icosahedral)]
-    found += [_generated(third, _turn([0, 0, 1], math.pi / n)) for n in (1, 2)]
+    groups = [_generated(-np.eye(3)), _generated(third, icosahedral)]
+    groups += [_generated(third, _turn([0, 0, 1], math.pi / n)) for n in (1, 2)]
     for n in range(2, 13):
         turn = _turn([0, 0, 1], 2 * math.pi / n)
-        found += [_generated(turn), _generated(turn, np.diag([1., -1, -1]))]
-    return sorted(found, key=len, reverse=True)
+        groups += [_generated(turn), _generated(turn, np.diag([1., -1, -1]))]
+    return sorted(groups, key=len, reverse=True)
 
 # %% ../nbs/theory/03_packing.ipynb #b6c0f2ag
 def _small_orbits(group):
@@ -384,18 +386,18 @@ def _small_orbits(group):
             orbits.append(np.array(_distinct(group @ axis)))
     return orbits
 
-
+# %% ../nbs/theory/03_packing.ipynb #7853c26c
 @cache
 def _symmetries(k):
     "Group, points on axes, and how many points are free, for each way to have k."
-    found = []
+    starts = []
     for group in _groups():
         orbits = _small_orbits(group)
         for chosen in product((0, 1), repeat=len(orbits)):
             fixed = np.concatenate([np.zeros((0, 3)), *compress(orbits, chosen)])
-            free, rest = divmod(k - len(fixed), len(group))
-            if free >= 0 and not rest: found.append((group, fixed, free))
-    return found
+            free, others = divmod(k - len(fixed), len(group))
+            if free >= 0 and not others: starts.append((group, fixed, free))
+    return starts
 
 # %% ../nbs/theory/03_packing.ipynb #05d791bc
 def _attained(cosine, bound):
@@ -405,7 +407,7 @@ def _attained(cosine, bound):
 
 _RESOLUTION = 1e-6  # rad: certified bounds stay as far above the optimum as that
 
-
+# %% ../nbs/theory/03_packing.ipynb #cffaec92
 def _hop(best, rng):
     "The points, up to three neighbors of which go into holes elsewhere."
     k, d = best.shape
@@ -418,7 +420,7 @@ def _hop(best, rng):
         points = np.vstack([points, tries[rng.choice(holes)]])
     return points
 
-
+# %% ../nbs/theory/03_packing.ipynb #9560009e
 def _less_one(points):
     "The points without the one that is closest to the others."
     cosines = points @ points.T
@@ -450,7 +452,7 @@ def _start(kind, k, d, n, best, rng):
     turned = _normalised(noise[:free]) @ group
     return np.concatenate([turned.reshape(-1, d), fixed])
 
-
+# %% ../nbs/theory/03_packing.ipynb #921e4322
 def _kind(m, k, d):
     "Which kind of start the m-th one is, and where in the exponents it begins."
     turns = _TURNS if k <= 40 or d > 3 else _TURNS_IN_SPACE
@@ -466,7 +468,7 @@ def _search(k, d, rng, starts, deadline, bound, progress, best=None):
     "The best of many starts, each taken down the energies and polished."
     large = k * d > _FEWER  # then only the best end is polished
     top = 2. if best is None or large else _largest_cosine(best)
-    highest, ends = 2., []
+    highest, optima = 2., []
     energies, random, distinct, symmetric = {p: [] for p in _EXPONENTS}, 0, 0, 0
     latest = deadline
     if large and k * d <= _MANY and deadline < math.inf:  # half of it, then the polish
@@ -488,9 +490,9 @@ def _search(k, d, rng, starts, deadline, bound, progress, best=None):
             energies[p].append(energy)
         end = _largest_cosine(points)
         if end < top: best, top = points, end
-        away = math.inf if not ends else min(abs(end - other) for other in ends)
+        away = math.inf if not optima else min(abs(end - other) for other in optima)
         if not known and away > 1e-7:
-            ends.append(end)
+            optima.append(end)
             distinct += away > 2e-6 and kind in ('random', 'crowded')
             highest = min(highest, end)
             if not large and (first == len(_EXPONENTS) or (
@@ -498,9 +500,9 @@ def _search(k, d, rng, starts, deadline, bound, progress, best=None):
                 points = _polish(points, deadline)
                 if (now := _largest_cosine(points)) < top: best, top = points, now
         if progress: progress(m, starts if starts < math.inf else m, math.acos(top))
-        rest = random - distinct - 2
-        seen = distinct * (random - 1) < (distinct + .5) * rest
-        all_seen = m > 8 and rest > 0 and seen
+        remaining = random - distinct - 2
+        seen = distinct * (random - 1) < (distinct + .5) * remaining
+        all_seen = m > 8 and remaining > 0 and seen
         if _attained(top, bound) or m >= starts or time.monotonic() > latest: break
         if all_seen and deadline == math.inf: break
     return best if time.monotonic() > deadline else _release(_settle(best, deadline))
@@ -509,14 +511,15 @@ def _search(k, d, rng, starts, deadline, bound, progress, best=None):
 def _escape(pulls):
     "A tangent direction along which no pull is positive; None if the point is held."
     total, box = pulls.sum(0), [(-1, 1)] * pulls.shape[1]
-    found = linprog(total, A_ub=pulls, b_ub=np.zeros(len(pulls)), bounds=box)
-    if found.x is not None and found.fun < -1e-6: return _normalised(found.x[None])[0]
+    optimum = linprog(total, A_ub=pulls, b_ub=np.zeros(len(pulls)), bounds=box)
+    if optimum.x is not None and optimum.fun < -1e-6:
+        return _normalised(optimum.x[None])[0]
     _, sizes, directions = np.linalg.svd(pulls)
     sideways = directions[len(sizes):] if len(sizes) < len(directions) else (
         directions[sizes < 1e-6])
     return sideways[0] if len(sideways) else None
 
-
+# %% ../nbs/theory/03_packing.ipynb #e1552d41
 def _release(points):
     "Move each point that its contacts do not hold to where it has none."
     for _ in range(len(points)):
@@ -536,10 +539,10 @@ def _release(points):
         else: break
     return points
 
-# %% ../nbs/theory/03_packing.ipynb #f87e5b94
+# %% ../nbs/theory/03_packing.ipynb #5400ba75
 @dataclass(frozen=True, eq=False)
-class Packing:
-    "Points on the sphere that are far apart, and how far they could be at best."
+class _Points:
+    "Points on the sphere, and the bound on their class margin."
     points: Tensor  # unit rows, float64, [k, d]
     bound: float  # no k points in d dimensions have a larger class margin, radians
     how: str = 'given'  # where the points come from
@@ -570,6 +573,10 @@ class Packing:
         free = torch.ones(len(self.points), dtype=torch.bool)
         free[self.contacts(tolerance).flatten()] = False
         return free.nonzero()[:, 0]
+
+# %% ../nbs/theory/03_packing.ipynb #7d305de1
+class Packing(_Points):
+    "Points on the sphere that are far apart, and how far they could be at best."
 
     @cached_property
     def certificate(self) -> dict | None:
@@ -605,12 +612,12 @@ def _balances(points, slack=1e-9):
     if len(i) > 3 * _MANY or k * d > 3 * _MANY: return False
     c = (points[i] * points[j]).sum(1, keepdims=True)
     pushes = _rows_of(i, j, points[j] - c * points[i], points[i] - c * points[j], k * d)
-    found = linprog(np.zeros(len(i)), A_eq=vstack([pushes.T, np.ones((1, len(i)))]),
-                    b_eq=np.append(np.zeros(k * d), 1), method='highs',
-                    options={'primal_feasibility_tolerance': slack})
-    return found.status == 0
+    solution = linprog(np.zeros(len(i)), A_eq=vstack([pushes.T, np.ones((1, len(i)))]),
+                       b_eq=np.append(np.zeros(k * d), 1), method='highs',
+                       options={'primal_feasibility_tolerance': slack})
+    return solution.status == 0
 
-
+# %% ../nbs/theory/03_packing.ipynb #09bf06b4
 def _flexes(points, step=.05):
     "Whether the points that touch can move, no rotation, and touch no closer."
     points = points[np.unique(np.concatenate(_close_pairs(points, 1e-9)[:2]))]
@@ -647,11 +654,11 @@ def best_packing(
         deadline = time.monotonic() + (seconds or math.inf)
         points = _search(k, d, np.random.default_rng(seed), largest, deadline, bound,
                          progress, first)
-    found = Packing(torch.from_numpy(points), bound, f'search, seed {seed}')
-    better = not known or found.class_margin > known.class_margin + _RESOLUTION
-    return found if better else known
+    packing = Packing(torch.from_numpy(points), bound, f'search, seed {seed}')
+    better = not known or packing.class_margin > known.class_margin + _RESOLUTION
+    return packing if better else known
 
-
+# %% ../nbs/theory/03_packing.ipynb #7ed9e1ea
 _SMALL = 10**7  # multiplications for all pairs, up to which one thread is best
 
 

@@ -8,6 +8,7 @@ Docs: https://largest-margins.github.io/largest-margins/training/data.html.md"""
 __all__ = ['digits', 'image_folder', 'image_list', 'load', 'imbalanced_counts', 'imbalanced_indices']
 
 # %% ../nbs/training/21_data.ipynb #745f9b47
+from fastcore.basics import patch
 import gzip
 import hashlib
 import json
@@ -20,6 +21,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+# %% ../nbs/training/21_data.ipynb #7c0d361e
 import numpy as np
 import torch
 from fastai.data.core import DataLoaders
@@ -29,14 +31,15 @@ from fastai.torch_core import default_device
 from torch import Tensor
 from torch.nn import functional as F
 
+
 from .checks import choice, integer, number
 from .files import escape, read_torch
 from .images import ImageFiles, image_files, is_clutter
 
-# %% ../nbs/training/21_data.ipynb #d6c2ee01
+# %% ../nbs/training/21_data.ipynb #cd23ceff
 @dataclass(frozen=True, eq=False)
-class ImageData:
-    "Images and their classes, split into training and test."
+class _Tensors:
+    "Images and their classes, checked."
     name: str  # name of the data set
     train_images: Tensor  # bytes, or numbers of a table, [N, c, h, w]
     train_targets: Tensor  # classes, int64 in 0..k−1, [N]
@@ -62,6 +65,10 @@ class ImageData:
         "Count the training images of each class."
         return torch.bincount(self.train_targets, minlength=len(self.classes)).tolist()
 
+# %% ../nbs/training/21_data.ipynb #2c0307cc
+class ImageData(_Tensors):
+    "Images and their classes, split into training and test."
+
     def subset(
         self,
         indices,  # which training images to keep, integers, [n]
@@ -84,9 +91,9 @@ class ImageData:
         images, targets = self.train_images, self.train_targets
         held_out = self.test_images, self.test_targets
         if valid is not None:
-            kept, held = _split(targets, valid)
+            training, held = _split(targets, valid)
             held_out = images[held], targets[held]
-            images, targets = images[kept], targets[kept]
+            images, targets = images[training], targets[training]
         mean, std = _statistics(images)
         train, test = (ImageDataset(x, y, self.classes, mean, std)
                        for x, y in ((images, targets), held_out))
@@ -99,13 +106,13 @@ class ImageData:
 # %% ../nbs/training/21_data.ipynb #1af649e1
 def _split(targets, share, seed=0):
     "Indices to keep and to hold out, the same share of each class; random but fixed."
-    rng, kept, held = np.random.RandomState(seed), [], []
+    rng, training, held = np.random.RandomState(seed), [], []
     if not 0 < share < 1: raise ValueError(f'share must be in (0, 1), got {share}')
     for c in targets.unique():
         rows = rng.permutation((targets == c).nonzero()[:, 0].numpy())
         n = max(1, round(share * len(rows))) if len(rows) > 1 else 0
-        held, kept = [*held, *rows[:n]], [*kept, *rows[n:]]
-    return torch.tensor(sorted(kept)), torch.tensor(sorted(held), dtype=torch.long)
+        held, training = [*held, *rows[:n]], [*training, *rows[n:]]
+    return torch.tensor(sorted(training)), torch.tensor(sorted(held), dtype=torch.long)
 
 # %% ../nbs/training/21_data.ipynb #a307174e
 def _statistics(images, sample=10_000):
@@ -174,8 +181,8 @@ class ImageLoader(DataLoader):
     def new(self, dataset=None, cls=None, **kwargs):
         "Make a loader like this one; tensors become a data set like this one's."
         if isinstance(dataset, Tensor): dataset = self.dataset.new(dataset)
-        kept = dict(augment=self.augment, seed=self.seed)
-        return super().new(dataset, cls, **{**kept, **kwargs})
+        options = dict(augment=self.augment, seed=self.seed)
+        return super().new(dataset, cls, **{**options, **kwargs})
 
     def shuffle_fn(self, idxs):
         where = None if self.generator is None else self.generator.device
@@ -191,36 +198,42 @@ class ImageLoader(DataLoader):
         if self.drop_last: rows = rows[:len(rows) // self.bs * self.bs]
         for batch in rows.long().split(self.bs): yield self.batch(batch)
 
-    def batch(
-        self,
-        rows: Tensor,  # indices, int64, [n]
-    ) -> tuple[Tensor, ...]:  # images [n, c, h, w] and, if known, classes [n]
-        "Return one batch, on the loader's device."
-        data = self.dataset
-        x, *y = (_moved(t, self.device) for t in data[rows])
-        if self.augment is not None: x = self.augment(x, self.generator)
-        if data.mean.device != x.device:
-            data.mean, data.std = data.mean.to(x.device), data.std.to(x.device)
-        mean, std = data.mean[:, None, None], data.std[:, None, None]
-        return (x.float().sub_(mean).div_(std), *y)
+# %% ../nbs/training/21_data.ipynb #30a4452d
+@patch
+def batch(
+    self: ImageLoader,
+    rows: Tensor,  # indices, int64, [n]
+) -> tuple[Tensor, ...]:  # images [n, c, h, w] and, if known, classes [n]
+    "Return one batch, on the loader's device."
+    data = self.dataset
+    x, *y = (_moved(t, self.device) for t in data[rows])
+    if self.augment is not None: x = self.augment(x, self.generator)
+    if data.mean.device != x.device:
+        data.mean, data.std = data.mean.to(x.device), data.std.to(x.device)
+    mean, std = data.mean[:, None, None], data.std[:, None, None]
+    return (x.float().sub_(mean).div_(std), *y)
 
-    def one_batch(self):
-        "Return the first batch of an epoch, and keep the seed's order where it was."
-        if not len(self): raise ValueError('this loader holds no images')
-        state = None if self.generator is None else self.generator.get_state()
-        batch = next(iter(self))
-        if state is not None: self.generator.set_state(state)
-        return batch
+# %% ../nbs/training/21_data.ipynb #54276953
+@patch
+def one_batch(self: ImageLoader):
+    "Return the first batch of an epoch, and keep the seed's order where it was."
+    if not len(self): raise ValueError('this loader holds no images')
+    state = None if self.generator is None else self.generator.get_state()
+    batch = next(iter(self))
+    if state is not None: self.generator.set_state(state)
+    return batch
 
-    def show_batch(
-        self,
-        max_n: int = 10,  # number of images to show
-        axes=None,  # matplotlib axes; None makes a figure
-    ):
-        "Show the first images with their classes, as bytes."
-        images, targets = (x[:max_n].cpu() for x in (self.dataset.images,
-                                                     self.dataset.targets))
-        return show_images(images, targets, self.dataset.vocab, axes)
+# %% ../nbs/training/21_data.ipynb #df13a86c
+@patch
+def show_batch(
+    self: ImageLoader,
+    max_n: int = 10,  # number of images to show
+    axes=None,  # matplotlib axes; None makes a figure
+):
+    "Show the first images with their classes, as bytes."
+    images, targets = (x[:max_n].cpu() for x in (self.dataset.images,
+                                                 self.dataset.targets))
+    return show_images(images, targets, self.dataset.vocab, axes)
 
 # %% ../nbs/training/21_data.ipynb #21c0de01
 MOST_PLACED = 2**32  # bytes of the images of a split that a GPU keeps
@@ -330,8 +343,9 @@ def digits(data=None, download=False) -> ImageData:
 def _with_split(name, images, targets, classes='0123456789', share=.25):
     "Data without a split of its own: a share of each class becomes the test split."
     targets = torch.as_tensor(targets).long()
-    kept, held = _split(targets, share)
-    return ImageData(name, images[kept], targets[kept], images[held], targets[held],
+    training, held = _split(targets, share)
+    return ImageData(name, images[training], targets[training],
+                     images[held], targets[held],
                      list(classes))
 
 # %% ../nbs/training/21_data.ipynb #5c0a10db
@@ -378,7 +392,7 @@ def _idx_content(file):
 def _idx_data(name, torchvision_name, classes, debian, data=None, download=False):
     "MNIST or something in its format: the four files, found, read and checked."
     from torchvision import datasets
-    if download: getattr(datasets, torchvision_name)(_given(data), download=True)
+    if download: getattr(datasets, torchvision_name)(_folder_named(data), download=True)
     places = [Path(debian)] if data is None else [
         Path(data), Path(data, torchvision_name, 'raw'), Path(data, 'raw'),
         Path(data, name)]
@@ -386,8 +400,8 @@ def _idx_data(name, torchvision_name, classes, debian, data=None, download=False
         names = [f'{stem}{packed}' for stem in (file, file.replace('-idx', '.idx'))
                  for packed in ('', '.gz')]
         folders = [place/name for place in places for name in ('', *names)]
-        found = [f/name for f in folders for name in names if (f/name).is_file()]
-        if found: return _read_idx(found[0])
+        paths = [f/name for f in folders for name in names if (f/name).is_file()]
+        if paths: return _read_idx(paths[0])
         raise FileNotFoundError(_missing(name, file, places))
     tensors = [read(f'{split}-{what}-ubyte') for split in ('train', 't10k')
                for what in ('images-idx3', 'labels-idx1')]
@@ -401,7 +415,7 @@ def _idx_data(name, torchvision_name, classes, debian, data=None, download=False
                      test_labels.long(), classes)
 
 # %% ../nbs/training/21_data.ipynb #efe91135
-def _given(data):
+def _folder_named(data):
     if data is None: raise ValueError('download needs a directory: data=DIR')
     return str(data)
 
@@ -419,7 +433,7 @@ def _cifar(name, torchvision_name, data=None, download=False, strict=False):
     "CIFAR's own files, each compared with its published checksum."
     from torchvision import datasets
     dataset = getattr(datasets, torchvision_name)
-    root = Path(_given(data) if download else data or '.')
+    root = Path(_folder_named(data) if download else data or '.')
     if download: dataset(root, download=True)
     def read(file, md5):
         path = root/dataset.base_folder/file
@@ -475,13 +489,13 @@ def _subfolders(path):
 def _splits(path):
     "The folders of training and test; None for a split that is not there."
     splits = [f for f in _subfolders(path) if _role(f)]
-    found = {role: [f for f in splits if _role(f) == role and _subfolders(f)]
+    by_role = {role: [f for f in splits if _role(f) == role and _subfolders(f)]
              for role in ('train', 'test', 'val')}
-    for folders in found.values():
+    for folders in by_role.values():
         if len(folders) > 1:
             names = ' and '.join(folder.name for folder in folders)
             raise ValueError(f'{path} must have one split of a kind, got {names}')
-    train, test, val = (next(iter(folders), None) for folders in found.values())
+    train, test, val = (next(iter(folders), None) for folders in by_role.values())
     if train: return train, test or val
     names = [folder.name for folder in splits]
     a_vehicle = [name.casefold() for name in names] == ['train'] and \
@@ -503,15 +517,15 @@ def class_folders(
         raise ValueError(f'{path} must have different folders, some of '
                          f'{", ".join(f.name for f in folders)} are links to others')
     for folder in folders:
-        found = image_files(folder, entered)
-        own = [f for f in found if f.parent in (folder, folder/'images')]
-        if not found and folder.name == 'models': continue  # fastai's
+        paths = image_files(folder, entered)
+        own = [f for f in paths if f.parent in (folder, folder/'images')]
+        if not paths and folder.name == 'models': continue  # fastai's
         if not own:
             raise ValueError(f'{folder} must hold the images of a class, it holds '
-                             f'{"only folders" if found else "none"}: give the folder '
+                             f'{"only folders" if paths else "none"}: give the folder '
                              'whose folders are the classes, or remove this one')
-        files += found
-        targets += [len(classes)] * len(found)
+        files += paths
+        targets += [len(classes)] * len(paths)
         classes.append(folder.name)
     if not classes: raise ValueError(f'{path} must hold a folder for each class')
     return files, torch.tensor(targets), classes
@@ -575,8 +589,8 @@ def image_list(
 def _list_beside(train):
     "The list to test with that goes by the same name as the one to train with."
     names = [train.name.replace('train', split) for split in ('test', 'val')]
-    found = [path for path in map(train.with_name, names) if path.is_file()]
-    return found[0] if found and found[0] != train else None
+    paths = [path for path in map(train.with_name, names) if path.is_file()]
+    return paths[0] if paths and paths[0] != train else None
 
 # %% ../nbs/training/21_data.ipynb #48447d94
 def _read_list(path, root):
@@ -585,11 +599,11 @@ def _read_list(path, root):
     lines = path.read_text(encoding='utf-8-sig').split('\n')
     for i, line in enumerate(lines, 1):
         if not line.strip(): continue
-        found = re.fullmatch(r'\s*(\S.*?)[\s,]+([0-9]{1,9})\s*', line)
-        if not found: raise ValueError(f'{path}, line {i}: wanted "path label", '
+        match = re.fullmatch(r'\s*(\S.*?)[\s,]+([0-9]{1,9})\s*', line)
+        if not match: raise ValueError(f'{path}, line {i}: wanted "path label", '
                                        f'got {line.strip()!r}')
-        files.append(root/found[1])
-        labels.append(int(found[2]))
+        files.append(root/match[1])
+        labels.append(int(match[2]))
     missing = [file for file in files if not file.is_file()]
     if missing: raise FileNotFoundError(
         f'{path}: {len(missing)} of {len(files)} images were not found, such as '
@@ -641,10 +655,10 @@ def letters(
 ) -> ImageData:  # [N, 16, 1, 1] in 0..15, 26 classes
     "Load letter recognition: 16 numbers for each capital, the last 4,000 to test."
     places = [Path(data or '/usr/share/doc/opencv-doc/examples/data')]
-    found = _first(places, ('letter-recognition.data', 'letter-recognition.data.gz'))
-    if found is None: raise _absent('letters', 'letter-recognition.data', places,
+    path = _first(places, ('letter-recognition.data', 'letter-recognition.data.gz'))
+    if path is None: raise _absent('letters', 'letter-recognition.data', places,
                                     'apt-get install opencv-doc')
-    rows = _rows(found, r'[A-Z](,\d{1,2}){16}', 'a capital and 16 numbers')
+    rows = _rows(path, r'[A-Z](,\d{1,2}){16}', 'a capital and 16 numbers')
     names = sorted({row[0] for row in rows})
     targets = torch.tensor([names.index(row[0]) for row in rows])
     table = torch.tensor([[int(x) for x in row[2:].split(',')] for row in rows])
@@ -720,19 +734,19 @@ _FASHION = ['T-shirt', 'trouser', 'pullover', 'dress', 'coat', 'sandal', 'shirt'
 _fashion_mnist = partial(_idx_data, 'fashion_mnist', 'FashionMNIST', _FASHION,
                          '/usr/share/datasets/fashion-mnist')
 
-
+# %% ../nbs/training/21_data.ipynb #1464ea2d
 def fashion_small(
     data: str | Path | None = None,  # folder of the IDX files; None: Debian's
     download: bool = False,  # allow torchvision to download into `data`
 ) -> ImageData:
     "Load Fashion-MNIST's first 500 training and 200 test images of each class."
-    whole, kept = _fashion_mnist(data, download), []
+    whole, splits = _fashion_mnist(data, download), []
     for targets, n in ((whole.train_targets, 500), (whole.test_targets, 200)):
         rows = [(targets == c).nonzero()[:n, 0] for c in range(len(whole.classes))]
-        kept.append(torch.cat(rows).sort().values)
-    return replace(whole.subset(kept[0]), name='fashion_small',
-                   test_images=whole.test_images[kept[1]],
-                   test_targets=whole.test_targets[kept[1]])
+        splits.append(torch.cat(rows).sort().values)
+    return replace(whole.subset(splits[0]), name='fashion_small',
+                   test_images=whole.test_images[splits[1]],
+                   test_targets=whole.test_targets[splits[1]])
 
 # %% ../nbs/training/21_data.ipynb #d3d8044b
 DATASETS = dict(
@@ -791,10 +805,10 @@ def imbalanced_indices(
     if len(classes) < 2 or classes[0] != 0 or classes[-1] != len(classes) - 1:
         raise ValueError('targets must hold every class 0..k−1, got '
                          f'{classes.tolist()}')
-    rng, kept = np.random.RandomState(seed), []
+    rng, chosen = np.random.RandomState(seed), []
     counts = imbalanced_counts(len(targets) // len(classes), len(classes), ratio, kind)
     for c, n in zip(classes, counts, strict=True):
         rows = np.flatnonzero(targets == c)
         rng.shuffle(rows)
-        kept.append(rows[:n])
-    return np.concatenate(kept)
+        chosen.append(rows[:n])
+    return np.concatenate(chosen)

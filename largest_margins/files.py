@@ -15,6 +15,7 @@ import mmap
 import os
 import pickletools
 import re
+import reprlib
 import secrets
 import shutil
 import stat
@@ -28,7 +29,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+# %% ../nbs/training/20_files.ipynb #6b5b030c
 import numpy as np
+
 
 try: import fcntl
 except ImportError: fcntl = None  # Windows: nothing is locked, nothing swept
@@ -272,7 +275,7 @@ _DATA_TYPES = set("""argparse.Namespace types.SimpleNamespace functools.partial
     types.GenericAlias builtins.iter itertools.count
     platform.uname_result posix.uname_result urllib.parse.ParseResult""".split())
 
-
+# %% ../nbs/training/20_files.ipynb #7d3d2554
 def _named(module, name):
     "A name as it stands in the file; ValueError for what can only do harm."
     if not (isinstance(module, str) and isinstance(name, str)):
@@ -325,8 +328,8 @@ def _dtype(name):
                BoolStorage='bool', ComplexDoubleStorage='complex128',
                ComplexFloatStorage='complex64', QInt8Storage='int8',
                QUInt8Storage='uint8', QInt32Storage='int32')
-    found = getattr(torch, old.get(short, short), None) if short.isidentifier() else 0
-    if isinstance(found, torch.dtype): return found
+    dtype = getattr(torch, old.get(short, short), None) if short.isidentifier() else 0
+    if isinstance(dtype, torch.dtype): return dtype
     return torch.uint8 if name == 'torch.storage.UntypedStorage' else None
 
 # %% ../nbs/training/20_files.ipynb #fbcf0cea
@@ -342,10 +345,10 @@ class _Array(StandIn):
                 if isinstance(raw, str): raw = raw.encode('latin1')
                 if not dtype.content.isnative: return
                 order = 'F' if fortran else 'C'
-                found = np.ndarray(shape, dtype.content, raw, order=order)
+                array = np.ndarray(shape, dtype.content, raw, order=order)
                 with warnings.catch_warnings():
                     warnings.simplefilter('ignore')  # one must not write into it
-                    self.content = torch.from_numpy(found)
+                    self.content = torch.from_numpy(array)
 
 # %% ../nbs/training/20_files.ipynb #986e4459
 def _text(text): return text.decode('latin1') if isinstance(text, bytes) else text
@@ -354,15 +357,14 @@ def _text(text): return text.decode('latin1') if isinstance(text, bytes) else te
 def _numpy_dtype(code):
     "An array's dtype: bools, integers, floats; others are not for us."
     if not re.fullmatch('b1|[iu][1248]|f[248]', _text(code)): return StandIn('dtype')
-    found = _Array('numpy.dtype')
-    found.content = np.dtype(_text(code))
-    return found
+    dtype = _Array('numpy.dtype')
+    dtype.content = np.dtype(_text(code))
+    return dtype
 
 # %% ../nbs/training/20_files.ipynb #d8d4d854
 def _call(function, arguments):
     "What a call makes that a file asks for; nothing that the file names is called."
-    short = function.replace('numpy._core', 'numpy.core')
-    match short, arguments:
+    match function, arguments:
         case 'torch._utils._rebuild_tensor' | 'torch._utils._rebuild_tensor_v2', (
                 _Storage() as storage, offset, tuple(size), tuple(stride), *more):
             found = _view(storage, offset, size, stride)
@@ -391,6 +393,12 @@ def _call(function, arguments):
         case 'torch._utils._rebuild_nested_tensor', _:
             return _without_values(None, (0, 0))  # rows of several lengths
         case 'torch.Size', (tuple(size),): return size
+    return _call_of_others(function, arguments)
+
+# %% ../nbs/training/20_files.ipynb #ba7dfafe
+def _call_of_others(function, arguments):
+    "The same for dictionaries, bytes and NumPy; a stand-in for what is none of these."
+    match function.replace('numpy._core', 'numpy.core'), arguments:
         case 'collections.OrderedDict', (list(pairs),):
             return _set({}, [x for pair in pairs for x in pair])
         case ('collections.OrderedDict' | 'collections.defaultdict'
@@ -399,12 +407,12 @@ def _call(function, arguments):
         case 'numpy.core.multiarray._reconstruct', _: return _Array('numpy.ndarray')
         case 'numpy.dtype', (str() | bytes() as code, *_): return _numpy_dtype(code)
         case 'numpy.core.numeric._frombuffer', (raw, _Array() as dtype, shape, order):
-            found = _Array('numpy.ndarray')
-            found.finish((1, shape, dtype, order == 'F', raw))
-            return found
+            array = _Array('numpy.ndarray')
+            array.finish((1, shape, dtype, order == 'F', raw))
+            return array
     return StandIn(str(function))
 
-# %% ../nbs/training/20_files.ipynb #56fdf746
+# %% ../nbs/training/20_files.ipynb #bb8d2686
 _VALUES = {'INT', 'BININT', 'BININT1', 'BININT2', 'LONG', 'LONG1', 'LONG4', 'FLOAT',
            'BINFLOAT', 'STRING', 'BINSTRING', 'SHORT_BINSTRING', 'SHORT_BINBYTES',
            'BINBYTES', 'BINBYTES8', 'BYTEARRAY8', 'UNICODE', 'SHORT_BINUNICODE',
@@ -413,94 +421,149 @@ _EMPTY = {'EMPTY_LIST': list, 'EMPTY_TUPLE': tuple, 'EMPTY_DICT': dict,
           'EMPTY_SET': lambda: StandIn('builtins.set'), 'NONE': lambda: None,
           'NEWTRUE': lambda: True, 'NEWFALSE': lambda: False}
 
-
+# %% ../nbs/training/20_files.ipynb #d5b4671a
 def _set(target, items):
     "Put keys and values, in turns, into a dictionary or a stand-in for one."
     if isinstance(target, StandIn): target = target.content
     if not isinstance(target, dict): raise _Refused('items of what is no dict')
     for key, value in zip(items[::2], items[1::2], strict=True):
-        plain = isinstance(key, str | bytes | bool | float | None) or (
+        hashable = isinstance(key, str | bytes | bool | float | None) or (
             isinstance(key, int) and abs(key) < 1 << 60)
-        target[key if plain else StandIn('a key')] = value
+        target[key if hashable else StandIn('a key')] = value
     return target
 
-# %% ../nbs/training/20_files.ipynb #ba1ee374
-def _add(target, items):
+# %% ../nbs/training/20_files.ipynb #aaab3735
+def _append(target, items):
     "Append to a list; of what others are made of nothing is kept."
     if isinstance(target, list): target.extend(items)
-    elif not isinstance(target, StandIn): raise _Refused('items of what is no list')
+    elif not isinstance(target, StandIn):
+        raise _Refused(f'appending to {reprlib.repr(target)}')
 
+# %% ../nbs/training/20_files.ipynb #185804f0
+class _Stack:
+    "The stack of a pickle, its marks, and what it remembers."
 
-def _make(function, arguments):
-    if not isinstance(arguments, tuple): raise _Refused('arguments that are none')
-    if isinstance(function, _Name): return _call(function, arguments)
-    return StandIn(getattr(function, 'name', 'what is no function'))
+    def __init__(self): self.stack, self.marks, self.memo = [], [], {}
 
-# %% ../nbs/training/20_files.ipynb #01c8e947
-def _read_pickle(file, persistent=None):
-    "What one pickle holds, and the names of the stand-ins in it."
-    stack, marks, memo, strange, inner = [], [], {}, {}, {}
-    def above_mark():
-        start = marks.pop()
-        items = stack[start:]
-        del stack[start:]
+    def above_mark(self):
+        start = self.marks.pop()
+        items = self.stack[start:]
+        del self.stack[start:]
         return items
-    def make(function, arguments):
-        match function, arguments:
-            case 'torch.storage._load_from_bytes', (bytes(content),):  # once each
-                if id(content) not in inner:  # kept, so that the id stays its own
-                    inner[id(content)] = content, _read_torch(_in_memory(content))[0]
-                made = inner[id(content)][1]
-            case _: made = _make(function, arguments)
-        if isinstance(made, StandIn): strange[made.name] = None
-        stack.append(made)
-    for opcode, value, _ in pickletools.genops(file):
-        match opcode.name:
+
+    def push(self, name, value):
+        "Follow an instruction that needs no other value; False: it is none."
+        stack, marks, memo = self.stack, self.marks, self.memo
+        match name:
             case 'PROTO' | 'FRAME' | 'READONLY_BUFFER': pass
-            case name if name in _VALUES: stack.append(value)
-            case name if name in _EMPTY: stack.append(_EMPTY[name]())
+            case _ if name in _VALUES: stack.append(value)
+            case _ if name in _EMPTY: stack.append(_EMPTY[name]())
             case 'MARK': marks.append(len(stack))
             case 'POP' if marks and marks[-1] == len(stack): marks.pop()
             case 'POP': stack.pop()
-            case 'POP_MARK': above_mark()
+            case 'POP_MARK': self.above_mark()
             case 'DUP': stack.append(stack[-1])
-            case 'LIST': stack.append(above_mark())
-            case 'DICT': stack.append(_set({}, above_mark()))
-            case 'FROZENSET': make(_Name('builtins.frozenset'), (above_mark(),))
-            case 'TUPLE': stack.append(tuple(above_mark()))
-            case 'TUPLE1' | 'TUPLE2' | 'TUPLE3':
-                n = int(opcode.name[-1])
-                stack[-n:] = [tuple(stack[-n:])]
-            case 'APPEND': _add(stack[-2], [stack.pop()])
-            case 'APPENDS' | 'ADDITEMS':
-                items = above_mark()
-                _add(stack[-1], items)
-            case 'SETITEM':
-                items = [stack.pop(-2), stack.pop()]
-                _set(stack[-1], items)
-            case 'SETITEMS':
-                items = above_mark()
-                _set(stack[-1], items)
             case 'PUT' | 'BINPUT' | 'LONG_BINPUT': memo[value] = stack[-1]
             case 'MEMOIZE': memo[len(memo)] = stack[-1]
             case 'GET' | 'BINGET' | 'LONG_BINGET': stack.append(memo[value])
-            case 'GLOBAL': stack.append(_named(*value.split(' ', 1)))
-            case 'STACK_GLOBAL': stack.append(_named(stack.pop(-2), stack.pop()))
-            case 'REDUCE' | 'NEWOBJ': make(stack.pop(-2), stack.pop())
+            case _: return False
+        return True
+
+# %% ../nbs/training/20_files.ipynb #6a365892
+class _Containers(_Stack):
+    def gather(self, name):
+        "Follow an instruction that gathers values; False: it is none."
+        stack = self.stack
+        match name:
+            case 'LIST': stack.append(self.above_mark())
+            case 'DICT': stack.append(_set({}, self.above_mark()))
+            case 'TUPLE': stack.append(tuple(self.above_mark()))
+            case 'TUPLE1' | 'TUPLE2' | 'TUPLE3':
+                stack.append(tuple([stack.pop() for _ in range(int(name[-1]))][::-1]))
+            case 'APPEND': _append(stack[-2], [stack.pop()])
+            case 'SETITEM': _set(stack[-3], [stack.pop(-2), stack.pop()])
+            case 'APPENDS' | 'ADDITEMS' | 'SETITEMS':
+                items = self.above_mark()
+                (_set if name == 'SETITEMS' else _append)(stack[-1], items)
+            case _: return False
+        return True
+
+# %% ../nbs/training/20_files.ipynb #4b3e9c0d
+class _Calls(_Containers):
+    storage = None  # from a reference in the file to what it stands for
+
+    def call(self, name, value):
+        "Follow an instruction that names or makes something; False: it is none."
+        stack = self.stack
+        match name:
+            case 'GLOBAL': stack.append(self.named(*value.split(' ', 1)))
+            case 'STACK_GLOBAL': stack.append(self.named(stack.pop(-2), stack.pop()))
+            case 'REDUCE' | 'NEWOBJ':
+                stack.append(self.make(stack.pop(-2), stack.pop()))
             case 'NEWOBJ_EX':
                 stack.pop()  # arguments with names
-                make(stack.pop(-2), stack.pop())
+                stack.append(self.make(stack.pop(-2), stack.pop()))
             case 'INST':
-                make(_named(*value.split(' ', 1)), tuple(above_mark()))
+                kind = self.named(*value.split(' ', 1))
+                stack.append(self.make(kind, tuple(self.above_mark())))
             case 'OBJ':
-                function, *arguments = above_mark()
-                make(function, tuple(arguments))
-            case 'BUILD':
-                state = stack.pop()
-                if isinstance(stack[-1], _Array): stack[-1].finish(state)
-            case 'BINPERSID' if persistent: stack.append(persistent(stack.pop()))
-            case 'STOP': return stack.pop(), list(strange)
-            case name: raise _Refused(f'the instruction {name}')
+                kind, *arguments = self.above_mark()
+                stack.append(self.make(kind, tuple(arguments)))
+            case 'FROZENSET':
+                kind = _Name('builtins.frozenset')
+                stack.append(self.make(kind, (self.above_mark(),)))
+            case 'BUILD': self.finish(stack[-2], stack.pop())
+            case 'BINPERSID' if self.storage: stack.append(self.storage(stack.pop()))
+            case _: return False
+        return True
+
+# %% ../nbs/training/20_files.ipynb #ca527c06
+class PickleReader(_Calls):
+    "Follows a pickle's instructions, and neither looks a name up nor calls one."
+    follows = None  # names of the instructions to follow; None: all that are here
+
+    def read(self, opcodes):
+        "Return what the instructions leave, see `pickletools.genops`."
+        for opcode, value, position in opcodes:
+            if opcode.name == 'STOP' and self.stack: return self.stack.pop()
+            self.follow(opcode.name, value, position)
+
+    def follow(self, name, value, position):
+        "Follow one instruction, or refuse it."
+        if not (self.follows is None or name in self.follows) or not (
+                self.push(name, value) or self.gather(name) or self.call(name, value)):
+            raise _Refused(f'the instruction {name} {reprlib.repr(value)}')
+
+# %% ../nbs/training/20_files.ipynb #45fccff0
+class _TorchPickle(PickleReader):
+    named = staticmethod(_named)
+
+    def __init__(self, storage):
+        super().__init__()
+        self.storage, self.strange, self.inner = storage, {}, {}
+
+    def make(self, function, arguments):
+        "Make a tensor, a dictionary or a stand-in, whose name is remembered."
+        if not isinstance(arguments, tuple): raise _Refused('arguments that are none')
+        match function, arguments:
+            case 'torch.storage._load_from_bytes', (bytes(content),):  # once each
+                if id(content) not in self.inner:  # kept, so the id stays its own
+                    self.inner[id(content)] = content, _read_torch(
+                        _in_memory(content))[0]
+                made = self.inner[id(content)][1]
+            case _Name(), _: made = _call(function, arguments)
+            case _: made = StandIn(getattr(function, 'name', 'what is no function'))
+        if isinstance(made, StandIn): self.strange[made.name] = None
+        return made
+
+    def finish(self, target, state):
+        if isinstance(target, _Array): target.finish(state)
+
+# %% ../nbs/training/20_files.ipynb #ab9bcfcc
+def _read_pickle(file, storage=None):
+    "What one pickle holds, and the names of the stand-ins in it."
+    reader = _TorchPickle(storage)
+    return reader.read(pickletools.genops(file)), list(reader.strange)
 
 # %% ../nbs/training/20_files.ipynb #e13ecf21
 def _in_memory(content):
@@ -522,7 +585,7 @@ def _mapped(path):
 # %% ../nbs/training/20_files.ipynb #9df47496
 def _members(file):
     "The members of an archive that is not packed, by name, as parts of the file."
-    found, view = {}, memoryview(file)
+    members, view = {}, memoryview(file)
     for info in zipfile.ZipFile(file).infolist():
         start = info.header_offset
         head = bytes(view[start:start + 30])
@@ -531,15 +594,15 @@ def _members(file):
         start += 30 + int.from_bytes(head[26:28], 'little') + int.from_bytes(
             head[28:30], 'little')
         part = view[start:start + info.file_size]
-        if len(part) != info.file_size or info.filename in found:
+        if len(part) != info.file_size or info.filename in members:
             raise _Refused(f'a member that is not whole, {info.filename}')
-        found[info.filename] = part, info.CRC
-    if sum(len(part) for part, _ in found.values()) > len(view):
+        members[info.filename] = part, info.CRC
+    if sum(len(part) for part, _ in members.values()) > len(view):
         raise _Refused('overlapping members')
-    for name, (part, checksum) in found.items():
+    for name, (part, checksum) in members.items():
         if zlib.crc32(part) != checksum:
             raise _Refused(f'{name}, whose checksum is wrong')
-    return {name: part for name, (part, _) in found.items()}
+    return {name: part for name, (part, _) in members.items()}
 
 # %% ../nbs/training/20_files.ipynb #c6be341a
 def _aligned(part, dtype):
@@ -574,7 +637,7 @@ def _from_archive(file):
 # %% ../nbs/training/20_files.ipynb #5d1f701c
 _MAGIC = 0x1950a86a20f9469cfc6c  # the first pickle of an old file
 
-
+# %% ../nbs/training/20_files.ipynb #d8b136d6
 def _from_pickles(file):
     "The content of an old file of `torch.save`, or of a plain pickle."
     first, strange = _read_pickle(file)
@@ -606,13 +669,14 @@ def _read_torch(file):
 # %% ../nbs/training/20_files.ipynb #3821dcc9
 def read_torch(
     path: str | Path,  # a file of `torch.save` or a pickle
-    plain: bool = False,  # whether to refuse everything but plain data
+    plain_only: bool = False,  # whether to refuse everything but plain data
 ):  # the content, tensors on the CPU
     "Read a file of `torch.save` or `pickle`; run no code, verify checksums."
     try:
-        file = _in_memory(Path(path).read_bytes()) if plain else _mapped(path)
+        file = _in_memory(Path(path).read_bytes()) if plain_only else _mapped(path)
         content, strange = _read_torch(file)
-        if plain and strange: raise _Refused(f'{strange[0]}, which is no plain value')
+        if plain_only and strange:
+            raise _Refused(f'{strange[0]}, which is no plain value')
         return content
     except _Refused as e:
         problem = str(e) if _CODE in str(e) else f'{e}, and was not opened'

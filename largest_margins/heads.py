@@ -112,13 +112,14 @@ class _WithLoss(CosineLinear):
         self,
         features: Tensor,  # features of any norm, [N, d]
         targets: Tensor | None = None,  # integers in 0..k−1, [N]; None: cosines
-        **given: float | Tensor,  # what the loss takes for each sample, a number or [N]
+        **numbers: float | Tensor,  # what the loss takes for each sample, one or [N]
     ) -> Tensor:  # the loss, [] (or [N]); without targets cosines, [N, k]
         "Return the loss, and keep nothing of size N×k; without targets the cosines."
-        if is_symbol(features): return as_one_node(self, features, targets, given=given)
-        if targets is None and not given: return cosine_matrix(features, self.weight)
+        if is_symbol(features):
+            return as_one_node(self, features, targets, numbers=numbers)
+        if targets is None and not numbers: return cosine_matrix(features, self.weight)
         return self.loss.linear(features, self.weight, targets, group=self.shards,
-                                chunk_size=self.chunk_size, **given)
+                                chunk_size=self.chunk_size, **numbers)
 
 # %% ../nbs/losses/16_heads.ipynb #9dae9c1e
 class MarginHead(_WithLoss):
@@ -224,15 +225,16 @@ class ShardedMarginHead(_SavedShard):
         self,
         features: Tensor,  # this rank's features, of any norm, [n, d]
         targets: Tensor | None = None,  # integers in 0..k−1, [n]; None: cosines
-        **given: float | Tensor,  # what the loss takes for each sample, a number or [n]
+        **numbers: float | Tensor,  # what the loss takes for each sample, one or [n]
     ) -> Tensor:  # the loss of all ranks' samples; without targets cosines, [n, k]
         "Return the loss of the whole batch; every rank must bring the same n."
-        if is_symbol(features): return as_one_node(self, features, targets, given=given)
+        if is_symbol(features):
+            return as_one_node(self, features, targets, numbers=numbers)
         _refuse_ddp(self.weight)
-        if targets is None and not given:
+        if targets is None and not numbers:
             return cosine_matrix(features.detach(), self.full_weight())
         if self.averaged: features = TimesRanks.apply(features, len(self.shards.sizes))
-        return super().forward(features, targets, **given)
+        return super().forward(features, targets, **numbers)
 
     def fix(self, points):
         "Fix the prototypes of all classes at given points; this rank keeps its own."

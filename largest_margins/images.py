@@ -27,7 +27,7 @@ FORMATS = 'JPEG', 'PNG', 'BMP', 'PPM', 'WEBP', 'GIF', 'TIFF'
 MOST_PIXELS = 2**26  # of one image, about 67 million; Pillow uses 4 bytes each
 _LARGE, _large = 2**24, Lock()  # larger images are decoded one at a time
 
-
+# %% ../nbs/training/20_images.ipynb #1d584ca2
 def read_image(
     source: str | Path | bytes,  # an image file or its content
     mode: str = 'RGB',  # 'RGB', or 'L' for gray
@@ -75,7 +75,7 @@ def is_clutter(
 _SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.ppm', '.pgm', '.webp', '.gif', '.tif',
              '.tiff')
 
-
+# %% ../nbs/training/20_images.ipynb #a727544a
 def image_files(
     folder: Path,  # folder to search, with its subfolders
     entered: set[Path],  # folders not to enter again; grows

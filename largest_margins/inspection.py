@@ -20,10 +20,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+
 import numpy as np
 import torch
 from torch import Tensor
 
+# %% ../nbs/study/40_inspect.ipynb #5dde3aa3
 from .bounds import Bound, class_margin_bound
 from .codes import Packing, best_packing
 from .checks import check_prototypes, integer
@@ -44,10 +46,10 @@ def _safetensors():
 def _from_safetensors(path):
     "The tensors of a safetensors file, which keeps no order."
     safetensors = _safetensors()
-    try: found = safetensors.torch.load_file(path)
+    try: tensors = safetensors.torch.load_file(path)
     except (safetensors.SafetensorError, LookupError, ValueError, RuntimeError) as e:
         raise ValueError(f'{path} is damaged, or not a safetensors file: {e}') from e
-    return dict(sorted(found.items()))
+    return dict(sorted(tensors.items()))
 
 # %% ../nbs/study/40_inspect.ipynb #3109dc75
 def _from_torch(path):
@@ -55,8 +57,8 @@ def _from_torch(path):
     content = read_torch(path)
     tensors = dict(_flat(content))
     if tensors: return tensors
-    found = [content, *(content.values() if isinstance(content, dict) else ())]
-    for value in found:
+    places = [content, *(content.values() if isinstance(content, dict) else ())]
+    for value in places:
         if isinstance(value, StandIn): raise ValueError(
             f'{path} holds {value.name}, which is no tensor and could be code, '
             'and was not opened: save torch.save(model.state_dict(), FILE)')
@@ -95,18 +97,18 @@ def _from_numpy(path):
 # %% ../nbs/study/40_inspect.ipynb #ee27eb05
 def _tensors(arrays):
     "NumPy's arrays as tensors; what PyTorch has no type for is left out."
-    found = {}
+    tensors = {}
     for name, array in arrays.items():
         if array.dtype.kind == 'V' and array.dtype.itemsize == 2: continue  # bfloat16
         if array.dtype.kind not in 'fiub': continue
         native = array.astype(array.dtype.newbyteorder('='), copy=False)
         if array.dtype.itemsize > 8: native = array.astype(np.float64)
-        found[name] = torch.from_numpy(np.require(native, requirements='W'))
-    return found
+        tensors[name] = torch.from_numpy(np.require(native, requirements='W'))
+    return tensors
 
 # %% ../nbs/study/40_inspect.ipynb #a1c40005
 def _from_onnx(path):
-    "The initializers of an ONNX model, matrices with outputs as rows."
+    "The initializers of an ONNX model, in the order of its nodes."
     try: import onnx
     except ImportError as e:
         raise ImportError(f'{path} is an ONNX model, which needs onnx: '
@@ -117,6 +119,11 @@ def _from_onnx(path):
                   for x in graph.initializer}
     except Exception as e:  # of protobuf's many
         raise ValueError(f'{path} is damaged, or no ONNX model: {e}') from e
+    return _tensors(_outputs_as_rows(graph, arrays))
+
+# %% ../nbs/study/40_inspect.ipynb #d2c09992
+def _outputs_as_rows(graph, arrays):
+    "The arrays in the order of the nodes, matrices with outputs as rows."
     ordered = {}
     for node in graph.node:
         turned = node.op_type == 'MatMul' or (node.op_type == 'Gemm' and not any(
@@ -129,7 +136,7 @@ def _from_onnx(path):
                 if turned: array = array.T
                 name = re.sub('kernel(:0)?$', 'weight', name)  # it is none any more
             ordered[name] = array
-    return _tensors(ordered | arrays)
+    return ordered | arrays
 
 # %% ../nbs/study/40_inspect.ipynb #a1c40007
 def _places(path):
@@ -142,7 +149,7 @@ def _places(path):
         raise ValueError(f'{path} must name parts beside it')
     return places
 
-
+# %% ../nbs/study/40_inspect.ipynb #8c3a5799
 def _from_index(path):
     "The tensors of all parts that an index names."
     places = _places(path)
@@ -289,20 +296,20 @@ _PAIRS = [  # how the names of two tensors end that make a weight, and how
      lambda g, v: _lengthened(g, v)),
     ('.weight_mask', '.weight_orig', lambda mask, weight: mask * weight)]
 
-
+# %% ../nbs/study/40_inspect.ipynb #239d6f93
 def _composed(tensors):
     "The same with one tensor for each weight that is kept as two."
-    found, names = dict(tensors), {}
+    composed, names = dict(tensors), {}
     for end, other_end, make in _PAIRS:
-        for name in [name for name in found if f'.{name}'.endswith(end)]:
+        for name in [name for name in composed if f'.{name}'.endswith(end)]:
             stem = f'.{name}'.removesuffix(end)
             other = f'{stem}{other_end}'[1:]
-            if other not in found: continue
-            try: found[other] = make(found[name], found[other])
+            if other not in composed: continue
+            try: composed[other] = make(composed[name], composed[other])
             except RuntimeError: continue  # they do not belong together
             names[other] = f'{stem}.weight'[1:]
-            del found[name]
-    return {names.get(name, name): t for name, t in found.items()}
+            del composed[name]
+    return {names.get(name, name): t for name, t in composed.items()}
 
 # %% ../nbs/study/40_inspect.ipynb #0aedcf64
 def _lengthened(g, v):
@@ -315,33 +322,36 @@ _CLASSIFIERS = ('prototypes', 'classifier', 'head', 'heads', 'fc', 'logits', 'lm
                 'last_linear', 'out_proj', 'score')
 _CONTAINERS = ('state_dict_ema', 'model_ema', 'state_dict', 'model_state_dict', 'model')
 
-
+# %% ../nbs/study/40_inspect.ipynb #8a9d2c52
 def find_classifier(
     tensors: dict[str, Tensor],  # tensors from `read_tensors`
     key: str | None = None,  # its name or the end of it; None: the obvious one
 ) -> str:  # its full name
     "Find the name of the classifier's weight."
-    if key is not None:
-        found = [key] if key in tensors else [
-            name for name in tensors if name.endswith(f'.{key}')]
-        if len(found) == 1: return found[0]
-        likely = sorted(reversed(tensors),  # matrices first, the last layers on top
-                        key=lambda name: not _may_classify(name, tensors[name]))
-        raise ValueError(f'key must name one tensor of the file, got {key!r}; it has '
-                         f'{_listed(tensors, found or likely)}')
+    if key is not None: return _named(tensors, key)
     matrices = [name for name, t in tensors.items() if _may_classify(name, t)]
     if not matrices:
         raise ValueError('tensors must hold a classifier, a matrix [k, d] of floats; '
                          f'there are {_listed(tensors, tensors)}')
-    found = _obvious([(name, _parts(name)) for name in matrices], tensors)
-    if len(found) > 1:
+    candidates = _obvious([(name, _parts(name)) for name in matrices], tensors)
+    if len(candidates) > 1:
         raise ValueError(f'key must say which tensor is the classifier (--key): '
-                         f'{_listed(tensors, found)}')
-    doubt = _doubt(tensors, found[0])
-    if doubt:
+                         f'{_listed(tensors, candidates)}')
+    if doubt := _doubt(tensors, candidates[0]):
         raise ValueError('key must say which tensor is the classifier (--key): '
                          f'{doubt}; there are {_listed(tensors, matrices)}')
-    return found[0]
+    return candidates[0]
+
+# %% ../nbs/study/40_inspect.ipynb #d6f03369
+def _named(tensors, key):
+    "The full name of the only tensor that has this name or ends in it."
+    names = [key] if key in tensors else [
+        name for name in tensors if name.endswith(f'.{key}')]
+    if len(names) == 1: return names[0]
+    likely = sorted(reversed(tensors),  # matrices first, the last layers on top
+                    key=lambda name: not _may_classify(name, tensors[name]))
+    raise ValueError(f'key must name one tensor of the file, got {key!r}; it has '
+                     f'{_listed(tensors, names or likely)}')
 
 # %% ../nbs/study/40_inspect.ipynb #18e09ba5
 def _parts(name): return re.split(r'[./]', name)
@@ -366,7 +376,7 @@ def _obvious(names, tensors):
     "The names (whole, and what is left of its parts) that may be the classifier's."
     if len(names) == 1: return [names[0][0]]
     branches = {}
-    for name, (top, *rest) in names: branches.setdefault(top, []).append((name, rest))
+    for name, (top, *inner) in names: branches.setdefault(top, []).append((name, inner))
     known = [top for top in branches if top in _CLASSIFIERS]
     holds = [top for top in _CONTAINERS if top in branches]
     series = [re.fullmatch(r'(.*?)(\d+)', top) for top in branches]
@@ -401,7 +411,7 @@ _INSIDE = (r'.*(attn|attention|embed|pooler|lora_|downsample|shortcut|projector)
            r'|[qkvo]_proj|qkv|query|key|value|in_proj_weight|mlp|ffn|feed_forward'
            r'|(up|down|gate)_proj|wte|wpe|neck|bottleneck')
 
-
+# %% ../nbs/study/40_inspect.ipynb #ed4ae837
 def _doubt(tensors, name):
     "Why this may not be the classifier; None if nothing says so."
     parts = _parts(name)
@@ -413,13 +423,12 @@ def _doubt(tensors, name):
     blocks = re.search(block, name)
     if inside > named or (blocks and named < 0):
         return f'{name} looks like a layer inside the network'
-    k, rest = tensors[name].shape[0], _beside(tensors, name)
-    norms = [other for other in rest if tensors[other].shape == (k,)
+    k, neighbors = tensors[name].shape[0], _beside(tensors, name)
+    norms = [other for other in neighbors if tensors[other].shape == (k,)
              and re.search(r'(?<!bn1)\.running_mean$', other)]  # bn1 is the stem's
     if norms:
         return (f'{name} makes {k} features for {norms[0].rsplit(".", 1)[0]}, which '
                 'normalizes as many')
-    return None
 
 # %% ../nbs/study/40_inspect.ipynb #019e74d8
 def _in_order(names):
@@ -518,10 +527,10 @@ def _evidence(tensors, name, classes):
     before = names[:names.index(name)] if _in_order(names) else []
     before = [n for n in before if tensors[n].ndim and n not in beside.values()][-1:]
     width = tensors[before[0]].shape[0] if before else None  # what this layer takes
-    for found, other, what in ((bias, a, f'its bias has {bias}'),
-                               (classes, a, f'there are {classes} names'),
-                               (width, b, f'{"".join(before)} gives {width} features')):
-        if found in (a, b) and a != b: yield found != other, what
+    for size, other, what in ((bias, a, f'its bias has {bias}'),
+                              (classes, a, f'there are {classes} names'),
+                              (width, b, f'{"".join(before)} gives {width} features')):
+        if size in (a, b) and a != b: yield size != other, what
     if 'prototypes' in _parts(name): yield False, 'it is named so'
     if _is_width(a) != _is_width(b):
         yield _is_width(a), f'{max(a, b, key=_is_width)} is a usual number of features'
@@ -538,19 +547,23 @@ def join_parts(
     names = [name for part in parts for name in part]
     if len(set(names)) == len(names):
         return {name: t for part in parts for name, t in part.items()}
-    found = {find_classifier(part, key) for part in parts}
-    if len(found) > 1:
-        raise ValueError(f'the parts must have one classifier, got {sorted(found)}')
-    name = found.pop()
-    rows = [part[name] for part in parts]
+    heads = {find_classifier(part, key) for part in parts}
+    if len(heads) > 1:
+        raise ValueError(f'the parts must have one classifier, got {sorted(heads)}')
+    name = heads.pop()
+    _check_rows(name, [part[name] for part in parts])
+    layer = [name, *(n for x, n in _siblings(parts[0], name).items() if x == 'bias')]
+    return parts[0] | {n: torch.cat([part[n] for part in parts]) for n in layer}
+
+# %% ../nbs/study/40_inspect.ipynb #af0fb52d
+def _check_rows(name, rows):
+    "Refuse rows of a classifier that do not belong together."
     if len({tuple(t.shape[1:]) for t in rows}) > 1 or len({t.dtype for t in rows}) > 1:
         raise ValueError(f'the rows of {name} must fit together, got '
                          f'{", ".join(str(list(t.shape)) for t in rows)}')
     for i, t in enumerate(rows):
         if any(torch.equal(t, other) for other in rows[:i]):
             raise ValueError(f'{name} is the same in two files: these are no parts')
-    layer = [name, *(n for x, n in _siblings(parts[0], name).items() if x == 'bias')]
-    return parts[0] | {n: torch.cat([part[n] for part in parts]) for n in layer}
 
 # %% ../nbs/study/40_inspect.ipynb #89a48743
 def read_classifier(
@@ -562,10 +575,10 @@ def read_classifier(
     "Read the weight of a saved classifier, one row for each class."
     return choose_classifier(read_tensors(path), key, transposed=transposed).weight
 
-# %% ../nbs/study/40_inspect.ipynb #2b2b6e21
+# %% ../nbs/study/40_inspect.ipynb #7ff96654
 @dataclass(frozen=True, eq=False)
-class Inspection:
-    "Measures of a classifier's weight."
+class _Distances:
+    "How far apart the classes are."
     k: int  # number of classes
     d: int  # dimension
     bound: Bound  # upper bound on the class margin of k prototypes
@@ -596,6 +609,10 @@ class Inspection:
         "Return the name of a class, or its number."
         return self.classes[i] if self.classes else str(i)
 
+# %% ../nbs/study/40_inspect.ipynb #11e0d292
+class _Verdict(_Distances):
+    "What the distances amount to."
+
     @property
     def verdict(self) -> str:
         "Summarize the inspection in a sentence."
@@ -610,6 +627,10 @@ class Inspection:
             return f'All classes are {apart} apart or more, as far as {room} can be.'
         can = 'can all be' if self.bound.attained else 'cannot all be more than'
         return f'{closest} are {apart} apart; {room} {can} {best} apart.'
+
+# %% ../nbs/study/40_inspect.ipynb #da012b72
+class _Rows(_Verdict):
+    "What a table shows."
 
     def numbers(self) -> dict[str, str]:
         "Return the rows of the table: label -> text."
@@ -628,7 +649,15 @@ class Inspection:
         return [(self.name(i), self.name(j), _degrees(radians))
                 for i, j, radians in self.pairs]
 
-    def record(self) -> dict:
+    def _nearest(self):
+        "Return mean and median angle to the nearest neighbor, radians."
+        return self.nearest.mean().item(), self.nearest.quantile(.5).item()
+
+# %% ../nbs/study/40_inspect.ipynb #416aca6f
+class Inspection(_Rows):
+    "Measures of a classifier's weight."
+
+    def to_dict(self) -> dict:
         "Return all measures for JSON, angles in degrees."
         mean, median = map(math.degrees, self._nearest())
         pairs = [dict(classes=[i, j], names=[self.name(i), self.name(j)],
@@ -641,10 +670,6 @@ class Inspection:
                     mean_nearest_degrees=mean, median_nearest_degrees=median,
                     centroid_norm=self.centroid_norm, norm_ratio=self.norm_ratio,
                     closest_pairs=pairs, notes=self.notes)
-
-    def _nearest(self):
-        "Return mean and median angle to the nearest neighbor, radians."
-        return self.nearest.mean().item(), self.nearest.quantile(.5).item()
 
     def __str__(self):
         lines = [f'{label:20}  {text}' for label, text in self.numbers().items()]
@@ -663,23 +688,23 @@ def _closest(prototypes, pairs, progress, size=512):
     "Return each class's largest cosine, [k], and the closest pairs, [n, 2]."
     tiles = tiles_below(len(prototypes), size)
     largest = torch.full((len(prototypes),), -torch.inf, dtype=torch.float64)
-    cosines, found = largest[:0], torch.zeros(0, 2, dtype=torch.long)
+    cosines, indices = largest[:0], torch.zeros(0, 2, dtype=torch.long)
     def unit(i): return unit_rows(prototypes[i:i + size].double())
     for done, (a, b, tile) in enumerate(closeness(tiles, unit, unit), 1):
         for first, peaks in ((b, tile.amax(1)), (a, tile.amax(0))):
             rows = largest[first:first + len(peaks)]
             torch.maximum(rows, peaks, out=rows)
         if a == b: tile.masked_fill_(torch.ones_like(tile).triu().bool(), -torch.inf)
-        if len(found) < pairs or tile.amax() > cosines[-1]:
+        if len(indices) < pairs or tile.amax() > cosines[-1]:
             values, where = tile.flatten().topk(min(pairs, tile.numel()))
             columns, rows = where % tile.shape[1], where // tile.shape[1]
             cosines, order = torch.cat([cosines, values]).sort(descending=True,
                                                                stable=True)
             cosines = cosines[:pairs]
-            found = torch.cat([found, torch.stack([a + columns, b + rows], 1)])
-            found = found[order[:pairs]]
+            indices = torch.cat([indices, torch.stack([a + columns, b + rows], 1)])
+            indices = indices[order[:pairs]]
         if progress: progress(done, len(tiles))
-    return largest, found
+    return largest, indices
 
 # %% ../nbs/study/40_inspect.ipynb #e69e340e
 def inspect_prototypes(
@@ -697,10 +722,10 @@ def inspect_prototypes(
     pairs = integer('pairs', pairs, at_least=1)
     if classes is not None and len(classes) != k:
         raise ValueError(f'classes must be {k} names, got {len(classes)}')
-    largest, found = _closest(weight, min(pairs, k * (k - 1) // 2), progress)
-    first, second = (unit_rows(weight[column].double()) for column in found.T)
+    largest, indices = _closest(weight, min(pairs, k * (k - 1) // 2), progress)
+    first, second = (unit_rows(weight[column].double()) for column in indices.T)
     apart = angle(first, second)
-    listed = sorted(zip(apart.tolist(), *found.T.tolist(), strict=True))
+    listed = sorted(zip(apart.tolist(), *indices.T.tolist(), strict=True))
     blocks = (unit_rows(weight[rows].double()).sum(0) for rows in row_blocks(weight))
     return Inspection(
         k, d, class_margin_bound(k, d), [(i, j, radians) for radians, i, j in listed],
@@ -718,7 +743,7 @@ def _angles(weight, most=1500, seed=0):
 
 # %% ../nbs/study/40_inspect.ipynb #74b6ccf7
 def plot_angles(
-    found: Inspection,  # from `inspect_prototypes`
+    inspection: Inspection,  # from `inspect_prototypes`
     axes=None,  # two axes; None: a new figure
 ):  # the two axes
     "Draw histograms of the angles, with the class margin and its bound."
@@ -728,8 +753,9 @@ def plot_angles(
     if axes is None:
         figure = plt.figure(figsize=(9.5, 2.8), facecolor='none', layout='tight')
         axes = figure.subplots(1, 2)
-    margin, bound = map(math.degrees, (found.class_margin, found.bound.radians))
-    shown = (found.angles, BLUE, 'pairs'), (found.nearest, GREEN, 'classes')
+    angles = inspection.class_margin, inspection.bound.radians
+    margin, bound = map(math.degrees, angles)
+    shown = (inspection.angles, BLUE, 'pairs'), (inspection.nearest, GREEN, 'classes')
     labels = 'angle between two classes', 'angle to the nearest class'
     for ax, (angles, color, counted), label in zip(axes, shown, labels, strict=True):
         degrees = angles.rad2deg()
@@ -746,7 +772,7 @@ def plot_angles(
 
 # %% ../nbs/study/40_inspect.ipynb #d182b055
 def inspection_page(
-    found: Inspection,  # from `inspect_prototypes`
+    inspection: Inspection,  # from `inspect_prototypes`
     title: str,  # heading of the page, such as the file's name
     note: str = '',  # text at its foot, such as the command
 ) -> str:  # HTML with everything inside
@@ -756,18 +782,19 @@ def inspection_page(
     from largest_margins.study.pages import Table, html_page, inline_image
     def cells(rows): return [[(text, False) for text in texts] for texts in rows]
     figure = plt.figure(figsize=(11, 3.2), facecolor='none', layout='constrained')
-    plot_angles(found, figure.subplots(1, 2))
-    seen = 'all classes' if found.sampled == found.k else (
-        f'{found.sampled} of the {found.k} classes, drawn at random')
+    plot_angles(inspection, figure.subplots(1, 2))
+    seen = 'all classes' if inspection.sampled == inspection.k else (
+        f'{inspection.sampled} of the {inspection.k} classes, drawn at random')
     caption = (f'Left: all pairs of {seen}. Right: every class and the class nearest '
                'to it.')
     return html_page(Table(
-        title, [('', [], cells(found.numbers().items())),
-                ('Closest pairs', [], cells(found.closest()))],
+        title, [('', [], cells(inspection.numbers().items())),
+                ('Closest pairs', [], cells(inspection.closest()))],
         ['Angles are those between the rows of the weight, whatever their norms. '
-         f'No {found.k} rows in {found.d} dimensions can all be further apart than the '
+         f'No {inspection.k} rows in {inspection.d} dimensions can all be further '
+         f'apart than the '
          'best possible angle.', note],
-        lead=[found.verdict, *(f'Note: {text}' for text in found.notes)],
+        lead=[inspection.verdict, *(f'Note: {text}' for text in inspection.notes)],
         figures=[('Angles', inline_image(figure, 'Histograms of angles'), caption)]))
 
 # %% ../nbs/study/40_inspect.ipynb #1f98268e

@@ -8,6 +8,7 @@ Docs: https://largest-margins.github.io/largest-margins/training/learner.html.md
 __all__ = ['recommended_loss', 'margin_learner']
 
 # %% ../nbs/training/24_learner.ipynb #b30c9aa2
+from fastcore.basics import patch
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -16,6 +17,7 @@ from importlib.util import find_spec
 from inspect import signature
 from operator import attrgetter
 
+# %% ../nbs/training/24_learner.ipynb #c106d0a3
 import torch
 from fastai.callback import progress, schedule  # noqa: F401  fit_one_cycle and bars
 from fastai.callback.core import Callback
@@ -29,6 +31,7 @@ from fastai.vision.learner import cut_model, default_split, model_meta
 from fastcore.basics import listify, noop
 from torch import nn
 
+# %% ../nbs/training/24_learner.ipynb #b814dd92
 from .callbacks import (
     OTHER_TERMS, HeadCallback, MarginModel, MarginRecorder, bare, evaluate_once,
     find_loss, has_bfloat16, last_layers)
@@ -61,13 +64,6 @@ class MarginLearner(Learner):
     "A Learner whose model may take targets and return the loss."
     features = None  # of the batch, in a validation with very many classes
 
-    @property
-    def _head(self):
-        "Return the model's `MarginHead`, if it has one and takes targets."
-        model = bare(self.model)
-        own = isinstance(model, MarginModel) and isinstance(model[-1], MarginHead)
-        return model[-1] if own else None
-
     def _do_epoch_train(self):
         "As in fastai; cuDNN looks for its fastest convolutions, unless deterministic."
         cudnn, losses = torch.backends.cudnn, self.recorder.losses
@@ -91,24 +87,6 @@ class MarginLearner(Learner):
         self('after_loss')
         self._do_grad_opt()
 
-    def _asks_head(self, head):
-        "Return whether the head computes the loss and nobody needs cosines."
-        if head is None or self.loss_func is not head.loss: return False
-        loss = head.loss
-        if not self.training: return _is_large(head) or isinstance(loss, AdaFaceLoss)
-        if len(self.yb) != 1 or getattr(loss, 'label_smoothing', 0): return False
-        return not self.recorder.train_metrics and not any(
-            _reads_pred(cb, loss) for cb in self.cbs if cb.run and cb.run_train)
-
-    def _validate_batch(self, head):
-        "Validate from features, without a matrix of cosines if it is too large."
-        features = bare(self.model).features(*self.xb)
-        if _is_large(head): self.features, self.pred = features, head.top(features)
-        else: self.pred = head(features)
-        self('after_pred')
-        if self.yb: self.loss = self.loss_grad = head(features, *self.yb)
-        self('after_loss')
-
     def get_preds(self, *args, act=None, **kwargs):
         "As in fastai; with very many classes, return nearest cosines and classes."
         if act is None and self._head and _is_large(self._head): act = noop
@@ -122,14 +100,46 @@ class MarginLearner(Learner):
             for cb in self.cbs:
                 if isinstance(cb, HeadCallback): cb.forget()
 
-    def __call__(
-        self,
-        event_name: str | list[str],  # one or several fastai events
-    ):
-        for name in listify(event_name):
-            for cb in sorted(self.cbs, key=attrgetter('order')):
-                if name in vars(cb) or hasattr(type(cb), name) or name == 'after_fit':
-                    cb(name)  # after_fit also switches a callback on again
+# %% ../nbs/training/24_learner.ipynb #ea9b8f38
+@patch
+def __call__(
+    self: MarginLearner,
+    event_name: str | list[str],  # one or several fastai events
+):
+    for name in listify(event_name):
+        for cb in sorted(self.cbs, key=attrgetter('order')):
+            if name in vars(cb) or hasattr(type(cb), name) or name == 'after_fit':
+                cb(name)  # after_fit also switches a callback on again
+
+# %% ../nbs/training/24_learner.ipynb #627e2755
+@patch(as_prop=True)
+def _head(self: MarginLearner):
+    "Return the model's `MarginHead`, if it has one and takes targets."
+    model = bare(self.model)
+    own = isinstance(model, MarginModel) and isinstance(model[-1], MarginHead)
+    return model[-1] if own else None
+
+# %% ../nbs/training/24_learner.ipynb #f3c7678d
+@patch
+def _asks_head(self: MarginLearner, head):
+    "Return whether the head computes the loss and nobody needs cosines."
+    if head is None or self.loss_func is not head.loss: return False
+    loss = head.loss
+    if not self.training: return _is_large(head) or isinstance(loss, AdaFaceLoss)
+    if len(self.yb) != 1 or getattr(loss, 'label_smoothing', 0): return False
+    return not self.recorder.train_metrics and not any(
+        _reads_pred(cb, loss) for cb in self.cbs if cb.run and cb.run_train)
+
+# %% ../nbs/training/24_learner.ipynb #3603a5f7
+@patch
+def _validate_batch(self: MarginLearner, head):
+    "Validate from features, without a matrix of cosines if it is too large."
+    features = bare(self.model).features(*self.xb)
+    if _is_large(head): self.features, self.pred = features, head.top(features)
+    else: self.pred = head(features)
+    self('after_pred')
+    if self.yb: self.loss = self.loss_grad = head(features, *self.yb)
+    self('after_loss')
 
 # %% ../nbs/training/24_learner.ipynb #4d3a8ca2
 _MANY = 50_000  # more classes: do not keep all cosines
@@ -176,9 +186,9 @@ def _body(model, images, known=None):
     "Return a classifier without its last layer, and its splitter into groups."
     parameters = dict(model.named_parameters())
     def left_out(body):
-        kept = set(map(id, body.parameters()))
+        body_parameters = set(map(id, body.parameters()))
         return {name.rpartition('.')[0] for name, p in parameters.items()
-                if id(p) not in kept}
+                if id(p) not in body_parameters}
     if known and len(left_out(body := cut_model(model, known['cut']))) == 1:
         return body, known['split']
     if getattr(model, 'aux_logits', False):  # googlenet and inception
@@ -215,11 +225,11 @@ def _classifier(arch, n_in, pretrained, weights):
         raise ValueError('weights must be None with pretrained=False, and if arch has '
                          "no weights=; a timm name says which: 'name.tag'")
     if 'weights' in takes:
-        given = dict(weights=(weights or 'DEFAULT') if pretrained else None)
-    elif 'pretrained' in takes: given = dict(pretrained=pretrained)
-    elif not pretrained: given = {}
+        options = dict(weights=(weights or 'DEFAULT') if pretrained else None)
+    elif 'pretrained' in takes: options = dict(pretrained=pretrained)
+    elif not pretrained: options = {}
     else: raise ValueError(f'pretrained must be False, {arch} has no published weights')
-    try: model = make(**given)
+    try: model = make(**options)
     except OSError as e:
         if not pretrained: raise
         raise OSError(f'the published weights of {arch} cannot be had ({e}): pass '
@@ -256,6 +266,48 @@ def _normalize(dls, mean, std, n_in):
     if not any(isinstance(f, Normalize) for f in dls.after_batch.fs):
         dls.add_tfms([Normalize.from_stats(mean, std)], 'after_batch')
 
+# %% ../nbs/training/24_learner.ipynb #33f4165d
+def _first_images(dls, n_in, mixed_precision):
+    "The images of a batch, if the options fit them."
+    images = dls.valid.one_batch()[0].as_subclass(torch.Tensor)
+    if not get_c(dls):
+        raise ValueError('dls must know its number of classes, set dls.c')
+    channels = images.shape[1]
+    if n_in not in (None, channels):
+        raise ValueError(f'n_in must be {channels}, as in the batches, got {n_in!r}')
+    if mixed_precision and images.device.type not in ('cpu', 'cuda'):
+        raise ValueError('mixed_precision is for a CPU or a GPU, the batches are on '
+                         f'{images.device}')
+    return images
+
+# %% ../nbs/training/24_learner.ipynb #a739adb0
+def _body_of(arch, dls, images, pretrained, weights, cut, normalize):
+    "The body, where the images are, and how to split it into parameter groups."
+    body, split, channels = arch, default_split, images.shape[1]
+    if isinstance(arch, nn.Module):
+        if pretrained or weights is not None:
+            raise ValueError('pretrained must be False and weights None where arch is '
+                             'a module: it has its weights (learn.freeze() freezes it)')
+    else:
+        body, stats = _classifier(arch, channels, pretrained, weights)
+        known = model_meta.get(arch)
+        if cut is None: body, split = _body(body, images[:2], known)
+        elif known: split = known['split']
+        if pretrained and normalize and stats: _normalize(dls, *stats, channels)
+    if cut is not None: body = cut_model(body, cut)
+    return body.to(images.device), split
+
+# %% ../nbs/training/24_learner.ipynb #4da3a74f
+def _set_precision(model, device, mixed_precision):
+    "Convolutions with channels last; bfloat16 where asked for or, if None, native."
+    convolves = _convolves(model[0])
+    if convolves: model.to(memory_format=torch.channels_last)
+    if mixed_precision is None:
+        cpu = device.type == 'cpu'
+        native = has_bfloat16() if cpu else _gpu_has_bfloat16(device)
+        mixed_precision = convolves and native
+    model.mixed_precision = bool(mixed_precision)
+
 # %% ../nbs/training/24_learner.ipynb #b8451b61
 def margin_learner(
     dls: DataLoaders,  # image batches [N, c, h, w] with integer targets [N]
@@ -276,52 +328,26 @@ def margin_learner(
     **kwargs,  # options of `Learner`: lr, wd, opt_func (None given: `foreach`), path, …
 ) -> MarginLearner:  # its model is a MarginModel(body, neck, head)
     "Build a Learner with a head that fits the loss, and margins in its table."
-    classes, images = get_c(dls), dls.valid.one_batch()[0].as_subclass(torch.Tensor)
-    if not classes: raise ValueError('dls must know its number of classes, set dls.c')
-    channels = images.shape[1]
-    if n_in not in (None, channels):
-        raise ValueError(f'n_in must be {channels}, as in the batches, got {n_in!r}')
-    on_cpu = images.device.type == 'cpu'
-    if mixed_precision and images.device.type not in ('cpu', 'cuda'):
-        raise ValueError('mixed_precision is for a CPU or a GPU, the batches are on '
-                         f'{images.device}')
-    body, split = arch, default_split
-    if isinstance(arch, nn.Module):
-        if pretrained or weights is not None:
-            raise ValueError('pretrained must be False and weights None where arch is '
-                             'a module: it has its weights (learn.freeze() freezes it)')
-    else:
-        if pretrained is None: pretrained = True
-        body, stats = _classifier(arch, channels, pretrained, weights)
-        known = model_meta.get(arch)
-        if cut is None: body, split = _body(body, images[:2], known)
-        elif known: split = known['split']
-        if pretrained and normalize and stats: _normalize(dls, *stats, channels)
-    if cut is not None: body = cut_model(body, cut)
+    images = _first_images(dls, n_in, mixed_precision)
+    if pretrained is None: pretrained = not isinstance(arch, nn.Module)
+    body, split = _body_of(arch, dls, images, pretrained, weights, cut, normalize)
     if isinstance(loss_func, type):
         raise TypeError(f'loss_func must be a loss, got the class {loss_func.__name__}')
     if loss_func is None: loss_func = recommended_loss(dls)
-    body.to(images.device)
     layers, d = margin_neck(evaluate_once(body, images[:2]).shape, embedding, neck)
-    loss = find_loss(loss_func, CosineLoss)
-    head = MarginHead(d, classes, loss) if loss else nn.Linear(d, classes, bias=False)
+    loss, k = find_loss(loss_func, CosineLoss), get_c(dls)
+    head = MarginHead(d, k, loss) if loss else nn.Linear(d, k, bias=False)
     if metrics is accuracy and loss and _is_large(head): metrics = _nearest_accuracy
     model = MarginModel(body, layers, head)
     if splitter is not None: _check_groups(splitter(model), model)
-    convolves = _convolves(body)
-    if convolves: model.to(memory_format=torch.channels_last)
-    options = dict(opt_func=foreach) | kwargs
+    _set_precision(model, images.device, mixed_precision)
+    kwargs = dict(opt_func=foreach) | kwargs
     learn = MarginLearner(dls, model, loss_func, splitter=splitter or split,
-                          metrics=metrics, cbs=cbs, **options)
-    if mixed_precision is None:
-        native = has_bfloat16() if on_cpu else _gpu_has_bfloat16(images.device)
-        mixed_precision = convolves and native
-    model.mixed_precision = bool(mixed_precision)
+                          metrics=metrics, cbs=cbs, **kwargs)
     counts = _known_counts(learn, loss, d) if loss else None
-    learn.add_cb(MarginRecorder(class_counts=counts))
     learn.recorder.smooth_loss = _SmoothLoss(learn.recorder.smooth_loss.beta)
     if pretrained: learn.freeze()
-    return learn
+    return learn.add_cb(MarginRecorder(class_counts=counts))
 
 # %% ../nbs/training/24_learner.ipynb #24c0de01
 def _known_counts(learn, loss, d):

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from .checks import (
     Checked, Choice, Flag, Integer, Number, PerClass, as_one_node, at_least_float32,
     check_device, check_features, check_integers, check_range, check_scores, integer,
-    is_symbol, is_traced, number, per_class, per_sample, plain, values_are_cheap)
+    is_symbol, is_traced, number, per_class, per_sample, plain_tensor, values_are_cheap)
 from .engine.cosines import (
     angle_from_cosine, cosine_matrix, log_sum_exp_of_others, times)
 from .engine.fused import Own, dense_loss, fused_loss
@@ -36,11 +36,11 @@ from .margins import angle, row_norms, unit_rows
 # %% ../nbs/losses/12_losses.ipynb #be217093
 def _parameters(cls):
     "The parameters of a loss, also those that its `**options` hand on to its base."
-    found = {}
+    parameters = {}
     for p in list(signature(cls.__init__).parameters.values())[1:]:
-        if p.kind is p.VAR_KEYWORD: found = _parameters(cls.__base__) | found
-        else: found[p.name] = p
-    return found
+        if p.kind is p.VAR_KEYWORD: parameters = _parameters(cls.__base__) | parameters
+        else: parameters[p.name] = p
+    return parameters
 
 # %% ../nbs/losses/12_losses.ipynb #be217096
 def _as_text(value, is_angle=False):
@@ -122,24 +122,25 @@ class _Options(_Sized):
 class _Reduction(_Options):
     "From one loss per sample to one number."
 
-    def shares(self, targets, valid, num_classes, dtype):
+    def loss_weights(self, targets, valid, num_classes, dtype):
         "What multiplies each of the losses before all are added, [N], or one for all."
         if valid is None and self.weight is None and self.reduction != 'class-mean':
             return 1 / targets.shape[0] if self.reduction == 'mean' else 1.
-        shares = counted = (torch.ones_like(targets, dtype=dtype) if valid is None
+        loss_weights = counted = (torch.ones_like(targets, dtype=dtype) if valid is None
                             else valid.to(dtype))
-        if self.weight is not None: shares = counted * self.weight.to(dtype)[targets]
+        if self.weight is not None:
+            loss_weights = counted * self.weight.to(dtype)[targets]
         if self.reduction == 'class-mean':
-            counts = shares.new_zeros(num_classes).index_add(0, targets, counted)
-            shares = shares / counts[targets].clamp_min(1)
-        if self.reduction in ('none', 'sum'): return shares
-        total = shares.sum()
-        return shares / torch.where(total > 0, total, 1)
+            counts = loss_weights.new_zeros(num_classes).index_add(0, targets, counted)
+            loss_weights = loss_weights / counts[targets].clamp_min(1)
+        if self.reduction in ('none', 'sum'): return loss_weights
+        total = loss_weights.sum()
+        return loss_weights / torch.where(total > 0, total, 1)
 
-    def aggregate(self, losses, shares):
+    def aggregate(self, losses, loss_weights):
         "The losses of a batch as the reduction wants them, [] or, for 'none', [N]."
-        if self.reduction == 'none': return losses * shares
-        if isinstance(shares, Tensor): return (losses * shares).sum()
+        if self.reduction == 'none': return losses * loss_weights
+        if isinstance(loss_weights, Tensor): return (losses * loss_weights).sum()
         return losses.mean() if self.reduction == 'mean' else losses.sum()
 
 # %% ../nbs/losses/12_losses.ipynb #f12a317f
@@ -195,49 +196,49 @@ class _Hooks(ClassificationLoss):
         "The hook of a loss that is no margin softmax: the losses, [n]."
         raise TypeError(f'{type(self).__name__} must define curves or per_sample')
 
-    def per_batch(self, given: dict[str, Tensor], features: Tensor | None,
+    def per_batch(self, numbers: dict[str, Tensor], features: Tensor | None,
                   targets: Tensor, group=None) -> dict[str, Tensor]:
         "A hook, once a batch: numbers for each sample that the loss makes itself."
-        return given
+        return numbers
 
-    def _given(self, given, x):
+    def _checked_numbers(self, numbers, x):
         "The caller's numbers, checked, under the names of what they replace, [N]."
-        found = {}
-        for name, value in given.items():
+        checked = {}
+        for name, value in numbers.items():
             if name not in self.numbers:
                 raise TypeError(f'{name} must be one of {[*self.numbers]}: only these '
                                 f'{type(self).__name__} takes for each sample')
             attribute = self.numbers[name]
-            if attribute in found: raise TypeError(f'{name} is given twice')
+            if attribute in checked: raise TypeError(f'{name} is given twice')
             known = getattr_static(type(self), attribute, None)
             bounds = known.allowed if isinstance(known, (Number, PerClass)) else {}
-            found[attribute] = per_sample(name, value, x, **bounds)
-        return found
+            checked[attribute] = per_sample(name, value, x, **bounds)
+        return checked
 
-    def _filled(self, given, targets, dtype):
+    def _filled(self, numbers, targets, dtype):
         "Each of the loss's numbers: for each sample, for each class, or one for all."
-        for attribute in {*self.numbers.values()} - given.keys():
+        for attribute in {*self.numbers.values()} - numbers.keys():
             value = getattr(self, attribute)
             if isinstance(value, Tensor): value = value.to(dtype)[targets]
-            given = given | {attribute: value}
-        return given
+            numbers = numbers | {attribute: value}
+        return numbers
 
 # %% ../nbs/losses/12_losses.ipynb #7bc740c9
 class _Terms(_Hooks):
     "What the engine asks of a loss."
 
-    def terms(self, own, rest, given, wanted=()):
+    def terms(self, own, rest, numbers, wanted=()):
         """Losses, [n]; if any are wanted, slopes by 'rest' and what is given, and
         'pull', the slope by s·own (the cosine or the angle) with the other sign."""
         if not wanted:
-            given = self._filled(given, own.targets, rest.dtype)
-            return self.per_sample(own, rest, **given), {}
+            numbers = self._filled(numbers, own.targets, rest.dtype)
+            return self.per_sample(own, rest, **numbers), {}
         read = 'angle' if self.angular else 'cosine'
         leaves = dict(own=getattr(own, read), rest=rest)
-        leaves |= {name: given[name] for name in given.keys() & set(wanted)}
+        leaves |= {name: numbers[name] for name in numbers.keys() & set(wanted)}
         leaves = {n: v.detach().requires_grad_() for n, v in leaves.items()}
         with torch.enable_grad():
-            numbers = self._filled(given | leaves, own.targets, rest.dtype)
+            numbers = self._filled(numbers | leaves, own.targets, rest.dtype)
             own = Own(own.targets, **{read: numbers.pop('own')})
             losses = self.per_sample(own, numbers.pop('rest'), **numbers)
         learned = [p for p in self.parameters() if p.requires_grad]
@@ -250,51 +251,56 @@ class _Terms(_Hooks):
         slopes = dict(zip(leaves, slopes))
         return losses.detach(), slopes | dict(pull=slopes['own'] / -(self.scale or 1.))
 
-    def log_shares(self, targets, valid, num_classes, dtype):
+    def log_loss_weights(self, targets, valid, num_classes, dtype):
         "log a_i, [N], if the loss is (1/t)·log Σ a_i·exp(t·L_i); else None."
         return None
 
-    def total(self, losses, leads, shares, logs=None):
+    def total(self, losses, negative_margins, loss_weights, logs=None):
         "The losses of a batch, and λ·R_sm if there are negative sample margins."
-        if leads is not None: losses = losses + self.sample_margin * leads
-        return self.aggregate(losses, shares)
+        if negative_margins is not None:
+            losses = losses + self.sample_margin * negative_margins
+        return self.aggregate(losses, loss_weights)
 
-# %% ../nbs/losses/12_losses.ipynb #b1c78171
-class _OfMatrix(_Terms):
-    "The loss of a matrix, differentiable as often as one likes."
+# %% ../nbs/losses/12_losses.ipynb #f497d0d3
+class _OfSteps(_Terms):
+    "The loss of cosines, differentiable as often as one likes."
 
-    def of_cosines(self, cosines, own, valid, given):
+    def of_cosines(self, cosines, own, valid, numbers):
         "The loss of cosines that have been checked."
         targets, dtype = own.targets, cosines.dtype
-        shares, logs = (weights(targets, valid, cosines.shape[1], dtype)
-                        for weights in (self.shares, self.log_shares))
-        losses, leads = torch.zeros_like(own.cosine), None
+        loss_weights, logs = (weights(targets, valid, cosines.shape[1], dtype)
+                        for weights in (self.loss_weights, self.log_loss_weights))
+        losses, negative_margins = torch.zeros_like(own.cosine), None
         if self.scale:
             rest = log_sum_exp_of_others(cosines, targets, self.scale,
                                          self.log_prior(dtype))
-            losses = self.per_sample(own, rest, **self._filled(given, targets, dtype))
-        if self.sample_margin: leads = self._leads(cosines, own)
-        return self.total(losses, leads, shares, logs)
+            losses = self.per_sample(own, rest, **self._filled(numbers, targets, dtype))
+        if self.sample_margin: negative_margins = self._negative_margins(cosines, own)
+        return self.total(losses, negative_margins, loss_weights, logs)
 
-    def _leads(self, cosines, own):
+    def _negative_margins(self, cosines, own):
         "Negative sample margins, [N]."
         others = cosines.scatter(1, own.targets[:, None], -torch.inf)
         return others.amax(1) - own.cosine
 
-    def of_matrix(self, features, prototypes, targets, valid, given):
+# %% ../nbs/losses/12_losses.ipynb #7e7dd0e1
+class _OfMatrix(_OfSteps):
+    "The loss of a matrix, differentiable as often as one likes."
+
+    def of_matrix(self, features, prototypes, targets, valid, numbers):
         "What `linear` returns, by way of the matrix: slower, but torch sees each step."
         cosines, theta = cosine_matrix(features, prototypes), None
         if self.angular:
-            theta = angle(*(unit_rows(plain(x).to(cosines.dtype))
+            theta = angle(*(unit_rows(plain_tensor(x).to(cosines.dtype))
                             for x in (features, prototypes[targets])))
         own = Own(targets, cosines.gather(1, targets[:, None])[:, 0], theta)
-        return self.of_cosines(cosines, own, valid, given)
+        return self.of_cosines(cosines, own, valid, numbers)
 
-    def of_given(self, cosines, targets, valid, given, resolution):
+    def of_dense(self, cosines, targets, valid, numbers, resolution):
         "What `forward` returns, in steps that torch sees; 1 − cosine has a resolution."
         own, theta = cosines.gather(1, targets[:, None])[:, 0], None
         if self.angular: theta = angle_from_cosine(own, resolution)
-        return self.of_cosines(cosines, Own(targets, own, theta), valid, given)
+        return self.of_cosines(cosines, Own(targets, own, theta), valid, numbers)
 
     def frozen(self):
         "This loss as it is now, whatever is set later: for the way back."
@@ -308,21 +314,22 @@ class _OnCosines(_OfMatrix):
         self,
         cosines: Tensor,  # cosines in [−1, 1], not yet scaled, [N, k]
         targets: Tensor,  # class of each sample, integers in 0..k−1, [N]
-        **given: float | Tensor,  # what `numbers` names, a number or [N]
+        **numbers: float | Tensor,  # what `numbers` names, a number or [N]
     ) -> Tensor:  # the loss, at least float32, [] (or [N] for reduction='none')
         "The loss of a matrix of cosines."
-        if is_symbol(cosines): return as_one_node(self, cosines, targets, given=given)
+        if is_symbol(cosines):
+            return as_one_node(self, cosines, targets, numbers=numbers)
         wide, targets, valid = self.checked(cosines, targets, 'cosines')
-        given = self.per_batch(self._given(given, wide), None, targets)
+        numbers = self.per_batch(self._checked_numbers(numbers, wide), None, targets)
         own = type(self).__module__ != __name__  # a user's; it may read what learns
         by_steps = own or is_traced() or self.label_smoothing
-        way = self.of_given if by_steps else partial(dense_loss, self)
-        return way(wide, targets, valid, given, torch.finfo(cosines.dtype).eps / 2)
+        way = self.of_dense if by_steps else partial(dense_loss, self)
+        return way(wide, targets, valid, numbers, torch.finfo(cosines.dtype).eps / 2)
 
 # %% ../nbs/losses/12_losses.ipynb #95195c78
 _LAMBDA = dict(at_least=0, at_most=1e6)
 
-
+# %% ../nbs/losses/12_losses.ipynb #dfda4c5b
 @dataclass(eq=False, repr=False, kw_only=True)
 class CosineLoss(_OnCosines):
     "A loss of each sample's own cosine and one reduction over the others."
@@ -337,7 +344,7 @@ class CosineLoss(_OnCosines):
         *,
         chunk_size: int | str = 'auto',  # rows at a time, or 'auto': up to 72 MiB
         group=None,  # process group: these are this rank's prototypes and batch
-        **given: float | Tensor,  # what `numbers` names, a number or [N]
+        **numbers: float | Tensor,  # what `numbers` names, a number or [N]
     ) -> Tensor:  # the loss, [] (or [N] for reduction='none')
         "The loss of features and prototypes, both normalized here; no matrix is kept."
         if self.label_smoothing:
@@ -349,13 +356,14 @@ class CosineLoss(_OnCosines):
         check_features(features, prototypes, 1, 2 if group is None else 1)
         targets = check_integers(targets, features.shape[0], features.device)
         ranks = group.group if isinstance(group, ClassShards) else group
-        given = self.per_batch(self._given(given, features), features, targets, ranks)
+        numbers = self._checked_numbers(numbers, features)
+        numbers = self.per_batch(numbers, features, targets, ranks)
         if group is not None or not is_traced():
-            return fused_loss(self, features, prototypes, targets, given, chunk_size,
+            return fused_loss(self, features, prototypes, targets, numbers, chunk_size,
                               group)
         targets, valid = self.split_ignored(targets, len(prototypes))
         self.check_classes(len(prototypes), features.device)
-        return self.of_matrix(features, prototypes, targets, valid, given)
+        return self.of_matrix(features, prototypes, targets, valid, numbers)
 
 # %% ../nbs/losses/12_losses.ipynb #28dc9c67
 def _with_slopes(num, den, by_num, by_den, rest, s):
@@ -386,13 +394,13 @@ class _Softmax(CosineLoss):
         num, den, *_ = self.curves(own, **numbers)
         return _with_slopes(num, den, 1., 1., rest, self.scale)[0]
 
-    def terms(self, own, rest, given, wanted=()):
+    def terms(self, own, rest, numbers, wanted=()):
         ours = type(self).per_sample is _Softmax.per_sample and not self._parameters
-        if ours and wanted and given.keys().isdisjoint(wanted):
-            filled = self._filled(given, own.targets, rest.dtype)
-            if len(found := self.curves(own, **filled)) == 4:
-                return _with_slopes(*found, rest, self.scale)
-        return super().terms(own, rest, given, wanted)
+        if ours and wanted and numbers.keys().isdisjoint(wanted):
+            filled = self._filled(numbers, own.targets, rest.dtype)
+            if len(curves := self.curves(own, **filled)) == 4:
+                return _with_slopes(*curves, rest, self.scale)
+        return super().terms(own, rest, numbers, wanted)
 
 # %% ../nbs/losses/12_losses.ipynb #28dc9c66
 _SCALE = dict(at_least=1e-6, at_most=1e6)
@@ -411,10 +419,10 @@ def _smoothed(loss, cosines, own, valid, num):
         logits, targets, None if w is None else w.to(logits.dtype),
         label_smoothing=loss.label_smoothing,
         reduction='none' if w is None else loss.reduction)
-    shares = loss.shares(own.targets, valid, cosines.shape[1], cosines.dtype)
-    leads = loss._leads(cosines, own)
-    if w is None: return loss.total(losses, leads, shares)
-    return losses + loss.sample_margin * loss.aggregate(leads, shares)
+    weights = loss.loss_weights(own.targets, valid, cosines.shape[1], cosines.dtype)
+    negative_margins = loss._negative_margins(cosines, own)
+    if w is None: return loss.total(losses, negative_margins, weights)
+    return losses + loss.sample_margin * loss.aggregate(negative_margins, weights)
 
 # %% ../nbs/losses/12_losses.ipynb #64fb0eee
 class _Smoothed(_Softmax):
@@ -422,11 +430,11 @@ class _Smoothed(_Softmax):
         if (x := self.label_smoothing) and self.prior is not None:
             raise ValueError(f'label_smoothing must be 0 with a prior, got {x:g}')
 
-    def of_cosines(self, cosines, own, valid, given):
+    def of_cosines(self, cosines, own, valid, numbers):
         if not self.label_smoothing:
-            return super().of_cosines(cosines, own, valid, given)
+            return super().of_cosines(cosines, own, valid, numbers)
         _Smoothed.__post_init__(self)
-        numbers = self._filled(given, own.targets, cosines.dtype)
+        numbers = self._filled(numbers, own.targets, cosines.dtype)
         num, den, *_ = self.curves(own, **numbers)
         weighted = self.weight is not None and self.reduction == 'class-mean'
         if den is not num or weighted:
@@ -612,9 +620,9 @@ class ElasticFaceLoss(_Drawing):
     @property
     def angular(self): return self.kind == 'arc'
 
-    def per_batch(self, given, features, targets, group=None):
+    def per_batch(self, numbers, features, targets, group=None):
         "In training a margin for each sample, if none is given; else the mean."
-        if given or not self.training: return given
+        if numbers or not self.training: return numbers
         _refuse_recomputing(self)
         mean = torch.full(targets.shape, self.margin, device=self.generator.device)
         drawn = torch.normal(mean, self.std, generator=self.generator)
@@ -664,7 +672,7 @@ class AdaFaceLoss(_NormStatistics):
     label_smoothing: float = field(default=0., init=False)
 
     @torch.no_grad()
-    def per_batch(self, given, features, targets, group=None):
+    def per_batch(self, numbers, features, targets, group=None):
         "Quality q̂ in [−1, 1] of each sample; in training the statistics move on."
         if features is None:
             raise TypeError('AdaFaceLoss reads the norms of the features, which '
@@ -729,20 +737,21 @@ class LMSoftmaxLoss(MarginSoftmaxLoss):
 
     def curves(self, own): return own.cosine, None, 1., None
 
-    def log_shares(self, targets, valid, num_classes, dtype):
+    def log_loss_weights(self, targets, valid, num_classes, dtype):
         if self.aggregation == 'mean' or self.reduction == 'none': return None
-        shares = self.shares(targets, valid, num_classes, dtype)
+        weights = self.loss_weights(targets, valid, num_classes, dtype)
         if self.reduction != 'sum':  # they sum to N
-            shares = shares * (targets.shape[0] if valid is None else valid.sum())
-        return (shares * torch.ones_like(targets, dtype=dtype)).log()
+            weights = weights * (targets.shape[0] if valid is None else valid.sum())
+        return (weights * torch.ones_like(targets, dtype=dtype)).log()
 
-    def total(self, losses, leads, shares, logs=None):
-        if logs is None: return super().total(losses, leads, shares)
+    def total(self, losses, negative_margins, loss_weights, logs=None):
+        if logs is None: return super().total(losses, negative_margins, loss_weights)
         some = logs.amax() > -math.inf  # else no sample counts
         value = torch.where(some, logs, 0) + self.tilt * losses
         value = torch.where(some, value.logsumexp(0) / self.tilt, 0)
-        if leads is None: return value
-        return value + self.sample_margin * self.aggregate(leads, shares)
+        if negative_margins is None: return value
+        margins = self.aggregate(negative_margins, loss_weights)
+        return value + self.sample_margin * margins
 
 # %% ../nbs/losses/12_losses.ipynb #1393f799
 @dataclass(eq=False, repr=False)
@@ -751,7 +760,7 @@ class SampleMarginLoss(CosineLoss):
     sample_margin: float = field(default=Number(1., **_LAMBDA), init=False)
     prior: None = field(default=None, init=False)
 
-    def terms(self, own, rest, given, wanted=()):
+    def terms(self, own, rest, numbers, wanted=()):
         return torch.zeros_like(rest), dict(pull=0., rest=0.)
 
 # %% ../nbs/losses/12_losses.ipynb #bd76fbce
@@ -773,7 +782,7 @@ class FocalLoss(ClassificationLoss):
         excess = rest - logits.gather(1, targets[:, None])[:, 0]
         miss, losses = F.logsigmoid(excess), F.softplus(excess, threshold=40)
         losses = (self.gamma * miss).exp() * losses
-        return self.aggregate(losses, self.shares(targets, valid, k, dtype))
+        return self.aggregate(losses, self.loss_weights(targets, valid, k, dtype))
 
 # %% ../nbs/losses/12_losses.ipynb #1e597dcb
 def suggest_scale(

@@ -14,8 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import (
-    check_cosines, check_prototypes, check_targets, is_traced, plain, values_are_cheap)
+from largest_margins.checks import (
+    check_cosines, check_prototypes, check_targets, is_traced, plain_tensor,
+    values_are_cheap)
 
 # %% ../nbs/theory/01_margins.ipynb #10725e62
 def row_norms(x: Tensor) -> Tensor:
@@ -92,7 +93,7 @@ def closeness(tiles, left, right, measure=None):
         if a == b: tile.diagonal().fill_(-torch.inf)
         yield a, b, tile
 
-
+# %% ../nbs/theory/01_margins.ipynb #ea9f626d
 def _short_chords(x, y):
     "The chords from `x` to `y`, of which the shortest is the largest."
     return -torch.cdist(x, y, compute_mode='donot_use_mm_for_euclid_dist')
@@ -126,8 +127,8 @@ def _closest_pair(prototypes):
     chords = None if dtype == torch.float64 else _short_chords
     for a, b, tile in closeness(tiles, unit, unit, chords):
         value, where = tile.flatten().max(0)
-        found = torch.stack([a + where % tile.shape[1], b + where // tile.shape[1]])
-        pair = torch.where(value > best, found, pair)
+        pairs = torch.stack([a + where % tile.shape[1], b + where // tile.shape[1]])
+        pair = torch.where(value > best, pairs, pair)
         best = torch.maximum(value, best)
     return pair
 
@@ -137,7 +138,7 @@ def class_margin(
 ) -> Tensor:  # radians, in [0, π], []; float32 for half-precision prototypes
     "Compute the smallest angle between two prototypes (Zhou et al. 2022, section 3.1)."
     check_prototypes(prototypes)
-    pair = prototypes[_closest_pair(plain(prototypes.detach()))]
+    pair = prototypes[_closest_pair(plain_tensor(prototypes.detach()))]
     first, second = unit_rows(pair.to(precise(pair)))
     return angle(first, second).to(torch.promote_types(prototypes.dtype, torch.float32))
 
@@ -165,7 +166,7 @@ def class_sample_margins(
 ) -> Tensor:  # γ_j, the smallest margin in each class, [k]; +inf for an empty class
     "Compute the smallest sample margin of each class (Zhou et al. 2022, section 3.2)."
     margins = sample_margins(cosines, targets)
-    return smallest_by_class(margins, plain(targets).long(), cosines.shape[1])
+    return smallest_by_class(margins, plain_tensor(targets).long(), cosines.shape[1])
 
 # %% ../nbs/theory/01_margins.ipynb #cf609876
 def min_sample_margin(
@@ -181,7 +182,7 @@ def norm_ratio(
 ) -> Tensor:  # at least 1, []; float32 for half-precision prototypes
     "Divide the largest prototype norm by the smallest (the talk's Figure 1)."
     check_prototypes(prototypes)
-    norms = _all_norms(plain(prototypes.detach()))
+    norms = _all_norms(plain_tensor(prototypes.detach()))
     extremes = prototypes[torch.stack([norms.argmax(), norms.argmin()])]
     largest, smallest = row_norms(extremes.to(norms.dtype))[:, 0]
     dtype = torch.promote_types(prototypes.dtype, torch.float32)
@@ -224,7 +225,7 @@ def neural_collapse(
     check_prototypes(features, 'features', least=len(prototypes))
     k = len(prototypes)
     targets = check_targets(targets, len(features), k, features.device)
-    z, w = (plain(x).to(precise(x)) for x in (features, prototypes))
+    z, w = (plain_tensor(x).to(precise(x)) for x in (features, prototypes))
     z, w = z / z.abs().amax(), w / w.abs().amax()  # squares stay in range
     means, spread = _class_means(z, targets, k)
     m = means - means.mean(0)

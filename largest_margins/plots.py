@@ -29,7 +29,7 @@ BLUE, ORANGE, GREEN, GREY = '#0072B2', '#D55E00', '#009E73', '#808080'
 LOOKS = (plt.cycler(linestyle=['-', '--', ':', '-.'])
          * plt.cycler(color=[BLUE, ORANGE, GREEN]))
 
-
+# %% ../nbs/training/22_plots.ipynb #776d9eb4
 def axes_for(
     ax: Axes | None = None,  # axes to draw into; None: a new figure
     size: tuple[float, float] = (4.5, 3.),  # width and height of a new figure, inches
@@ -182,15 +182,15 @@ def plot_margin_history(
 ) -> np.ndarray:  # the three axes
     "Draw class margin and its bound, sample margins, and norm ratio by epoch."
     if not history: raise ValueError('history must hold at least one epoch, got none')
-    kept = {key: _column(history, key) for key in _MARGINS}
+    columns = {key: _column(history, key) for key in _MARGINS}
     if axes is None:
         figure = plt.figure(figsize=(9.5, 2.6), facecolor='none', layout='tight')
         axes = figure.subplots(1, 3)
     axes = np.ravel(axes)
     if len(axes) != 3: raise ValueError(f'axes must be 3 axes, got {len(axes)}')
     for key, (i, name, color, style) in _MARGINS.items():
-        axes[i].plot(_epochs(history), kept[key], color=color, ls=style, marker='.',
-                     label=_label(name, kept[key]))
+        axes[i].plot(_epochs(history), columns[key], color=color, ls=style, marker='.',
+                     label=_label(name, columns[key]))
     labels = 'class margin (degrees)', 'sample margin', 'ratio of norms'
     for ax, label in zip(axes, labels, strict=True): _by_epoch(ax, label)
     return axes
@@ -266,7 +266,7 @@ def plot_class_accuracies(
     if counts.ndim != 1 or not k or counts.min() < 1:
         raise ValueError(f'counts must be [k], each ≥ 1, got {counts.tolist()}')
     names, order = _names(names, k), np.argsort(-counts, kind='stable')
-    rows = {name: _over_runs(name, given, k) for name, given in accuracies.items()}
+    rows = {name: _over_runs(name, runs, k) for name, runs in accuracies.items()}
     places, width = np.arange(k), .8 / len(rows)
     ax = axes_for(ax, (6, 3))
     for i, (name, (mean, std)) in enumerate(rows.items()):
@@ -308,14 +308,15 @@ def plot_confusion(
     confusion = torch.as_tensor(confusion).detach().cpu()
     if confusion.ndim != 2 or confusion.shape[0] != confusion.shape[1]:
         raise ValueError(f'confusion must be [k, k], got {tuple(confusion.shape)}')
-    shares = 100 * confusion.double() / confusion.sum(1, keepdim=True)
-    ax = _heat_map(shares, _names(names, len(shares)), axes_for(ax, (4.4, 3.6)), 100,
+    percentages = 100 * confusion.double() / confusion.sum(1, keepdim=True)
+    ax = axes_for(ax, (4.4, 3.6))
+    ax = _heat_map(percentages, _names(names, len(percentages)), ax, 100,
                    'share of the true class (%)')
     ax.set(xlabel='predicted class', ylabel='true class')
-    if len(shares) > 20: return ax
+    if len(percentages) > 20: return ax
     for i, j in confusion.nonzero().tolist():
         ax.text(j, i, f'{confusion[i, j]:g}', fontsize=7, ha='center', va='center',
-                color='white' if shares[i, j] < 50 else 'black')
+                color='white' if percentages[i, j] < 50 else 'black')
     return ax
 
 # %% ../nbs/training/22_plots.ipynb #641a330e

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from .checks import at_least_float32, check_prototypes, is_traced, plain
+from .checks import (
+    at_least_float32, check_prototypes, is_traced, plain_tensor)
 from .margins import precise, row_blocks, row_norms, unit_rows
 
 # %% ../nbs/losses/13_regularizers.ipynb #2c7ea6f1
@@ -41,13 +42,13 @@ class _Centroid(torch.autograd.Function):
             sums[:d] += unit_rows(at_least_float32(prototypes[rows])).sum(0)
         if group is not None: dist.all_reduce(sums, group=group)
         ctx.save_for_backward(prototypes, sums[d])
-        ctx.shared = group is not None
+        ctx.among_ranks = group is not None
         dtype = torch.promote_types(prototypes.dtype, torch.float32)
         return (sums[:d] / sums[d]).to(dtype)
 
     @staticmethod
     def backward(ctx, slope):
-        if ctx.shared and torch.is_grad_enabled():
+        if ctx.among_ranks and torch.is_grad_enabled():
             raise RuntimeError('create_graph=True: classes shared out among processes '
                                'have no second derivatives; use one process')
         prototypes, count = ctx.saved_tensors
@@ -62,4 +63,4 @@ def zero_centroid(
     check_prototypes(prototypes, least=2 if group is None else 1)
     if is_traced() and group is None:
         return unit_rows(at_least_float32(prototypes)).mean(0).square().sum()
-    return _Centroid.apply(plain(prototypes), group).square().sum()
+    return _Centroid.apply(plain_tensor(prototypes), group).square().sum()

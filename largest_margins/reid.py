@@ -9,6 +9,7 @@ __all__ = ['parse_market_name', 'market_folder', 'duke_folder', 'ReIDResult', 'e
            'embed', 'cosine_distances', 'plot_cmc', 'plot_ranked_gallery']
 
 # %% ../nbs/evaluation/34_reid.ipynb #48da3838
+from fastcore.basics import patch
 import math
 import re
 import warnings
@@ -19,6 +20,7 @@ from itertools import cycle
 from numbers import Integral
 from pathlib import Path
 
+# %% ../nbs/evaluation/34_reid.ipynb #e45f9d45
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -28,7 +30,7 @@ from matplotlib.axes import Axes
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
-from .checks import integer, plain
+from .checks import integer, plain_tensor
 from .data import ImageData, ImageDataset, ImageLoader
 from .engine.cosines import cosine_matrix
 from .files import read_torch
@@ -46,11 +48,11 @@ def parse_market_name(
     filename: str | Path,  # such as 0002_c1s1_000451_03.jpg, with or without folders
 ) -> tuple[int, int]:  # person (−1: junk, 0: distractor) and camera
     "Read person and camera from a picture's base name."
-    found = _NAME.fullmatch(Path(filename).name)
-    if not found:
+    match = _NAME.fullmatch(Path(filename).name)
+    if not match:
         raise ValueError('filename must look like 0002_c1s1_000451_03.jpg, '
                          f'got {Path(filename).name!r}')
-    return int(found[1]), int(found[2])
+    return int(match[1]), int(match[2])
 
 # %% ../nbs/evaluation/34_reid.ipynb #36fc98f9
 @dataclass(frozen=True, eq=False)
@@ -73,7 +75,7 @@ class ReIDImages:
         if math.prod(files.shape) > budget: return files
         return files[torch.arange(len(files))]
 
-# %% ../nbs/evaluation/34_reid.ipynb #17179c2a
+# %% ../nbs/evaluation/34_reid.ipynb #2b4cf5bb
 @dataclass(frozen=True, eq=False)
 class ReIDData:
     "Training, query and gallery pictures, checked against each other."
@@ -101,44 +103,51 @@ class ReIDData:
             warnings.warn(f'{n} of {len(self.query)} queries have no match on another '
                           'camera of the gallery', stacklevel=3)
 
-    def unmatched(self) -> list[int]:
-        "Return the queries without a match on another camera."
-        seen = {}
-        gallery = self.gallery.persons.tolist(), self.gallery.cameras.tolist()
-        for person, camera in zip(*gallery): seen.setdefault(person, set()).add(camera)
-        query = zip(self.query.persons.tolist(), self.query.cameras.tolist())
-        return [i for i, (person, camera) in enumerate(query)
-                if not seen.get(person, set()) - {camera}]
+# %% ../nbs/evaluation/34_reid.ipynb #ce8fe092
+@patch
+def unmatched(self: ReIDData) -> list[int]:
+    "Return the queries without a match on another camera."
+    seen = {}
+    gallery = self.gallery.persons.tolist(), self.gallery.cameras.tolist()
+    for person, camera in zip(*gallery): seen.setdefault(person, set()).add(camera)
+    query = zip(self.query.persons.tolist(), self.query.cameras.tolist())
+    return [i for i, (person, camera) in enumerate(query)
+            if not seen.get(person, set()) - {camera}]
 
-    @property
-    def labels(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        "Return query persons and cameras, then those of the gallery, for `evaluate`."
-        query, gallery = self.query, self.gallery
-        return query.persons, query.cameras, gallery.persons, gallery.cameras
 
-    def training(
-        self,
-        size: tuple[int, int] = (256, 128),  # height and width, pixels
-        channels: int = 3,  # 3 for RGB, 1 for gray
-    ) -> ImageData:  # its classes are the persons
-        "Return the training pictures; one of each person is for validation."
-        images = self.train.pixels(size, channels)
-        persons, targets = self.train.persons.unique(return_inverse=True)
-        first = torch.from_numpy(np.unique(targets.numpy(), return_index=True)[1])
-        return ImageData(self.name, images, targets, images[first], targets[first],
-                         [str(person) for person in persons.tolist()])
+@patch(as_prop=True)
+def labels(self: ReIDData) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    "Return query persons and cameras, then those of the gallery, for `evaluate`."
+    query, gallery = self.query, self.gallery
+    return query.persons, query.cameras, gallery.persons, gallery.cameras
 
-    def __repr__(self):
-        rows = [f'{self.name:<12}{"ids":>7}{"images":>9}{"cameras":>9}']
-        for split in ('train', 'query', 'gallery'):
-            images = getattr(self, split)
-            ids, cameras = (len(x.unique()) for x in (images.persons, images.cameras))
-            rows.append(f'{split:<12}{ids:>7,}{len(images):>9,}{cameras:>9}')
-        unasked = ~torch.isin(self.gallery.persons, self.query.persons)
-        others = self.gallery.persons[unasked]
-        rows.append(f'gallery: {len(others):,} images are distractors (ids: '
-                    f'{len(others.unique()):,}); {self.junk:,} junk images left out')
-        return '\n'.join(rows)
+# %% ../nbs/evaluation/34_reid.ipynb #39eddca7
+@patch
+def training(
+    self: ReIDData,
+    size: tuple[int, int] = (256, 128),  # height and width, pixels
+    channels: int = 3,  # 3 for RGB, 1 for gray
+) -> ImageData:  # its classes are the persons
+    "Return the training pictures; one of each person is for validation."
+    images = self.train.pixels(size, channels)
+    persons, targets = self.train.persons.unique(return_inverse=True)
+    first = torch.from_numpy(np.unique(targets.numpy(), return_index=True)[1])
+    return ImageData(self.name, images, targets, images[first], targets[first],
+                     [str(person) for person in persons.tolist()])
+
+# %% ../nbs/evaluation/34_reid.ipynb #f78ddbcd
+@patch
+def __repr__(self: ReIDData):
+    rows = [f'{self.name:<12}{"ids":>7}{"images":>9}{"cameras":>9}']
+    for split in ('train', 'query', 'gallery'):
+        images = getattr(self, split)
+        ids, cameras = (len(x.unique()) for x in (images.persons, images.cameras))
+        rows.append(f'{split:<12}{ids:>7,}{len(images):>9,}{cameras:>9}')
+    unasked = ~torch.isin(self.gallery.persons, self.query.persons)
+    others = self.gallery.persons[unasked]
+    rows.append(f'gallery: {len(others):,} images are distractors (ids: '
+                f'{len(others.unique()):,}); {self.junk:,} junk images left out')
+    return '\n'.join(rows)
 
 # %% ../nbs/evaluation/34_reid.ipynb #f258bd17
 _MARKET = dict(train='bounding_box_train', query='query', gallery='bounding_box_test')
@@ -166,13 +175,12 @@ def _read_folder(root, cameras, shared_ids, duke):
             wrong = (images.cameras < 1) | (images.cameras > cameras)
             _refuse(root, [images.paths[i] for i in wrong.nonzero()],
                     f'have a camera outside 1..{cameras}')
-    everyone = splits['gallery']
-    kept = everyone.persons != -1
-    paths = [p for p, good in zip(everyone.paths, kept.tolist()) if good]
-    splits['gallery'] = ReIDImages(paths, everyone.persons[kept],
-                                   everyone.cameras[kept])
-    return ReIDData(root.resolve().name, **splits, junk=len(kept) - len(paths),
-                    shared_ids=shared_ids)
+    shown = splits['gallery']
+    good = shown.persons != -1
+    splits['gallery'] = ReIDImages([shown.paths[i] for i in good.nonzero()],
+                                   shown.persons[good], shown.cameras[good])
+    return ReIDData(root.resolve().name, **splits, shared_ids=shared_ids,
+                    junk=len(shown) - len(splits['gallery']))
 
 # %% ../nbs/evaluation/34_reid.ipynb #d24ca03d
 def _layout(root):
@@ -204,7 +212,7 @@ def _no_split(folder):
 # %% ../nbs/evaluation/34_reid.ipynb #2d0e0993
 _MSMT = re.compile(r'(\S*?\d+_\d+_(\d{1,9})_[^/\s]+)\s+(\d{1,9})', re.ASCII)
 
-
+# %% ../nbs/evaluation/34_reid.ipynb #bf30723a
 def _read_msmt(root, split):
     "Read the pictures of a list of MSMT17, in its order."
     file = root/f'list_{split}.txt'
@@ -213,12 +221,12 @@ def _read_msmt(root, split):
     paths, labels = [], []
     for number, line in enumerate(file.read_text('utf-8').split('\n'), 1):
         if not line.strip(): continue
-        found = _MSMT.fullmatch(line.strip())
-        if not found:
+        match = _MSMT.fullmatch(line.strip())
+        if not match:
             raise ValueError(f'{file}, line {number}: wanted a line such as "0000/'
                              f'0000_000_01_0303morning_0015_0.jpg 0", got {line!r}')
-        paths.append(folder/found[1])
-        labels.append((int(found[3]), int(found[2])))
+        paths.append(folder/match[1])
+        labels.append((int(match[3]), int(match[2])))
     missing = [path for path in paths if not path.is_file()]
     _refuse(folder, missing, f'of {file.name} are missing')
     return _labeled(paths, labels)
@@ -264,9 +272,9 @@ class ReIDResult:
 
     def __repr__(self):
         ranks = [r for r in (1, 5, 10, 20, 50) if r <= len(self.cmc)]
-        shares = [('mAP', self.mAP), *((f'Rank-{r}', self.cmc[r - 1]) for r in ranks),
+        values = [('mAP', self.mAP), *((f'Rank-{r}', self.cmc[r - 1]) for r in ranks),
                   ('mINP', self.mINP)]
-        text = ', '.join(f'{name} {100 * share:.1f} %' for name, share in shares)
+        text = ', '.join(f'{name} {100 * value:.1f} %' for name, value in values)
         n = len(self.average_precisions)
         others = '' if self.valid_queries == n else (
             ', others left out' if self.unmatched == 'skip' else ', others count as 0')
@@ -313,17 +321,17 @@ def evaluate(
 def _match_ranks(distances, labels, junk):
     "Return query and rank of every match, [n] each, sorted by both."
     query_ids, query_cameras, gallery_ids, gallery_cameras = (x.numpy() for x in labels)
-    kept = np.flatnonzero(~np.isin(gallery_ids, junk))
-    gallery_ids, gallery_cameras = gallery_ids[kept], gallery_cameras[kept]
+    judged = np.flatnonzero(~np.isin(gallery_ids, junk))
+    gallery_ids, gallery_cameras = gallery_ids[judged], gallery_cameras[judged]
     by_person = np.argsort(gallery_ids, kind='stable')
     persons, starts = np.unique(gallery_ids[by_person], return_index=True)
     pictures = dict(zip(persons.tolist(), np.split(by_person, starts[1:])))
     rows, ranks = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for i, (person, camera) in enumerate(zip(query_ids.tolist(), query_cameras)):
-        own = pictures.get(person, kept[:0])
+        own = pictures.get(person, judged[:0])
         other_camera = gallery_cameras[own] != camera
         if not other_camera.any(): continue
-        row = distances[i].numpy()[kept]
+        row = distances[i].numpy()[judged]
         ranks.append(_ranks(row, own[other_camera], own[~other_camera]))
         rows.append(np.full(len(ranks[-1]), i))
     return tuple(torch.from_numpy(np.concatenate(x)) for x in (rows, ranks))
@@ -335,6 +343,16 @@ def _junk(junk):
     return np.array([] if junk is None else as_int64('junk', list(junk)), np.int64)
 
 # %% ../nbs/evaluation/34_reid.ipynb #b8046965
+def _precisions(rows, ranks, last, n, ap):
+    "Average the precision over the matches of each query, nan without one, [Q]."
+    position = torch.arange(1, len(rows) + 1) - (last - n)[rows]  # i of the i-th match
+    precision = position / ranks
+    if ap == 'trapezoid':
+        before = torch.where(ranks == 1, 1, (position - 1) / (ranks - 1))
+        precision = (before + precision) / 2
+    return torch.zeros(len(n)).double().index_add_(0, rows, precision) / n
+
+# %% ../nbs/evaluation/34_reid.ipynb #2c7ee559
 def _judge(rows, ranks, Q, ap, unmatched, max_rank):
     "Compute the result from query and rank of every match."
     n = torch.bincount(rows, minlength=Q)
@@ -342,13 +360,7 @@ def _judge(rows, ranks, Q, ap, unmatched, max_rank):
     if unmatched == 'skip' and not valid.any():
         raise ValueError('distances must rank at least one match, no query has one on '
                          "another camera (unmatched='zero' counts them as 0)")
-    place = torch.arange(1, len(rows) + 1) - (last - n)[rows]  # i of the i-th match
-    precision = place / ranks
-    if ap == 'trapezoid':
-        before = torch.where(ranks == 1, 1, (place - 1) / (ranks - 1))
-        precision = (before + precision) / 2
-    precisions = torch.zeros(Q).double().index_add_(0, rows, precision) / n
-    count = valid.sum().item()
+    precisions, count = _precisions(rows, ranks, last, n, ap), valid.sum().item()
     total = count if unmatched == 'skip' else Q
     first = ranks[(last - n)[valid]].long().clamp_max(max_rank + 1)
     hits = torch.bincount(first, minlength=max_rank + 1)[1:max_rank + 1].cumsum(0)
@@ -366,19 +378,24 @@ def _check_rankings(distances, *labels):
     if distances.ndim != 2 or not distances.numel():
         raise ValueError('distances must be [Q, G] with Q, G ≥ 1, '
                          f'got {tuple(distances.shape)}')
-    distances = distances.double() if not distances.is_floating_point() else \
-        distances.to(torch.promote_types(distances.dtype, torch.float32))
+    if not distances.is_floating_point(): distances = distances.double()
+    distances = distances.to(torch.promote_types(distances.dtype, torch.float32))
     low, high = distances.aminmax()
     if not (low.isfinite() and high.isfinite()):
         raise ValueError(f'distances must be finite, got {low} to {high}')
-    checked, (Q, G) = [], distances.shape
+    return distances, _check_labels(labels, *distances.shape)
+
+# %% ../nbs/evaluation/34_reid.ipynb #2681178e
+def _check_labels(labels, Q, G):
+    "Check persons and cameras of queries and gallery; return int64 tensors."
+    checked = []
     names = 'query_ids', 'query_cameras', 'gallery_ids', 'gallery_cameras'
     for name, values, n in zip(names, labels, (Q, Q, G, G), strict=True):
         values = as_int64(name, values)
         if values.shape != (n,):
             raise ValueError(f'{name} must be [{n}], got {tuple(values.shape)}')
         checked.append(torch.from_numpy(values))
-    return distances, checked
+    return checked
 
 # %% ../nbs/evaluation/34_reid.ipynb #b668a988
 class PKSampler(Sampler):
@@ -416,18 +433,20 @@ class PKSampler(Sampler):
         "Set the epoch, for example to resume a training."
         self.epoch = epoch
 
-    def __iter__(self) -> Iterator[list[int]]:
-        rng = np.random.RandomState([self.seed, self.epoch])
-        self.epoch += 1
-        dealt = []
-        for person in rng.permutation(len(self.rows)):
-            rows = rng.permutation(self.rows[person])
-            rows = np.resize(rows, max(self.images, len(rows)))
-            n = min(self.batches, len(rows) // self.images)
-            dealt += [rows[i * self.images:][:self.images] for i in range(n)]
-        dealt = np.stack(dealt[:self.batches * self.people])
-        batches = dealt.reshape(self.people, self.batches, self.images).swapaxes(0, 1)
-        for batch in rng.permutation(batches): yield batch.ravel().tolist()
+# %% ../nbs/evaluation/34_reid.ipynb #a03ca24b
+@patch
+def __iter__(self: PKSampler) -> Iterator[list[int]]:
+    rng = np.random.RandomState([self.seed, self.epoch])
+    self.epoch += 1
+    dealt = []
+    for person in rng.permutation(len(self.rows)):
+        rows = rng.permutation(self.rows[person])
+        rows = np.resize(rows, max(self.images, len(rows)))
+        n = min(self.batches, len(rows) // self.images)
+        dealt += [rows[i * self.images:][:self.images] for i in range(n)]
+    dealt = np.stack(dealt[:self.batches * self.people])
+    batches = dealt.reshape(self.people, self.batches, self.images).swapaxes(0, 1)
+    for batch in rng.permutation(batches): yield batch.ravel().tolist()
 
 # %% ../nbs/evaluation/34_reid.ipynb #e01fbdd4
 class PKLoader(ImageLoader):
@@ -516,9 +535,8 @@ def resnet50_body(
     net.fc = nn.Identity()
     if weights is not None:
         try:
-            found = read_torch(weights, plain=True)
-            net.load_state_dict({name: value for name, value in found.items()
-                                 if not name.startswith('fc.')})
+            tensors = read_torch(weights, plain_only=True).items()
+            net.load_state_dict({n: x for n, x in tensors if not n.startswith('fc.')})
         except (ValueError, RuntimeError, AttributeError) as e:
             raise ValueError(f'{weights} does not hold the weights of torchvision\'s '
                              f'resnet50: {e}') from e
@@ -535,7 +553,7 @@ def embed(
     "Compute the features of images."
     loader = learn.dls.valid.new(learn.dls.valid_ds.new(images))
     model = learn.model[:-1].eval()
-    features = [plain(model(x)).float().cpu() for x, in loader]
+    features = [plain_tensor(model(x)).float().cpu() for x, in loader]
     features = unit_features(torch.cat(features))
     check_alive(features)
     return features
@@ -588,9 +606,9 @@ def plot_ranked_gallery(
     axes = figure.subplots(len(chosen), 1 + top, squeeze=False)
     for row, i, ranked, out in zip(axes, chosen.tolist(), order, left_out):
         _show(row[0], data.query.paths[i], f'query, c{cameras[i]}', GREY, ':')
-        found = ranked[:min(top, len(out) - out.sum())].tolist()
-        for ax in row[1 + len(found):]: ax.set_axis_off()
-        for ax, j in zip(row[1:], found):
+        shown = ranked[:min(top, len(out) - out.sum())].tolist()
+        for ax in row[1 + len(shown):]: ax.set_axis_off()
+        for ax, j in zip(row[1:], shown):
             right = others[j] == persons[i]
             look = ('✓', BLUE, '-') if right else ('✗', ORANGE, '--')
             _show(ax, data.gallery.paths[j],

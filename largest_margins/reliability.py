@@ -34,8 +34,7 @@ def calibration_error(
                          f'got {probabilities.amin():g} and sums up to {rows.max():g}')
     sure, predicted = probabilities.max(1)
     where = (sure * bins).ceil().long().clamp(1, bins) - 1
-    excess = sure - (predicted == targets).double()
-    totals = excess.new_zeros(bins).index_add(0, where, excess)
+    totals = torch.bincount(where, sure - 1. * (predicted == targets), bins)
     return totals.abs().sum().item() / len(sure)
 
 # %% ../nbs/evaluation/29_reliability.ipynb #2bf66342
@@ -73,11 +72,10 @@ def calibration(
         other = slice(1 - half, None, 2)
         fitted[half::2] = logits[half::2] / fit_temperature(logits[other],
                                                             targets[other])
-    def measure(x):
-        return (calibration_error(x.softmax(1), targets),
-                F.cross_entropy(x, targets).item())
-    return Calibration(*measure(logits), *measure(fitted),
-                       fit_temperature(logits, targets))
+    measured = [measure(x) for x in (logits, fitted) for measure in (
+        lambda x: calibration_error(x.softmax(1), targets),
+        lambda x: F.cross_entropy(x, targets).item())]
+    return Calibration(*measured, fit_temperature(logits, targets))
 
 # %% ../nbs/evaluation/29_reliability.ipynb #66d5ee64
 class Detection(NamedTuple):

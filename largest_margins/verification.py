@@ -25,13 +25,14 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+# %% ../nbs/evaluation/35_verification.ipynb #4c0a6db1
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from .checks import at_least_float32, integer, number
-from .files import write_file
+from .files import PickleReader, write_file
 from .images import read_image
 from .margins import unit_rows
 
@@ -257,17 +258,17 @@ def read_pairs(
 ) -> list[Pair]:  # in the order of the file, images as 'name/name_0001'
     "Read the pairs of an LFW `pairs.txt`."
     lines = _lines(path_or_text)
-    place, header = lines[0]
+    where, header = lines[0]
     if not re.fullmatch(r'[0-9]+(\s+[0-9]+)?', header):
-        raise ValueError(f'{place}: wanted the numbers of folds and of pairs, as in '
+        raise ValueError(f'{where}: wanted the numbers of folds and of pairs, as in '
                          f'"10 300", got {header!r}')
     *folds, half = map(int, header.split())
     total = 2 * half * (folds[0] if folds else 1)
     if not total or len(lines) - 1 != total:
-        raise ValueError(f'{place}: {header!r} means {total} pairs, '
+        raise ValueError(f'{where}: {header!r} means {total} pairs, '
                          f'got {len(lines) - 1}')
-    return [_lfw_pair(place, line, same=i % (2 * half) < half)
-            for i, (place, line) in enumerate(lines[1:])]
+    return [_lfw_pair(where, line, same=i % (2 * half) < half)
+            for i, (where, line) in enumerate(lines[1:])]
 
 # %% ../nbs/evaluation/35_verification.ipynb #3fa53adc
 def _lines(path_or_text):
@@ -286,7 +287,7 @@ def _lines(path_or_text):
     return lines
 
 # %% ../nbs/evaluation/35_verification.ipynb #da1b4042
-def _lfw_pair(place, line, same):
+def _lfw_pair(where, line, same):
     "Parse one line as a genuine pair or an impostor, as its place requires."
     fields = line.split()
     if same: fields = [*fields[:2], fields[0], *fields[2:]]
@@ -296,7 +297,7 @@ def _lfw_pair(place, line, same):
             and all(re.fullmatch(r'0*[1-9][0-9]{0,8}', number) for number in numbers))
     if not fits:
         form = 'name n1 n2' if same else 'name1 n1 name2 n2, with two names,'
-        raise ValueError(f'{place}: wanted {form} and numbers from 1, got {line!r}')
+        raise ValueError(f'{where}: wanted {form} and numbers from 1, got {line!r}')
     return Pair(*(f'{name}/{name}_{int(number):04d}'
                   for name, number in zip(names, numbers, strict=True)), same)
 
@@ -307,14 +308,13 @@ def write_pairs(
     folds: int = 10,  # number of blocks of equal length, ≥ 1
 ):
     "Write pairs as an LFW `pairs.txt`."
-    half, rest = divmod(len(pairs), 2 * folds)
-    if rest or not half:
+    half, remainder = divmod(len(pairs), 2 * folds)
+    if remainder or not half:
         raise ValueError(f'pairs must be a multiple of {2 * folds}, for {folds} folds '
                          f'with halves of equal length, got {len(pairs)}')
     lines = [f'{folds}\t{half}' if folds > 1 else f'{half}']
     for i, pair in enumerate(pairs):
-        name, number, other, second = (*_name_and_number(i, pair.first),
-                                       *_name_and_number(i, pair.second))
+        (name, number), (other, second) = (_name_and_number(i, x) for x in pair[:2])
         same = i % (2 * half) < half
         if pair.same != same or (name == other) != same:
             wanted = 'genuine' if same else 'an impostor'
@@ -325,22 +325,22 @@ def write_pairs(
 # %% ../nbs/evaluation/35_verification.ipynb #456286e3
 def _name_and_number(i, image):
     "'Ada/Ada_0012' as 'Ada' and '12'."
-    found = re.fullmatch(r'(?!\.+/)([^/\\\s]+)/\1_([0-9]{4,9})', str(image))
-    if not found or found[2] != f'{int(found[2]):04d}' or found[2] == '0000':
+    match = re.fullmatch(r'(?!\.+/)([^/\\\s]+)/\1_([0-9]{4,9})', str(image))
+    if not match or match[2] != f'{int(match[2]):04d}' or match[2] == '0000':
         raise ValueError(f"pairs[{i}] must name images as in 'Ada/Ada_0001', "
                          f'got {image!r}')
-    return found[1], str(int(found[2]))
+    return match[1], str(int(match[2]))
 
 # %% ../nbs/evaluation/35_verification.ipynb #f56f14c0
 def read_pair_list(
     path_or_text: str | Path,  # a file, or its text if it has a line break
 ) -> list[Pair]:  # in the order of the file
     "Read lines `first second label`; label 1 is genuine, 0 or −1 an impostor."
-    def pair(place, line):
+    def pair(where, line):
         fields = line.split()
         if len(fields) != 3 or fields[2] not in ('1', '0', '-1'):
-            raise ValueError(f'{place}: wanted "first second label" with label 1, 0 or '
-                             f'-1, got {line!r}')
+            raise ValueError(f'{where}: wanted "first second label" with label 1, '
+                             f'0 or -1, got {line!r}')
         return Pair(*fields[:2], fields[2] == '1')
     return [pair(*line) for line in _lines(path_or_text)]
 
@@ -356,27 +356,25 @@ def read_cfp_pairs(
     lists = [_cfp_images(protocol/f'Pair_list_{side}.txt') for side in ('F', kind[1])]
     for fold in sorted(p for p in (protocol/'Split'/kind).iterdir() if p.is_dir()):
         for name, same in (('same', True), ('diff', False)):
-            for place, line in _lines(fold/f'{name}.txt'):
-                numbers = re.split(r'\s*,\s*', line)
-                if len(numbers) != 2 or any(n not in images for n, images
-                                            in zip(numbers, lists, strict=True)):
-                    raise ValueError(f'{place}: wanted "i,j", two numbers of the lists '
-                                     f'of images, got {line!r}')
-                pairs.append(Pair(*(images[n] for n, images
-                                    in zip(numbers, lists, strict=True)), same))
+            for where, line in _lines(fold/f'{name}.txt'):
+                i, _, j = (part.strip() for part in line.partition(','))
+                if i not in lists[0] or j not in lists[1]:
+                    raise ValueError(f'{where}: wanted "i,j", two numbers of the '
+                                     f'lists of images, got {line!r}')
+                pairs.append(Pair(lists[0][i], lists[1][j], same))
     return pairs
 
 # %% ../nbs/evaluation/35_verification.ipynb #e592d409
 def _cfp_images(file):
     "Read CFP's list of images by number."
     images = {}
-    for place, line in _lines(file):
+    for where, line in _lines(file):
         number, _, path = line.partition(' ')
-        found = re.fullmatch(r'(?:.*/)?([^/]+/(frontal|profile)/[^/]+)', path.strip())
-        if not found or not number.isdecimal():
-            raise ValueError(f'{place}: wanted a number and a path such as '
+        match = re.fullmatch(r'(?:.*/)?([^/]+/(frontal|profile)/[^/]+)', path.strip())
+        if not match or not number.isdecimal():
+            raise ValueError(f'{where}: wanted a number and a path such as '
                              f'Data/Images/001/frontal/01.jpg, got {line!r}')
-        images[number] = found[1]
+        images[number] = match[1]
     return images
 
 # %% ../nbs/evaluation/35_verification.ipynb #57bdf21d
@@ -394,15 +392,15 @@ def identity_overlap(
             raise TypeError('images must have names; those in a .bin file have none')
         return {re.sub(r'[\s_-]+', '_', name).casefold(): name
                 for name in map(_identity, paths)}
-    known, found = names(images), names(others)
-    return sorted(found[key] for key in found.keys() & known.keys())
+    known, others_known = names(images), names(others)
+    return sorted(others_known[key] for key in others_known.keys() & known.keys())
 
 # %% ../nbs/evaluation/35_verification.ipynb #d3cb1943
 def _identity(path):
     "The first folder, or the name of a file 'Ada_0001.jpg', or the whole."
-    folder, *rest = path.split('/')
+    folder, *inner = path.split('/')
     numbered = re.fullmatch(r'(.+)_[0-9]+\.\w+', path)
-    return folder if rest else numbered[1] if numbered else path
+    return folder if inner else numbered[1] if numbered else path
 
 # %% ../nbs/evaluation/35_verification.ipynb #e06fc0af
 @dataclass(frozen=True)
@@ -484,10 +482,13 @@ def _array(raw, dtype, shape, order):
                          f'{reprlib.repr(dtype)} in {size} bytes')
     return np.ndarray(shape, dtype, raw, order=order)
 
-# %% ../nbs/evaluation/35_verification.ipynb #4a21bdc8
-_VALUES = {'INT', 'BININT', 'BININT1', 'BININT2', 'LONG', 'LONG1', 'LONG4',
-           'SHORT_BINBYTES', 'BINBYTES', 'BINBYTES8', 'UNICODE', 'STRING',
-           'SHORT_BINUNICODE', 'BINUNICODE', 'BINUNICODE8'}
+# %% ../nbs/evaluation/35_verification.ipynb #98d96ef7
+_FOLLOWED = set('''PROTO FRAME INT BININT BININT1 BININT2 LONG LONG1 LONG4
+    SHORT_BINBYTES BINBYTES BINBYTES8 BYTEARRAY8 UNICODE STRING BINSTRING
+    SHORT_BINSTRING SHORT_BINUNICODE BINUNICODE BINUNICODE8 NONE NEWTRUE NEWFALSE MARK
+    EMPTY_LIST EMPTY_TUPLE LIST TUPLE TUPLE1 TUPLE2 TUPLE3 APPEND APPENDS PUT BINPUT
+    LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE
+    BUILD'''.split())
 
 _OPCODES = {opcode.code: opcode for opcode in pickletools.opcodes}
 
@@ -507,83 +508,48 @@ def _opcodes(content):
 # %% ../nbs/evaluation/35_verification.ipynb #4f51cf57
 def _python_2_string(line):
     "'caf\\xe9', with its quotes and its end of line, as bytes."
-    found = re.fullmatch(rb"(['\"])(.*)\1\n", line, re.DOTALL)
-    if not found: raise ValueError('a string has no end')
-    return codecs.escape_decode(found[2])[0]
+    match = re.fullmatch(rb"(['\"])(.*)\1\n", line, re.DOTALL)
+    if not match: raise ValueError('a string has no end')
+    return codecs.escape_decode(match[2])[0]
 
 # %% ../nbs/evaluation/35_verification.ipynb #b18d0d7f
-def _read_pickle(content):
-    "What a pickle of arrays, bytes, lists, tuples, bools and ints holds."
-    stack, marks, memo, left = [], [], {}, 2 * len(content)
-    def no_larger(part):
-        "Each byte of the file may be made into bytes once, and these into an array."
-        nonlocal left
-        if isinstance(part, _Array): part = part.value
-        if isinstance(part, bytes | np.ndarray): left -= memoryview(part).nbytes
-        if left < 0: raise ValueError('more data than the file holds')
-    def above_mark():
-        start = marks.pop()
-        items = stack[start:]
-        del stack[start:]
-        return items
-    def append(items):
-        if not isinstance(stack[-1], list):
-            raise ValueError(f'appending to {reprlib.repr(stack[-1])}')
-        stack[-1].extend(items)
-    for opcode, value, position in _opcodes(content):
-        try:
-            match opcode.name:
-                case 'PROTO' | 'FRAME': pass
-                case name if name in _VALUES: stack.append(value)
-                case 'NONE': stack.append(None)
-                case 'NEWTRUE' | 'NEWFALSE': stack.append(opcode.name == 'NEWTRUE')
-                case 'BINSTRING' | 'SHORT_BINSTRING':  # Python 2's str
-                    stack.append(value.encode('latin1'))
-                case 'BYTEARRAY8': stack.append(bytes(value))
-                case 'MARK': marks.append(len(stack))
-                case 'EMPTY_LIST': stack.append([])
-                case 'EMPTY_TUPLE': stack.append(())
-                case 'LIST': stack.append(above_mark())
-                case 'TUPLE': stack.append(tuple(above_mark()))
-                case 'TUPLE1' | 'TUPLE2' | 'TUPLE3':
-                    items = [stack.pop() for _ in range(int(opcode.name[-1]))]
-                    stack.append(tuple(reversed(items)))
-                case 'APPEND': append([stack.pop()])
-                case 'APPENDS': append(above_mark())
-                case 'PUT' | 'BINPUT' | 'LONG_BINPUT': memo[value] = stack[-1]
-                case 'MEMOIZE': memo[len(memo)] = stack[-1]
-                case 'GET' | 'BINGET' | 'LONG_BINGET': stack.append(memo[value])
-                case 'GLOBAL': stack.append(_named(*value.split(' ', 1)))
-                case 'STACK_GLOBAL':
-                    name, module = stack.pop(), stack.pop()
-                    stack.append(_named(module, name))
-                case 'REDUCE':
-                    arguments, function = stack.pop(), stack.pop()
-                    stack.append(_call(function, arguments))
-                    no_larger(stack[-1])
-                case 'BUILD':
-                    state = stack.pop()
-                    _finish(stack[-1], state)
-                    no_larger(stack[-1])
-                case 'STOP': return stack.pop()
-                case _: raise ValueError(f'{opcode.name} {reprlib.repr(value)}')
+class _BinReader(PickleReader):
+    "Reads arrays, bytes, lists, tuples, bools and ints, and nothing else."
+    follows, named, make = _FOLLOWED, staticmethod(_named), staticmethod(_call)
+    finish = staticmethod(_finish)
+
+    def __init__(self, content):
+        super().__init__()
+        self.left = 2 * len(content)  # bytes may become bytes once, and then an array
+
+    def follow(self, name, value, position):
+        if name in ('BINSTRING', 'SHORT_BINSTRING'): value = value.encode('latin1')
+        if name == 'BYTEARRAY8': value = bytes(value)
+        try: super().follow(name, value, position)
         except (IndexError, KeyError, TypeError) as e:
             raise ValueError(f'it is damaged at byte {position} ({e!r})') from e
         except ValueError as e:
             raise ValueError(f'{e} is refused at byte {position}; only arrays of '
                              'numbers, bytes, lists, tuples, bools and ints are read'
                              ) from e
+        if name in ('REDUCE', 'BUILD'): self.spend(self.stack[-1])
+
+    def spend(self, part):
+        "Refuse more data than the file holds."
+        if isinstance(part, _Array): part = part.value
+        if isinstance(part, bytes | np.ndarray): self.left -= memoryview(part).nbytes
+        if self.left < 0: raise ValueError('more data than the file holds')
 
 # %% ../nbs/evaluation/35_verification.ipynb #f4371a67
 def read_bin(
     path_or_content: str | Path | bytes,  # a file or its content
 ) -> list[Pair]:  # pairs of encoded images, in the order of the file
     "Read the pairs of a `.bin` file; run no code from it."
-    given = path_or_content
-    source = 'the content' if isinstance(given, bytes) else Path(given)
-    content = given if isinstance(given, bytes) else source.read_bytes()
+    in_memory = isinstance(path_or_content, bytes)
+    source = 'the content' if in_memory else Path(path_or_content)
+    content = path_or_content if in_memory else source.read_bytes()
     try:
-        match _read_pickle(content):
+        match _BinReader(content).read(_opcodes(content)):
             case [images, same]: return _bin_pairs(images, same)
             case other: raise ValueError('wanted a pair of images and flags, got '
                                          f'{reprlib.repr(other)}')
@@ -916,10 +882,10 @@ def read_template_media(
     path: str | Path,  # such as ijbc_face_tid_mid.txt
 ) -> tuple[list[str], np.ndarray, np.ndarray]:  # images, templates, media, [M] each
     "Read IJB's lines `name template medium`, one for each image."
-    lines = [(place, line.split()) for place, line in _lines(path)]
-    for place, fields in lines:
+    lines = [(where, line.split()) for where, line in _lines(path)]
+    for where, fields in lines:
         if not re.fullmatch(r'\S+ [0-9]{1,18} [0-9]{1,18}', ' '.join(fields)):
-            raise ValueError(f'{place}: wanted "name template medium", '
+            raise ValueError(f'{where}: wanted "name template medium", '
                              f'got {" ".join(fields)!r}')
     names, *numbers = zip(*(fields for _, fields in lines), strict=True)
     return list(names), *(np.array(x, dtype=np.int64) for x in numbers)

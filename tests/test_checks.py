@@ -24,7 +24,7 @@ from largest_margins.checks import (
     integer,
     number,
     per_class,
-    plain,
+    plain_tensor,
     values_are_cheap,
 )
 from largest_margins.data import RandomAffine
@@ -131,7 +131,7 @@ class Subclass(torch.Tensor): pass
 def test_subclasses_are_looked_through():
     "The values of a subclass, such as fastai's, are checked like any others."
     x = torch.eye(3).as_subclass(Subclass)
-    assert type(plain(x)) is torch.Tensor and torch.equal(plain(x), torch.eye(3))
+    assert type(plain_tensor(x)) is torch.Tensor and torch.equal(plain_tensor(x), torch.eye(3))
     for wrong, error in ((x * 30, ValueError), (x * math.nan, NotFinite)):
         with pytest.raises(error, match='^cosines must'): check_cosines(wrong, torch.arange(3))
     cosines, targets = check_cosines(x, torch.arange(3).as_subclass(Subclass))

@@ -695,7 +695,7 @@ def test_inspect_command(tmp_path, capsys):
     found = inspect_prototypes(W, pairs=3, classes=['ant', 'bee', '<cat>', 'dög', 'eel'])
     assert (code, err) == (0, '') and out == f'{tmp_path}/file.pth, model.fc.weight\n{found}\n'
     written = json.loads((tmp_path/'new/a.json').read_text(encoding='utf-8'))
-    assert written == {'file': f'{tmp_path}/file.pth', 'tensor': 'model.fc.weight', **found.record()}
+    assert written == {'file': f'{tmp_path}/file.pth', 'tensor': 'model.fc.weight', **found.to_dict()}
     assert written['class_margin_degrees'] == math.degrees(found.class_margin)
     assert [p['degrees'] for p in written['closest_pairs']] == [math.degrees(r) for *_, r in found.pairs]
     assert written['gap_degrees'] == pytest.approx(written['bound_degrees'] - written['class_margin_degrees'])

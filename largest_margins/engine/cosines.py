@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..checks import check_features, plain
+from ..checks import check_features, plain_tensor
 from ..margins import unit_rows
 
 # %% ../../nbs/engine/11_cosines.ipynb #1597cc0f
@@ -47,8 +47,8 @@ def cosine_matrix(
     check_features(features, prototypes)
     dtype = work_dtype(features.dtype, prototypes.dtype)
     with full_precision(features.device.type):
-        return F.linear(unit_rows(plain(features).to(dtype)),
-                        unit_rows(plain(prototypes).to(dtype)))
+        return F.linear(unit_rows(plain_tensor(features).to(dtype)),
+                        unit_rows(plain_tensor(prototypes).to(dtype)))
 
 # %% ../../nbs/engine/11_cosines.ipynb #715e4a1b
 def angle_from_cosine(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..checks import (
-    check_features, check_finite, integer, plain, values_are_cheap)
+    check_features, check_finite, integer, plain_tensor, values_are_cheap)
 from ..margins import moderate, row_blocks, row_norms, unit_rows
 from .cosines import full_precision, times, work_dtype
 from .shards import OwnRows, all_ranks, one_process
@@ -50,12 +50,12 @@ def _by_parts(function, size, *values):
     "What a function gives for `size` rows at a time, joined; for all if they fit."
     if values[0].shape[0] <= size: return function(*values)
     parts = (v.split(size) if isinstance(v, Tensor) else repeat(v) for v in values)
-    found = zip(*(function(*part) or () for part in zip(*parts)))
-    return [torch.cat(v) if isinstance(v[0], Tensor) else None for v in found]
+    results = zip(*(function(*part) or () for part in zip(*parts)))
+    return [torch.cat(v) if isinstance(v[0], Tensor) else None for v in results]
 
 # %% ../../nbs/engine/14_fused.ipynb #9c1db91b
 @lru_cache(64)
-def _kept(value, dtype, *shape):
+def _constant(value, dtype, *shape):
     "A tensor full of a number, to read only, made once."
     with torch.inference_mode(False): return torch.full(shape, value, dtype=dtype)
 
@@ -64,10 +64,10 @@ class _Rows:
     "Rows of any norm: made as long as `length` at once, or each time they are used."
 
     def __init__(self, x, at_once, length=1., cheap=False):
-        self.given, self.at_once, self.length = x, at_once, length
+        self.original, self.at_once, self.length = x, at_once, length
         self.by_kernel = cheap and at_once and x.is_contiguous()
         if self.by_kernel:
-            lengths = _kept(length, x.dtype, x.shape[0], 1)
+            lengths = _constant(length, x.dtype, x.shape[0], 1)
             self.x, self.norms = torch._weight_norm_interface(x, lengths)
         else:
             self.norms = torch.linalg.vector_norm(x, dim=1, keepdim=True)
@@ -75,9 +75,10 @@ class _Rows:
 
     def with_care(self):
         "Divide again: squares on the way to the norms overflowed or vanished."
-        self.at_once = self.at_once or values_are_cheap(self.given)
-        self.by_kernel, self.norms = False, _safe_norms(self.given)
-        self.x = unit_rows(self.given) * self.length if self.at_once else self.given
+        self.at_once = self.at_once or values_are_cheap(self.original)
+        self.by_kernel, self.norms = False, _safe_norms(self.original)
+        self.x = self.original
+        if self.at_once: self.x = unit_rows(self.x) * self.length
 
     def long(self, which):
         "Some rows, as long as `length`."
@@ -87,8 +88,8 @@ class _Rows:
     def gradient(self, by_x, factor):
         "From the gradient by `x`, whose rows point where the given ones do, to theirs."
         if self.by_kernel:
-            lengths = _kept(self.length * factor, by_x.dtype, by_x.shape[0], 1)
-            return _by_given(by_x, self.given, lengths, self.norms, 0)[0]
+            lengths = _constant(self.length * factor, by_x.dtype, by_x.shape[0], 1)
+            return _by_original(by_x, self.original, lengths, self.norms, 0)[0]
         norms = self.length if self.at_once else self.norms
         factor = self.length / self.norms if self.at_once else 1.
         size = max(1, 2**17 // self.x.shape[1]) if self.x.is_cpu else len(self.x)
@@ -96,7 +97,7 @@ class _Rows:
         return by_x
 
 # %% ../../nbs/engine/14_fused.ipynb #801ca3e3
-_by_given = torch.ops.aten._weight_norm_interface_backward.default
+_by_original = torch.ops.aten._weight_norm_interface_backward.default
 
 
 def _safe_norms(x):
@@ -125,10 +126,10 @@ def _in_the_middle(cosine, cheap=True):
     if not cheap: return None
     low, high = cosine.aminmax()
     if not (low.item() > -.7 and high.item() < .7): return None
-    sine = torch.addcmul(_kept(1., cosine.dtype), cosine, cosine, value=-1).sqrt_()
+    sine = torch.addcmul(_constant(1., cosine.dtype), cosine, cosine, value=-1).sqrt_()
     return _Angles(cosine.acos(), sine)
 
-
+# %% ../../nbs/engine/14_fused.ipynb #ca13f85d
 def _by_chords(unit, own, cosine, s, usual=True):
     "The angles of unit rows with rows `own` of length s, which are overwritten."
     nearer = torch.ones_like(cosine).copysign_(cosine).mul_(s)[:, None]
@@ -149,16 +150,16 @@ class _Plan:
     def __init__(self, job, loss, valid, shards, size, dtype, numbers, cheap):
         self.job, self.loss, self.valid, self.shards = job, loss, valid, shards
         self.size, self.numbers, self.cheap = size, tuple(numbers), cheap
-        self.names, self.learns = job.given + self.numbers, torch.is_grad_enabled()
+        self.names, self.learns = job.inputs + self.numbers, torch.is_grad_enabled()
         self.scale, self.lead = loss.scale or 1., loss.sample_margin
         self.prior, self.block = loss.log_prior(dtype), max(1, 2**18 // shards.size)
         most = 80 if dtype == torch.float32 else 600
         self.bounded = self.prior is None and self.scale + math.log(shards.size) < most
 
-# %% ../../nbs/engine/14_fused.ipynb #7ef985d8
-class _OfRows:
-    "A pass over features, whose cosines with the prototypes are made in one buffer."
-    given = 'targets', 'features', 'prototypes'
+# %% ../../nbs/engine/14_fused.ipynb #2a7240ee
+class _Cosines:
+    "Features and prototypes, whose cosines are made in one buffer."
+    inputs = 'targets', 'features', 'prototypes'
     to_logits = buffer = by_prototypes = None
     per_logit = 1.  # what slopes by logits lack
 
@@ -188,6 +189,10 @@ class _OfRows:
         return _in_the_middle(cosine, self.plan.cheap) or _by_chords(
             unit, self.w.long(columns), cosine, self.plan.scale, self.usual)
 
+# %% ../../nbs/engine/14_fused.ipynb #5c8f6b49
+class _OfRows(_Cosines):
+    "A pass over features, whose cosines with the prototypes are made in one buffer."
+
     def back(self, g, unit, wanted):
         "From slopes by products to those by features; all chunks add to one matrix."
         if 'prototypes' in wanted:
@@ -205,11 +210,11 @@ class _OfRows:
         self.by_prototypes.index_add_(0, columns, turned)
 
     def gradients(self, by_features, factor):
-        found, by_w = {}, self.by_prototypes
+        by_name, by_w = {}, self.by_prototypes
         if by_features is not None:
-            found['features'] = self.z.gradient(by_features, factor)
-        if by_w is not None: found['prototypes'] = self.w.gradient(by_w, factor)
-        return found
+            by_name['features'] = self.z.gradient(by_features, factor)
+        if by_w is not None: by_name['prototypes'] = self.w.gradient(by_w, factor)
+        return by_name
 
     @staticmethod
     def by_autograd(plan, targets, features, prototypes, numbers):
@@ -219,7 +224,7 @@ class _OfRows:
 # %% ../../nbs/engine/14_fused.ipynb #7ef985da
 class _OfCosines:
     "A pass over the rows of a matrix of cosines."
-    given, to_logits, by_kernel = ('targets', 'cosines'), None, False
+    inputs, to_logits, by_kernel = ('targets', 'cosines'), None, False
 
     def __init__(self, plan, cosines):
         self.plan, self.x, self.per_logit = plan, cosines, plan.scale
@@ -241,7 +246,7 @@ class _OfCosines:
     @staticmethod
     def by_autograd(plan, targets, cosines, numbers):
         "The same, in steps that torch sees."
-        return plan.loss.of_given(cosines, targets, plan.valid, numbers,
+        return plan.loss.of_dense(cosines, targets, plan.valid, numbers,
                                   plan.resolution)
 
 # %% ../../nbs/engine/14_fused.ipynb #93cf9292
@@ -252,22 +257,22 @@ def _exponentials(g, at, here, job, wanted):
     own = g.gather(1, at)
     if here is None: g.scatter_(1, at, -math.inf)
     else: g.scatter_(1, at, own.masked_fill(here[:, None], torch.finfo(g.dtype).min))
-    largest = place = None
-    if plan.lead: largest, place = g.max(1) if wanted else (g.amax(1), None)
+    largest = where_largest = None
+    if plan.lead: largest, where_largest = g.max(1) if wanted else (g.amax(1), None)
     if plan.loss.scale is None:  # R_sm alone
         g.zero_()
-        return own, torch.ones_like(own[:, 0]), None, largest, place
+        return own, torch.ones_like(own[:, 0]), None, largest, where_largest
     if plan.prior is not None: g.add_(plan.shards.own_classes(plan.prior))
     shift = None if plan.bounded else g.amax(1)
     if shift is not None: g.sub_(shift[:, None])
-    return own, g.exp_().sum(1), shift, largest, place
+    return own, g.exp_().sum(1), shift, largest, where_largest
 
 # %% ../../nbs/engine/14_fused.ipynb #217f328b
-def _slopes(g, by_others, at, by_own, here, place, by_largest, wins, job):
+def _slopes(g, by_others, at, by_own, here, where_largest, by_largest, wins, job):
     "The slopes of some rows by their products, in the place of the exponentials."
     g.mul_(by_others[:, None])
     _add(g, at, by_own, here)
-    if place is not None: _add(g, place[:, None], by_largest, wins)
+    if where_largest is not None: _add(g, where_largest[:, None], by_largest, wins)
     if job.to_logits is not None: g.mul_(job.to_logits)
 
 
@@ -283,13 +288,13 @@ def _pooled(terms):
     return terms.softmax(0).nan_to_num_(0)
 
 # %% ../../nbs/engine/14_fused.ipynb #07d6ea2a
-def _chunk(x, targets, logs, share, lead_share, job, wanted, *numbers):
+def _chunk(x, targets, logs, weights, margin_weights, job, wanted, *numbers):
     "Losses of a chunk, its negative margins, and the slopes of what is wanted."
     plan, loss, s = job.plan, job.plan.loss, job.plan.scale
-    columns, here = plan.shards.place(targets)
+    columns, here = plan.shards.columns_here(targets)
     at = columns[:, None]
     g = job.products(x)                                                   # products
-    own, total, shift, largest, place = _by_parts(
+    own, total, shift, largest, where_largest = _by_parts(
         _exponentials, plan.block, g, at, here, job, wanted)
     rest = total.log() if shift is None else total.log() + shift
     cosine = own[:, 0] / s                                                # angles
@@ -299,45 +304,48 @@ def _chunk(x, targets, logs, share, lead_share, job, wanted, *numbers):
     others = rest if plan.prior is None else rest - plan.prior[targets]   # the loss
     own = Own(targets, read) if angles is None else Own(targets, angle=read)
     losses, slopes = loss.terms(own, others, dict(zip(plan.numbers, numbers)), wanted)
-    leads = None if largest is None else largest / s - own.cosine
-    if not wanted: return losses, leads
-    if logs is not None: share = _pooled(logs + loss.tilt * losses)       # slopes
+    negative_margins = None if largest is None else largest / s - own.cosine
+    if not wanted: return losses, negative_margins
+    if logs is not None: weights = _pooled(logs + loss.tilt * losses)       # slopes
     if here is not None: total = (rest if shift is None else rest - shift).exp()
-    by_others = times(job.per_logit * share, slopes['rest']) / total
-    by_own = times(job.per_logit * share, slopes['pull'])
+    by_others = times(job.per_logit * weights, slopes['rest']) / total
+    by_own = times(job.per_logit * weights, slopes['pull'])
     by_own = -by_own if angles is None else by_own / angles.sine
     by_largest = pull = None
     if angles is not None and angles.chord is not None:
         pull, by_own = by_own if here is None else by_own * here, 0.
-    if place is not None:
-        by_largest = lead_share * (plan.lead * job.per_logit / s)
+    if where_largest is not None:
+        by_largest = margin_weights * (plan.lead * job.per_logit / s)
         by_own = by_own - by_largest
     _by_parts(_slopes, plan.block,
-              g, by_others, at, by_own, here, place, by_largest, wins, job)
+              g, by_others, at, by_own, here, where_largest, by_largest, wins, job)
     by_x = job.back(g, x, wanted)                                         # gradients
     if pull is not None: job.turn(by_x, angles, pull, columns)
-    return losses, leads, by_x, *(
-        [slopes[name] * share for name in plan.numbers if name in wanted])
+    return losses, negative_margins, by_x, *(
+        [slopes[name] * weights for name in plan.numbers if name in wanted])
 
 # %% ../../nbs/engine/14_fused.ipynb #cbd40ab0
-def _pass(plan, tensors, wanted, share):
+def _pass(plan, tensors, wanted, weights):
     "Losses, negative margins and gradients of all chunks, outside of autocast."
-    last = len(plan.job.given)
+    last = len(plan.job.inputs)
     targets, logs, numbers, factor = tensors[0], plan.logs, tensors[last:], 1.
     with full_precision(targets.device.type):
         job = plan.job(plan, *tensors[1:last])
-        if job.by_kernel and not numbers and logs is None and isinstance(share, float):
-            share, factor = 1., share
-        pooled = share
+        alike = logs is None and isinstance(weights, float)
+        if job.by_kernel and not numbers and alike: weights, factor = 1., weights
+        pooled = weights
         if logs is not None and wanted and targets.shape[0] > plan.size:
-            losses, _ = _by_parts(_chunk, plan.size, job.x, targets, None, share, share,
-                                  job, (), *numbers)
+            losses, _ = _by_parts(_chunk, plan.size, job.x, targets, None, weights,
+                                  weights, job, (), *numbers)
             logs, pooled = None, _pooled(logs + plan.loss.tilt * losses)
-        losses, leads, *found = _by_parts(_chunk, plan.size, job.x, targets, logs,
-                                          pooled, share, job, wanted, *numbers)
-        if not wanted: return losses, leads, None
-        by_number = zip([name for name in plan.numbers if name in wanted], found[1:])
-        return losses, leads, job.gradients(found[0], factor) | dict(by_number)
+        losses, negative_margins, *gradients = _by_parts(
+            _chunk, plan.size, job.x, targets, logs, pooled, weights, job, wanted,
+            *numbers)
+        if not wanted: return losses, negative_margins, None
+        by_x, *by_numbers = gradients
+        learned = [name for name in plan.numbers if name in wanted]
+        return losses, negative_margins, job.gradients(by_x, factor) | dict(
+            zip(learned, by_numbers))
 
 # %% ../../nbs/engine/14_fused.ipynb #155e697c
 class _Fused(torch.autograd.Function):
@@ -351,29 +359,30 @@ class _Fused(torch.autograd.Function):
         needed = ctx.needs_input_grad[1:] if plan.learns else ()
         plan.wanted = tuple(compress(plan.names, needed))
         batch = tensors[0], plan.valid, plan.shards.num_classes, tensors[1].dtype
-        plan.share, plan.logs = loss.shares(*batch), loss.log_shares(*batch)
+        plan.weights = loss.loss_weights(*batch)
+        plan.logs = loss.log_loss_weights(*batch)
         now = () if plan.by_sample else plan.wanted
-        losses, leads, plan.gradients = _pass(plan, tensors, now, plan.share)
-        return loss.total(losses, leads, plan.share, plan.logs)
+        *values, plan.gradients = _pass(plan, tensors, now, plan.weights)
+        return loss.total(*values, plan.weights, plan.logs)
 
     @staticmethod
     def backward(ctx, slope):
         plan, tensors, twice = ctx.plan, ctx.saved_tensors, torch.is_grad_enabled()
         by_matrix = twice or _many_at_once(slope)
-        if by_matrix: found = _by_matrix(plan, tensors, slope, twice)
-        else: found = _by_pass(plan, tensors, slope)
-        return None, *map(found.get, plan.names)
+        if by_matrix: gradients = _by_matrix(plan, tensors, slope, twice)
+        else: gradients = _by_pass(plan, tensors, slope)
+        return None, *map(gradients.get, plan.names)
 
 # %% ../../nbs/engine/14_fused.ipynb #cef9e23d
 def _by_pass(plan, tensors, slope):
     "The gradients that were kept, or those of another pass, times a slope."
-    found, plan.gradients = plan.gradients, None
-    if found is None:
-        share = plan.share * slope if plan.by_sample else plan.share
-        *_, found = _pass(plan, tensors, plan.wanted, share)
+    gradients, plan.gradients = plan.gradients, None
+    if gradients is None:
+        weights = plan.weights * slope if plan.by_sample else plan.weights
+        *_, gradients = _pass(plan, tensors, plan.wanted, weights)
     if not plan.by_sample and not (values_are_cheap(slope) and slope.item() == 1):
-        for gradient in found.values(): gradient.mul_(slope)
-    return found
+        for gradient in gradients.values(): gradient.mul_(slope)
+    return gradients
 
 # %% ../../nbs/engine/14_fused.ipynb #74299005
 def _by_matrix(plan, tensors, slope, twice):
@@ -381,7 +390,7 @@ def _by_matrix(plan, tensors, slope, twice):
     if not plan.shards.alone:
         raise RuntimeError('create_graph=True: classes shared out among processes '
                            'have no second derivatives; use one process')
-    last = len(plan.job.given)
+    last = len(plan.job.inputs)
     with torch.enable_grad():  # of views: one tensor may depend on another
         views = [t.view_as(t) for t in tensors]
         numbers = dict(zip(plan.numbers, views[last:]))
@@ -390,7 +399,7 @@ def _by_matrix(plan, tensors, slope, twice):
         return dict(zip(plan.wanted, torch.autograd.grad(
             value, wanted, slope, create_graph=twice, materialize_grads=True)))
 
-
+# %% ../../nbs/engine/14_fused.ipynb #582c6750
 def _many_at_once(slope):
     "Whether many slopes are asked for together, as `is_grads_batched` does."
     functorch = torch._C._functorch
@@ -412,7 +421,7 @@ def rows_at_once(samples, num_classes):
 def fused_loss(loss, features, prototypes, targets, numbers, chunk_size='auto',
                group=None):
     "What `loss.linear` returns for its arguments, with `numbers` for each sample, [N]."
-    features, prototypes = plain(features), plain(prototypes)
+    features, prototypes = plain_tensor(features), plain_tensor(prototypes)
     cheap = values_are_cheap(features)
     shards = one_process(prototypes.shape[0])
     if group is not None:
@@ -446,7 +455,7 @@ def nearest_classes(features, prototypes, n=1, shards=None):
     "Cosines of the n nearest classes, largest first, and their numbers, [N, n] each."
     check_features(features, prototypes)
     dtype = work_dtype(features.dtype, prototypes.dtype)
-    features, w = plain(features), plain(prototypes).to(dtype)
+    features, w = plain_tensor(features), plain_tensor(prototypes).to(dtype)
     shards = shards or one_process(len(w))
     n = integer('n', n, at_least=1, at_most=shards.num_classes)
     check_finite('features', features)

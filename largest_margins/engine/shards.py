@@ -40,9 +40,9 @@ def _own_rows(x, group):
     "This rank's rows of all ranks' rows."
     return x.chunk(dist.get_world_size(group))[dist.get_rank(group)]
 
-# %% ../../nbs/engine/15_shards.ipynb #4d6fa0b6
-class _Exchange:
-    "Which classes are this rank's, and what ranks tell each other about samples."
+# %% ../../nbs/engine/15_shards.ipynb #5a04c35a
+class _OwnClasses:
+    "Which classes are this rank's."
 
     def __init__(self, sizes, group=None):
         "Numbers of classes in rank order; without a group this process has all."
@@ -55,12 +55,16 @@ class _Exchange:
         "This rank's part of what there is for each class, [k] → [k_r]."
         return values if self.alone else values[self.first:self.first + self.size]
 
-    def place(self, targets):
+    def columns_here(self, targets):
         "Columns of the targets in this shard, and whether they are here, [n] each."
         if self.alone: return targets, None
         columns = targets - self.first
         here = (columns >= 0) & (columns < self.size)
         return torch.where(here, columns, 0), here
+
+# %% ../../nbs/engine/15_shards.ipynb #519421b6
+class _Exchange(_OwnClasses):
+    "Which classes are this rank's, and what ranks tell each other about samples."
 
     def combine(self, here, own, rest, largest):
         """From this shard's numbers for each sample, [n], to those of all classes.
@@ -69,8 +73,8 @@ class _Exchange:
         comes whether the largest is in this shard.
         """
         if self.alone: return own, rest, largest, None
-        ours = [torch.where(here, own, 0), rest,
-                *([] if largest is None else [largest])]
+        ours = [torch.where(here, own, 0), rest]
+        if largest is not None: ours.append(largest)
         own, rest, *most = _all_gather(torch.stack(ours), self.group).unbind(1)
         own, rest, wins = own.sum(0), rest.logsumexp(0), None
         if most:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..bounds import class_margin_bound, min_sample_margin_bound
 from ..certificates import verify
 from ..claims import (
-    Check, Claim, descend, dot, rational_points, register)
+    Check, Claim, descend, dot, rational_frame, rational_points, register)
 from ..codes import best_packing, sample_margin_certificate
 from ..margins import class_margin, unit_rows
 from ..theory.simplex import log_riesz_energy
@@ -46,15 +46,13 @@ def _l1_exact(cosine=lambda k: Fraction(-1, k - 1)):
     "The smallest excess of the largest inner product over −1/(k−1), and 0."
     excess = []
     for seed in range(60):
-        k, d = 2 + seed % 7, 2 + seed % 4
-        W = rational_points(k, d, seed)
-        S = [sum(column) for column in zip(*W, strict=True)]
+        W, S, k = rational_frame(seed)
         off = [dot(W[i], W[j]) for i in range(k) for j in range(i)]
         if dot(S, S) != k + 2 * sum(off): raise ArithmeticError('‖Σw‖² ≠ ΣG')
         excess.append(max(off) - cosine(k))
     return min([*excess, Fraction(-1) - cosine(2)]), 0  # two antipodes: equality
 
-
+# %% ../../nbs/theory/06b_codes_checks.ipynb #ddaa821d
 def _l1_certified(cosine=lambda k: -1 / (k - 1)):
     "The proved bounds for k = 2 … 40 minus the simplex, the largest in radians, and 0."
     gaps = []
@@ -72,7 +70,7 @@ def _l1_optimised(cosine=lambda k: -1 / (k - 1), exponents=(1, 2, 8, math.inf)):
                for t in exponents for seed in range(2)]
     return max(margins, key=lambda margin: abs(margin - best)), best
 
-
+# %% ../../nbs/theory/06b_codes_checks.ipynb #3c8ce5ef
 def _l1_boundary(k=4):
     "What k points on the circle can have at most, and the simplex's angle, degrees."
     bound = class_margin_bound(k, 2)
@@ -107,7 +105,7 @@ def _bp_exact(fewest=2, half=6):
         slack.append(min(2 * sum(relative) - fewest, len(squares) - sum(relative)))
     return min(slack), 0
 
-
+# %% ../../nbs/theory/06b_codes_checks.ipynb #5b2310de
 def _bp_optimised(root=lambda t: 1 / t, k=8, d=3):
     "E_t^{1/t} at its lowest for t = 4000, and 1/δ_k of the best packing."
     packing, lowest, t = best_packing(k, d), math.inf, 4000
@@ -119,7 +117,7 @@ def _bp_optimised(root=lambda t: 1 / t, k=8, d=3):
         lowest = min(lowest, value * t * root(t))
     return math.exp(lowest), 1 / (2 * math.sin(packing.class_margin / 2))
 
-
+# %% ../../nbs/theory/06b_codes_checks.ipynb #39e3242d
 def _bp_boundary(half=25, height=Fraction(1, 14)):
     "2^25·E_50 of the even best packing of five points in space; of a pyramid, less."
     even = [(2, 6), (3, 3), (4, 1)]  # squared distances, and how many pairs have them
@@ -150,21 +148,19 @@ def largest_margin(
     W, Z = torch.randn(2, k, d, dtype=torch.float64)
     eye = torch.eye(k, dtype=torch.bool)
 
-    def leads(W, Z):
+    def over(W, Z):
         cosines = Z @ W.T
         return (cosines.diagonal()[:, None] - cosines)[~eye]
     for s in scales:
-        _, W, Z = descend(lambda W, Z, s=s: (-s * leads(W, Z)).logsumexp(0) / s, W, Z)
-    return leads(W, Z).min().item(), W, Z
+        _, W, Z = descend(lambda W, Z, s=s: (-s * over(W, Z)).logsumexp(0) / s, W, Z)
+    return over(W, Z).min().item(), W, Z
 
 # %% ../../nbs/theory/06b_codes_checks.ipynb #53186a38
 def _p3_exact(total=lambda k, square: k**3 - k * square):
     "The largest |Σ‖k w_y − S‖² − (k³ − k‖S‖²)| on rational points, and 0."
     worst = Fraction(0)
     for seed in range(60):
-        k, d = 2 + seed % 7, 2 + seed % 4
-        W = rational_points(k, d, seed)
-        S = [sum(column) for column in zip(*W, strict=True)]
+        W, S, k = rational_frame(seed)
         rows = [[k * a - b for a, b in zip(w, S, strict=True)] for w in W]
         worst = max(worst, abs(sum(dot(r, r) for r in rows) - total(k, dot(S, S))))
     return worst, 0
@@ -174,7 +170,7 @@ def _p3_optimised(largest=lambda k: k / (k - 1), k=10, d=12):
     "The largest γ_min over prototypes and features that an optimizer finds."
     return largest_margin(k, d, 0, scales=(5., 20.))[0], largest(k)
 
-
+# %% ../../nbs/theory/06b_codes_checks.ipynb #ec8b53dc
 def _p3_boundary(k=5, d=3):
     "The largest γ_min of k = d + 2 classes, and k/(k−1), which is out of reach."
     return min_sample_margin_bound(k, d), k / (k - 1)
@@ -204,7 +200,7 @@ def _t2_boundary(square=Fraction(9, 10)):
         squares.append(margin * margin / dot(z, z))
     return min(squares), square
 
-
+# %% ../../nbs/theory/06b_codes_checks.ipynb #03eb3433
 def _t2_exact(margin=1):
     "γ_min of the same prototypes with z = w, which is larger."
     return min(1 - dot(v, w) for v in _FIVE for w in _FIVE if v != w), margin
@@ -232,7 +228,7 @@ def _t2b_exact(factor=lambda S, g: (4 - S) * (2 * g - S)):
             sympy.expand(algebra).subs(g**2, a * b)]
     return sum(len(sympy.Add.make_args(x)) for x in left if x != 0), 0
 
-
+# %% ../../nbs/theory/06b_codes_checks.ipynb #4d7a9daf
 def _t2b_pair(share=Fraction(1, 2), reflect=True):
     "How far share·(ρ_ij + ρ_ji) is below 1 − û_i·û_j at least, in squares, and 0."
     slack = []
@@ -241,12 +237,12 @@ def _t2b_pair(share=Fraction(1, 2), reflect=True):
         if seed % 3 == 0: z, z2 = w, w2  # equality
         if reflect: z, z2 = _reflected(w, z), _reflected(w2, z2)
         u, u2 = ([a + b for a, b in zip(*pair)] for pair in ((w, z), (w2, z2)))
-        leads = dot(w, z) - dot(w2, z) + dot(w2, z2) - dot(w, z2)
-        cosine, most = dot(u, u2), 1 - share * leads
+        difference = dot(w, z) - dot(w2, z) + dot(w2, z2) - dot(w, z2)
+        cosine, most = dot(u, u2), 1 - share * difference
         slack.append(most * abs(most) * dot(u, u) * dot(u2, u2) - cosine * abs(cosine))
     return min(slack), 0
 
-
+# %% ../../nbs/theory/06b_codes_checks.ipynb #eb3a9ccc
 def _reflected(w, z):
     "The feature, on its prototype's side."
     below = min(dot(w, z), 0)
@@ -260,13 +256,13 @@ def _t2b_certified(margin=lambda delta: 1 - math.cos(delta), k=8, d=3):
     if not all(map(verify, proofs)): raise ArithmeticError('no proof')
     return min(Fraction(p['lower']) for p in proofs), margin(packing.class_margin)
 
-
+# %% ../../nbs/theory/06b_codes_checks.ipynb #3053b0d3
 def _t2b_optimised(margin=lambda delta: 1 - math.cos(delta)):
     "The γ_min that an optimizer finds and 1 − cos δ*, where they differ most."
     pairs = []
     for d, k in ((3, 7), (3, 8), (4, 9)):
-        found = max(largest_margin(k, d, seed)[0] for seed in range(2))
-        pairs.append((found, margin(best_packing(k, d).class_margin)))
+        reached = max(largest_margin(k, d, seed)[0] for seed in range(2))
+        pairs.append((reached, margin(best_packing(k, d).class_margin)))
     return max(pairs, key=lambda pair: abs(pair[0] - pair[1]))
 
 
@@ -296,22 +292,22 @@ def _rl_exact(most=lambda k: Fraction(k**3, k - 1)):
         slack.append(most(k) - total * abs(total))
     return min(slack), 0
 
-
+# %% ../../nbs/theory/06b_codes_checks.ipynb #849cc359
 def _rl_optimised(largest=lambda k: math.sqrt(k / (k - 1)), k=4, d=5):
     "The largest mean margin that an optimizer finds for features of squares."
     torch.manual_seed(0)
     W, A = torch.randn(2, k, d, dtype=torch.float64)
     others = ~torch.eye(k, dtype=torch.bool)
 
-    def leads(W, A):
+    def over(W, A):
         cosines = unit_rows(A.square()) @ W.T
         return (cosines.diagonal()[:, None] - cosines)[others].view(k, k - 1)
     for s in (5., 20., 100., 1000., 10_000.):
         _, W, A = descend(lambda W, A, s=s: (
-            (-s * leads(W, A)).logsumexp(1) / s).mean(), W, A)
-    return leads(W, A).amin(1).mean().item(), largest(k)
+            (-s * over(W, A)).logsumexp(1) / s).mean(), W, A)
+    return over(W, A).amin(1).mean().item(), largest(k)
 
-
+# %% ../../nbs/theory/06b_codes_checks.ipynb #ef562bd7
 def _rl_boundary(k=10, obtuse=True):
     "The bound, and the margin of a simplex, whose features have obtuse angles."
     return math.sqrt(k / (k - 1)), k / (k - 1) if obtuse else math.sqrt(k / (k - 1))

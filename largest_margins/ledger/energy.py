@@ -37,15 +37,15 @@ def least_energy(
     seeds: int = 5,  # number of descents from random points; the lowest counts
 ) -> Tensor:  # points, unit rows, float64, [k, d]
     "Search for the points of least Gaussian energy."
-    found = []
+    energies = []
     for seed in range(seeds):
         torch.manual_seed(seed)
         points = torch.randn(k, d, dtype=torch.float64)
         for s in (*(s for s in (1., 5., 20.) if s < scale), scale):
             energy, points = descend(
                 lambda W, s=s: log_gaussian_energy(W, s) / s, points, iterations=3000)
-        found.append((energy, points))
-    return min(found, key=lambda f: f[0])[1]
+        energies.append((energy, points))
+    return min(energies, key=lambda f: f[0])[1]
 
 # %% ../../nbs/theory/10b_energy.ipynb #0b3dac16
 def free_features_minimum(
@@ -55,18 +55,18 @@ def free_features_minimum(
     seeds: int = 5,  # number of random starts; the lowest counts
 ) -> tuple[float, float]:  # the loss, and the largest ‖w − z‖
     "Return the lowest loss found with free features, and the largest ‖w − z‖ there."
-    other, found = ~torch.eye(k, dtype=torch.bool), []
+    other, minima = ~torch.eye(k, dtype=torch.bool), []
     for seed in range(seeds):
         torch.manual_seed(seed)
         W, Z = torch.randn(2, k, d, dtype=torch.float64)
         for s in (*(s for s in (1., 5., 20.) if s < scale), scale):
             def loss(W, Z, s=s):
                 cosines = Z @ W.T
-                leads = cosines.diagonal()[:, None] - cosines
-                return (-s * leads)[other].logsumexp(0) / s
+                margins = cosines.diagonal()[:, None] - cosines
+                return (-s * margins)[other].logsumexp(0) / s
             value, W, Z = descend(loss, W, Z, iterations=3000)
-        found.append((value, (W - Z).norm(dim=1).max().item()))
-    return min(found)
+        minima.append((value, (W - Z).norm(dim=1).max().item()))
+    return min(minima)
 
 # %% ../../nbs/theory/10b_energy.ipynb #a1c836f5
 _UNIVERSAL = {(12, 3), (120, 4), (16, 5), (27, 6), (56, 7), (240, 8), (112, 21),

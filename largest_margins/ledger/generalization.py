@@ -51,9 +51,9 @@ def failure_probability(
 ) -> float:  # a probability
     "Return how likely (eq-gb) fails for two classes on the line."
     n, gamma = samples, np.nextafter(2., 0)
-    rest = spare * balanced_error_bound([gamma] * 2, [n] * 2, delta=delta)
+    slack = spare * balanced_error_bound([gamma] * 2, [n] * 2, delta=delta)
     wrong = np.arange(2 * n + 1)
-    fails = np.abs(error - wrong / (2 * n)) > rest  # w = 1 or w = −1
+    fails = np.abs(error - wrong / (2 * n)) > slack  # w = 1 or w = −1
     return float(binom.pmf(wrong, 2 * n, error)[fails].sum())
 
 # %% ../../nbs/theory/12_generalization.ipynb #40a51810
@@ -99,8 +99,8 @@ def _gb_boundary(exponent=0., counts=(5000, 1000, 200, 50)):
 def _gb_holds(spare=1., delta=.05):
     "The largest probability with which the bound fails on the line, and δ."
     sizes = [(n, q) for n in (10, 100, 1000) for q in (.01, .3, .5)]
-    found = [failure_probability(*size, delta=delta, spare=spare) for size in sizes]
-    return max(found), delta
+    chances = [failure_probability(*size, delta=delta, spare=spare) for size in sizes]
+    return max(chances), delta
 
 # %% ../../nbs/theory/12_generalization.ipynb #630ca316
 def _gb_falls(larger=2.):

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from ..claims import (
-    Check, Claim, descend, dot, endpoints, rational_points, register)
+    Check, Claim, descend, dot, endpoints, rational_frame, rational_points, register)
 from ..codes import simplex
 from ..losses import (
     ArcFaceLoss, CosFaceLoss, GMSoftmaxLoss, LMSoftmaxLoss, NormFaceLoss,
@@ -97,8 +97,8 @@ def _u_exact(sign=-1):
     "The terms left of cos(θ+m2) − (cos m2 cos θ − sin m2 sin θ), and 0."
     import sympy
     theta, m = sympy.symbols('theta m', real=True)
-    line, rest = sympy.cos(m) * sympy.cos(theta), sympy.sin(m) * sympy.sin(theta)
-    left = sympy.simplify(sympy.expand_trig(sympy.cos(theta + m)) - line - sign * rest)
+    line, other = sympy.cos(m) * sympy.cos(theta), sympy.sin(m) * sympy.sin(theta)
+    left = sympy.simplify(sympy.expand_trig(sympy.cos(theta + m)) - line - sign * other)
     return len(sympy.Add.make_args(left)) if left != 0 else 0, 0
 
 # %% ../../nbs/theory/08_gm_softmax.ipynb #2a820a59
@@ -129,10 +129,9 @@ register(Claim(
 # %% ../../nbs/theory/08_gm_softmax.ipynb #e80f2041
 def _rational_gm(seed):
     "Rational prototypes and features, their sum, k, a and b."
-    k, d = 2 + seed % 7, 2 + seed % 4
-    W, b = rational_points(k, d, seed), Fraction(1, k - 1)
-    S = [sum(column) for column in zip(*W, strict=True)]
-    return W, rational_points(k, d, seed + 500), S, k, b + Fraction(seed + 1, 20), b
+    W, S, k = rational_frame(seed)
+    b, Z = Fraction(1, k - 1), rational_points(k, len(S), seed + 500)
+    return W, Z, S, k, b + Fraction(seed + 1, 20), b
 
 # %% ../../nbs/theory/08_gm_softmax.ipynb #017455d3
 def _t5_exact(slope=lambda a, b, k: 2 * a / k - b):
@@ -166,8 +165,8 @@ def _t5_reached(constant=lambda k: 1 / (k - 1), k=6, s=4., alpha=(.9, .7),
     "The lowest risk that an optimizer finds, and the corrected formula L*."
     num, den = alpha[0] + beta[0], alpha[1] + beta[1]
     others = (k - 1) * math.exp(-s * (constant(k) + num))
-    found = lowest_risk(GMSoftmaxLoss(s, *alpha, *beta), k, k, seed=0)[0]
-    return found, math.log(math.exp(s * (den - num)) + others)
+    risk = lowest_risk(GMSoftmaxLoss(s, *alpha, *beta), k, k, seed=0)[0]
+    return risk, math.log(math.exp(s * (den - num)) + others)
 
 # %% ../../nbs/theory/08_gm_softmax.ipynb #6af6cd17
 def _gm_risk(W, Z, alpha):
@@ -259,12 +258,12 @@ def _gm_stability(curvature=lambda s: (2 * s - 1 + math.exp(-2 * s)) / 4):
         cosines, b = Z @ W.T, 1 / (k - 1)
         a, S = 1 + b, W.sum(0)
         loss = (LMSoftmaxLoss if lm else NormFaceLoss)(s)(cosines, torch.arange(k))
-        rest = s * loss if lm else loss.expm1().log()
+        others = s * loss if lm else loss.expm1().log()
         variances = cosines[~torch.eye(k).bool()].view(k, -1).var(1, correction=0)
         distances = (W - Z - b / a * S).square().sum(1)
         terms = s * b / (2 * a) * (2 * a / k - b) * S @ S + s * a / 2 * distances.mean()
         terms += (curvature(s) * variances).log1p().mean()
-        least.append((s * a + rest + math.log(b) - terms).item())
+        least.append((s * a + others + math.log(b) - terms).item())
     return min(least), 0
 
 # %% ../../nbs/theory/08_gm_softmax.ipynb #cf3ad9f7
@@ -297,8 +296,8 @@ def _p6_exact(slope=Fraction(1, 2)):
 def _p6_optimised(cosine=lambda k: -1 / (k - 1), k=6, d=8):
     "The class margin, degrees, of the member of the family that is furthest off."
     best = math.degrees(math.acos(cosine(k)))
-    ends = [lowest_risk(loss, k, d, seed=0)[1] for loss in _FAMILY]
-    margins = [class_margin(W).rad2deg().item() for W in ends]
+    optima = [lowest_risk(loss, k, d, seed=0)[1] for loss in _FAMILY]
+    margins = [class_margin(W).rad2deg().item() for W in optima]
     return max(margins, key=lambda margin: abs(margin - best)), best
 
 # %% ../../nbs/theory/08_gm_softmax.ipynb #4dea558d

@@ -14,7 +14,8 @@ from random import Random
 
 import torch
 
-from ..claims import Check, Claim, descend, dot, rational_points, register
+from ..claims import (
+    Check, Claim, descend, dot, rational_frame, rational_points, register)
 from .lm_softmax import anneal
 from ..codes import simplex
 from ..losses import GMSoftmaxLoss, LMSoftmaxLoss, NormFaceLoss
@@ -45,10 +46,10 @@ def optimal_prototypes(
 ) -> torch.Tensor:  # prototypes, [k, d]
     "Minimize a loss over free prototypes and one free feature for each class."
     scales = [*(s for s in (5., 10., 20., 40.) if s < loss.scale), loss.scale]
-    found = [anneal(loss, k, d, scales, seed, log=log,
+    optima = [anneal(loss, k, d, scales, seed, log=log,
                       penalty=lambda W: centroid * zero_centroid(W))
-             for seed in range(seeds)]
-    return min(found, key=lambda f: f[0])[1]
+              for seed in range(seeds)]
+    return min(optima, key=lambda f: f[0])[1]
 
 # %% ../../nbs/theory/11_imbalance.ipynb #d55f389f
 def optimal_margin(
@@ -106,8 +107,8 @@ def _t8_each(shift=0., scale=4., k=4):
         a2, (b1, b2) = a1 - torch.rand(k), torch.randn(2, k).double() / 4
         losses = GMSoftmaxLoss(scale, reduction='none')(
             cosines, torch.arange(k), alpha1=a1, alpha2=a2, beta1=b1, beta2=b2)
-        rest = math.log(k - 1) - scale * (other + a1 + b1)
-        least = torch.logaddexp(scale * (a2 + b2 - a1 - b1), rest)
+        others = math.log(k - 1) - scale * (other + a1 + b1)
+        least = torch.logaddexp(scale * (a2 + b2 - a1 - b1), others)
         slack.append((losses - least).min().item())
     return min(slack), 0
 
@@ -146,10 +147,9 @@ def _t5b_exact(weight=lambda n, k, N: Fraction(1, k * n)):
     "The largest error of T5's identity, Σ v_i ‖a·w_y − b·S‖² with weights v_i, and 0."
     worst, random = Fraction(0), Random(0)
     for seed in range(40):
-        k, d = 2 + seed % 7, 2 + seed % 4
-        W, b = rational_points(k, d, seed), Fraction(1, k - 1)
-        a, n = b + Fraction(seed + 1, 20), [random.randint(1, 100) for _ in range(k)]
-        S = [sum(column) for column in zip(*W, strict=True)]
+        W, S, k = rational_frame(seed)
+        b, n = Fraction(1, k - 1), [random.randint(1, 100) for _ in range(k)]
+        a = b + Fraction(seed + 1, 20)
         rows = [[a * x - b * y for x, y in zip(w, S, strict=True)] for w in W]
         left = sum(m * weight(m, k, sum(n)) * dot(r, r) for m, r in zip(n, rows))
         worst = max(worst, abs(left - a * a + b * dot(S, S) * (2 * a / k - b)))

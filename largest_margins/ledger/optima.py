@@ -12,8 +12,10 @@ import math
 from fractions import Fraction
 from random import Random
 
+
 import torch
 
+# %% ../../nbs/theory/11d_optima_checks.ipynb #7344c3e7
 from ..bounds import class_margin_bound, min_sample_margin_bound
 from ..claims import (
     Check, Claim, descend, dot, endpoints, rational_points, register)
@@ -94,8 +96,8 @@ def _go_optimised(d=7, k=6, starts=2):
             torch.manual_seed(seed)
             start = torch.randn(2, k, d, dtype=torch.float64)
             _, W, Z = descend(lambda W, Z, loss=loss: loss(Z @ W.T, targets), *start)
-            found = certify_optimum(loss, W, Z)
-            worst.append(found.gap / abs(found.value))
+            certified = certify_optimum(loss, W, Z)
+            worst.append(certified.gap / abs(certified.value))
     return max(worst), 2e-6
 
 # %% ../../nbs/theory/11d_optima_checks.ipynb #1993f591
@@ -103,12 +105,12 @@ def _go_boundary(d=2, k=4, starts=6):
     "The highest loss at which a descent on the circle rests; twice the lowest, below."
     loss = NormFaceLoss(5., weight=class_frequencies(k, 100, 'step'))
     targets = torch.arange(k)
-    ends = []
+    angles = []
     for seed in range(starts):
         torch.manual_seed(seed)
         start = torch.randn(2, k, d, dtype=torch.float64)
-        ends.append(descend(lambda W, Z: loss(Z @ W.T, targets), *start)[0])
-    return max(ends), 2 * min(ends)
+        angles.append(descend(lambda W, Z: loss(Z @ W.T, targets), *start)[0])
+    return max(angles), 2 * min(angles)
 
 # %% ../../nbs/theory/11d_optima_checks.ipynb #e80c1914
 register(Claim(
@@ -150,8 +152,8 @@ def _two_sizes(loss, factor, frequent, rare, scale, **options):
     for _ in range(2):  # the second time from where the first one stopped
         _, *start = descend(lambda W, Z: made(Z @ W.T, targets), *start)
     W, Z = start
-    found = certify_optimum(made, W, Z)
-    if found.gap > 1e-5 * abs(found.value): raise ArithmeticError('no optimum')
+    certified = certify_optimum(made, W, Z)
+    if certified.gap > 1e-5 * abs(certified.value): raise ArithmeticError('no optimum')
     return class_margin(W).rad2deg().item()
 
 # %% ../../nbs/theory/11d_optima_checks.ipynb #6cc95530
@@ -224,8 +226,8 @@ def _fs_optimised(times=1., k=8, d=3):
 def _fs_boundary(aggregation='mean', s=150.):
     "γ_min of LM-Softmax on the circle, and what NormFace guarantees there, more."
     steps = [x for x in (5., 20., 150.) if x <= s]
-    ends = [anneal(LMSoftmaxLoss(s, aggregation), 8, 2, steps, n) for n in range(2)]
-    _, W, Z = min(ends, key=lambda end: end[0])
+    optima = [anneal(LMSoftmaxLoss(s, aggregation), 8, 2, steps, n) for n in range(2)]
+    _, W, Z = min(optima, key=lambda end: end[0])
     reached = min_sample_margin(Z @ W.T, torch.arange(8)).item()
     return reached, guaranteed_margin(8, 2, s)
 
@@ -311,8 +313,8 @@ def _rc_optimised(times=1.):
                        ('step', NormFaceLoss(5.))):
         weight = class_frequencies(10, 100, kind)
         loss = type(loss)(loss.scale, weight=weight)
-        found, _ = _penalized(loss, 10_000.)
-        errors.append(abs(found / (times * residual_centroid(loss, weight)) - 1))
+        optimum, _ = _penalized(loss, 10_000.)
+        errors.append(abs(optimum / (times * residual_centroid(loss, weight)) - 1))
     return max(errors), 0
 
 # %% ../../nbs/theory/11d_optima_checks.ipynb #5382359c

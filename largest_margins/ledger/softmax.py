@@ -46,9 +46,9 @@ def _log_loss(W, Z):
     "Return log(mean softmax loss), finite even for losses below 1e-308."
     scores = Z @ W.T
     others = torch.eye(len(W), dtype=torch.bool)
-    leads = (scores - scores.diagonal()[:, None]).masked_fill(others, -math.inf)
-    leads = leads.logsumexp(1)
-    losses = torch.where(leads > -30, F.softplus(leads.clamp(min=-30)).log(), leads)
+    excess = (scores - scores.diagonal()[:, None]).masked_fill(others, -math.inf)
+    excess = excess.logsumexp(1)
+    losses = torch.where(excess > -30, F.softplus(excess.clamp(min=-30)).log(), excess)
     return losses.logsumexp(0) - math.log(len(W))
 
 # %% ../../nbs/theory/07_softmax.ipynb #956c866a

@@ -18,10 +18,10 @@ from scipy.stats import t
 
 
 
-# %% ../../nbs/study/42_comparisons.ipynb #6c9bedba
+# %% ../../nbs/study/42_comparisons.ipynb #e8ef81e0
 @dataclass(frozen=True)
-class Comparison:
-    "The differences between two sets of rows, by cell, and what they amount to."
+class _Differences:
+    "The differences between two sets of rows, by cell."
     cells: dict  # (setting, row without, row with) → {seed: difference}
     family: int = 1  # verdicts that are given together, this one included
     adjusted: float | None = None  # p, adjusted for the family; None: p itself
@@ -45,6 +45,10 @@ class Comparison:
                              f'{len(common)}')
         return {seed: fmean(cell[seed] for cell in self.cells.values())
                 for seed in sorted(common)}
+
+# %% ../../nbs/study/42_comparisons.ipynb #2a78ed2b
+class _MeanDifference(_Differences):
+    "The mean over cells and seeds, and how sure it is."
 
     @property
     def mean(self) -> float:
@@ -71,6 +75,10 @@ class Comparison:
         se, df = self.standard_error, len(self.by_seed) - 1
         if not se: return float(not self.mean)
         return float(2 * t.sf(abs(self.mean) / se, df))
+
+# %% ../../nbs/study/42_comparisons.ipynb #d818262e
+class Comparison(_MeanDifference):
+    "The differences between two sets of rows, by cell, and what they amount to."
 
     @property
     def verdict(self) -> str:
@@ -102,12 +110,12 @@ def adjust(
     comparisons: dict,  # comparisons whose verdicts are given together, by any key
 ) -> dict:  # the same keys, with adjusted p-values
     "Adjust the verdicts for their number (Holm 1979)."
-    found, level = {}, 0.
+    adjusted, level = {}, 0.
     order = sorted(comparisons, key=lambda key: comparisons[key].p)
     for left, key in zip(range(len(order), 0, -1), order, strict=True):
         level = max(level, min(1., left * comparisons[key].p))
-        found[key] = replace(comparisons[key], family=len(order), adjusted=level)
-    return {key: found[key] for key in comparisons}
+        adjusted[key] = replace(comparisons[key], family=len(order), adjusted=level)
+    return {key: adjusted[key] for key in comparisons}
 
 # %% ../../nbs/study/42_comparisons.ipynb #ccea29a2
 def plot_comparisons(
@@ -120,12 +128,12 @@ def plot_comparisons(
     looks = {'raises': (BLUE, BLUE), 'lowers': (ORANGE, ORANGE),
              'may raise': (BLUE, 'none'), 'may lower': (ORANGE, 'none'),
              'no difference found': (GREY, 'none')}
-    for y, found in enumerate(comparisons.values()):
-        color, inside = looks[found.verdict]
-        cells = [fmean(cell.values()) for cell in found.cells.values()]
+    for y, comparison in enumerate(comparisons.values()):
+        color, inside = looks[comparison.verdict]
+        cells = [fmean(cell.values()) for cell in comparison.cells.values()]
         ax.plot(cells, [y] * len(cells), '|', color=color, ms=7, alpha=.6)
-        ax.plot(found.interval(), (y, y), '-', color=color, lw=1.5)
-        ax.plot(found.mean, y, 'o', color=color, mfc=inside, ms=6)
+        ax.plot(comparison.interval(), (y, y), '-', color=color, lw=1.5)
+        ax.plot(comparison.mean, y, 'o', color=color, mfc=inside, ms=6)
     ax.axvline(0, color=GREY, lw=.8)
     ax.set(yticks=range(len(comparisons)), yticklabels=comparisons,
            ylim=(len(comparisons) - .5, -.5))
@@ -138,29 +146,32 @@ def compare_rows(
     name: str,  # what was measured, such as 'accuracy'
 ) -> Comparison:  # the difference, with minus without
     "Compare the second row of each pair with the first, in each setting, by seed."
-    if len({frozenset(pair) for pair in pairs}) < len(pairs) or any(
-            a == b for a, b in pairs):
-        raise ValueError('pairs must be different pairs of different rows, got '
-                         f'{pairs}: a run would count twice')
+    _check_pairs(pairs)
     numbers, cells = _by_cell(finished, name), {}
-    settings = dict.fromkeys(setting for setting, _ in numbers)
-    for setting in settings:
+    for setting in dict.fromkeys(setting for setting, _ in numbers):
         for without, changed in pairs:
             a, b = (numbers.get((setting, row), {}) for row in (without, changed))
-            seeds = sorted(a.keys() & b.keys())
-            if len(seeds) > 1:
-                cells[setting, without, changed] = {s: b[s] - a[s] for s in seeds}
+            cell = {seed: b[seed] - a[seed] for seed in sorted(a.keys() & b.keys())}
+            if len(cell) > 1: cells[setting, without, changed] = cell
     if not cells:
         raise ValueError(f'pairs must have two seeds or more in common, {pairs} have '
                          f'no such numbers of {name}')
     return Comparison(cells)
 
+# %% ../../nbs/study/42_comparisons.ipynb #736087bd
+def _check_pairs(pairs):
+    "Refuse pairs that stand twice, or of a row with itself."
+    if len({frozenset(pair) for pair in pairs}) < len(pairs) or any(
+            a == b for a, b in pairs):
+        raise ValueError('pairs must be different pairs of different rows, got '
+                         f'{pairs}: a run would count twice')
+
 # %% ../../nbs/study/42_comparisons.ipynb #463db2ef
 def _by_cell(finished, name):
     "(setting, row) → seed → number; runs without one are left out."
     numbers = {}
-    for run, found in finished:
-        value = found['measured'].get(name)
+    for run, record in finished:
+        value = record['measured'].get(name)
         if value is not None:
             cell = numbers.setdefault((run.setting.name, run.row.name), {})
             cell[run.configuration.seed] = value
@@ -196,7 +207,7 @@ def ranking(
     means = {row: fmean(fmean(numbers[s, row].values()) for s in settings)
              for row in rows}
     best, *others = sorted(rows, key=means.get, reverse=True)
-    chosen = [(run, found) for run, found in finished if run.setting.name in settings]
+    chosen = [(run, record) for run, record in finished if run.setting.name in settings]
     behind = adjust({row: compare_rows(chosen, [(best, row)], name)
                      for row in others})
     return [Standing(best, means[best], None, 1.)] + [

@@ -8,6 +8,7 @@ Docs: https://largest-margins.github.io/largest-margins/study/configurations.htm
 __all__ = []
 
 # %% ../../nbs/study/30_configurations.ipynb #0bf1938e
+from fastcore.basics import patch
 import inspect
 import re
 import types
@@ -16,9 +17,11 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import get_args
 
+
 import torch
 from torch import nn
 
+# %% ../../nbs/study/30_configurations.ipynb #192edfd4
 from ..checks import flag, integer, number
 from ..losses import (
     ArcFaceLoss, CosFaceLoss, FocalLoss, LDAMLoss, LMSoftmaxLoss, NormFaceLoss,
@@ -107,40 +110,45 @@ class LossFields:
             if getattr(self, name) != unset and not means:
                 raise ValueError(f'{name} has no meaning for the loss {self.loss!r}')
 
-    def loss_func(
-        self,
-        class_counts: list[int],  # training samples of each class
-    ) -> nn.Module:
-        "The loss itself."
-        entry, given = LOSSES[self.loss], {}
-        if entry.scale: given['scale'] = 20. if self.scale is None else self.scale
-        if entry.margin is not None:
-            given['margin'] = entry.margin if self.margin is None else self.margin
-        if self.loss == 'ldam': given['class_counts'] = class_counts
-        return entry.make(**given, **self._options(class_counts))
-
-    def optimum(
-        self,
-        class_counts: list[int],  # training samples of each class, [k]
-        d: int,  # dimension of the features
-    ) -> float | None:  # degrees; None: not known, see `loss_optimum`
-        "The class margin where what is trained is lowest."
-        return loss_optimum(self.loss_func(class_counts), class_counts, d)
-
     def _options(self, class_counts):
         "Further arguments of the loss."
         return {}
 
-    @property
-    def label(self) -> str:
-        "What a table calls it, for example “CosFace s=20 m=0.1”."
-        entry = LOSSES[self.loss]
-        parts = [entry.title]
-        if entry.scale: parts.append(f's={20. if self.scale is None else self.scale:g}')
-        if entry.margin is not None:
-            margin = entry.margin if self.margin is None else self.margin
-            parts.append(f'm={margin:g} {entry.margin_unit}'.strip())
-        return ' '.join(parts)
+# %% ../../nbs/study/30_configurations.ipynb #e7fc3dcd
+@patch
+def loss_func(
+    self: LossFields,
+    class_counts: list[int],  # training samples of each class
+) -> nn.Module:
+    "The loss itself."
+    entry, options = LOSSES[self.loss], {}
+    if entry.scale: options['scale'] = 20. if self.scale is None else self.scale
+    if entry.margin is not None:
+        options['margin'] = entry.margin if self.margin is None else self.margin
+    if self.loss == 'ldam': options['class_counts'] = class_counts
+    return entry.make(**options, **self._options(class_counts))
+
+# %% ../../nbs/study/30_configurations.ipynb #9d410606
+@patch
+def optimum(
+    self: LossFields,
+    class_counts: list[int],  # training samples of each class, [k]
+    d: int,  # dimension of the features
+) -> float | None:  # degrees; None: not known, see `loss_optimum`
+    "The class margin where what is trained is lowest."
+    return loss_optimum(self.loss_func(class_counts), class_counts, d)
+
+# %% ../../nbs/study/30_configurations.ipynb #d50d7d5f
+@patch(as_prop=True)
+def label(self: LossFields) -> str:
+    "What a table calls it, for example “CosFace s=20 m=0.1”."
+    entry = LOSSES[self.loss]
+    parts = [entry.title]
+    if entry.scale: parts.append(f's={20. if self.scale is None else self.scale:g}')
+    if entry.margin is not None:
+        margin = entry.margin if self.margin is None else self.margin
+        parts.append(f'm={margin:g} {entry.margin_unit}'.strip())
+    return ' '.join(parts)
 
 # %% ../../nbs/study/30_configurations.ipynb #38efdf02
 @dataclass(frozen=True)
@@ -167,10 +175,10 @@ class TrainingFields(LossFields):
                 f'{self.schedule}, learning rate {self.learning_rate:g}, weight decay '
                 f'{self.weight_decay:g}')
 
-# %% ../../nbs/study/30_configurations.ipynb #0fb2f5d0
+# %% ../../nbs/study/30_configurations.ipynb #4c9a940f
 @dataclass(frozen=True)
-class ClassifierFields(TrainingFields):
-    "Everything that the training of a classifier depends on."
+class _ClassifierFields(TrainingFields):
+    "What a training of a classifier has more."
     dataset: str = 'digits'  # a name in `data.DATASETS`, or the path of an image folder
     sample_margin: float = _field(0., at_least=0)  # weight of R_sm; the paper adds 0.5
     zero_centroid: float = _field(0., at_least=0)  # weight λ of the zero centroid, ≥ 0
@@ -198,18 +206,9 @@ class ClassifierFields(TrainingFields):
             raise ValueError('sample_margin_reduction has no meaning without a '
                              'sample_margin')
 
-    def optimum(self, class_counts, d):
-        "As for the loss alone, with the zero centroid; None with other terms."
-        if self.sample_margin or self.fixed or self.reweighted: return None
-        return loss_optimum(self.loss_func(class_counts), class_counts, d,
-                            self.zero_centroid)
-
-    def _options(self, class_counts):
-        options = dict(reduction=self.reduction)
-        if self.logit_adjustment:
-            counts = torch.tensor(class_counts).float()
-            options['prior'] = counts**self.logit_adjustment
-        return options
+# %% ../../nbs/study/30_configurations.ipynb #b50a251f
+class ClassifierFields(_ClassifierFields):
+    "Everything that the training of a classifier depends on."
 
     @property
     def label(self) -> str:
@@ -218,13 +217,29 @@ class ClassifierFields(TrainingFields):
         if self.sample_margin: parts.append(f'+ {self.sample_margin:g} R_sm')
         if self.zero_centroid: parts.append(f'+ {self.zero_centroid:g} R_w')
         if self.reduction != 'mean': parts.append(self.reduction)
-        if self.sample_margin_reduction:
-            parts.append(f'R_sm {self.sample_margin_reduction}')
+        if of := self.sample_margin_reduction: parts.append(f'R_sm {of}')
         if self.logit_adjustment: parts.append(f'τ={self.logit_adjustment:g}')
         if self.reweighted: parts.append('DRW')
         if self.fixed: parts.append('fixed')
         if self.noise: parts.append(f'noise {self.noise:g}')
         return ' '.join(parts)
+
+# %% ../../nbs/study/30_configurations.ipynb #09347970
+@patch
+def optimum(self: ClassifierFields, class_counts, d):
+    "As for the loss alone, with the zero centroid; None with other terms."
+    if self.sample_margin or self.fixed or self.reweighted: return None
+    return loss_optimum(self.loss_func(class_counts), class_counts, d,
+                        self.zero_centroid)
+
+
+@patch
+def _options(self: ClassifierFields, class_counts):
+    options = dict(reduction=self.reduction)
+    if self.logit_adjustment:
+        counts = torch.tensor(class_counts).float()
+        options['prior'] = counts**self.logit_adjustment
+    return options
 
 # %% ../../nbs/study/30_configurations.ipynb #a80c2ae2
 def field_lines(
@@ -234,6 +249,6 @@ def field_lines(
     lines = {}
     for base in reversed(kind.__mro__[:-1]):
         for text in re.split(r'\n(?=    \w+: )', inspect.getsource(base)):
-            found = re.match(r'    (\w+): .*?  # ([^\n]+)', text, re.S)
-            if found and found[1] in base.__dict__: lines[found[1]] = found[2]
+            match = re.match(r'    (\w+): .*?  # ([^\n]+)', text, re.S)
+            if match and match[1] in base.__dict__: lines[match[1]] = match[2]
     return lines

@@ -8,6 +8,7 @@ Docs: https://largest-margins.github.io/largest-margins/study/experiments.html.m
 __all__ = ['Result', 'Configuration', 'train']
 
 # %% ../../nbs/study/31_experiments.ipynb #09b8fb2f
+from fastcore.basics import patch
 import math
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
+
 
 import numpy as np
 import torch
@@ -24,10 +26,11 @@ from fastai.callback.training import GradientClip
 from fastai.learner import Learner
 from torch import Tensor
 
+# %% ../../nbs/study/31_experiments.ipynb #0d84bc7f
 from ..bounds import class_margin_bound
 from ..callbacks import (
     Checkpoint, DeferredReweighting, SampleMarginRegularizer, ZeroCentroidRegularizer)
-from ..checks import NotFinite, plain
+from ..checks import NotFinite, plain_tensor
 from ..codes import best_packing, simplex
 from ..data import (
     ImageData, RandomAffine, imbalanced_counts, imbalanced_indices, load)
@@ -62,10 +65,10 @@ MEASURED = ('accuracy', 'best_accuracy', 'balanced_accuracy', 'rare_accuracy',
             'class_margin', 'less_optimum', 'mean_sample_margin', 'min_sample_margin',
             'norm_ratio', 'centroid_norm', 'many', 'medium', 'few')
 
-# %% ../../nbs/study/31_experiments.ipynb #85111245
+# %% ../../nbs/study/31_experiments.ipynb #7a2d9e75
 @dataclass(frozen=True, eq=False)
-class Result:
-    "One trained configuration, measured on both splits."
+class _Trained:
+    "What one training leaves behind."
     configuration: object  # what was trained, a `Configuration`
     bound: float  # the best possible class margin, degrees
     train_margins: dict  # sample margins of the training split, without augmentation
@@ -95,14 +98,18 @@ class Result:
         return _margins(self.cosines, self.targets, self.diverged)
 
     @property
-    def optimum(self) -> float | None:
-        "The class margin at the loss's optimum, degrees; None: not known."
-        return self.configuration.optimum(self.counts, self.prototypes.shape[1])
-
-    @property
     def test_margins(self) -> dict:
         "The sample margins of the test split, see `describe_margins`."
         return describe_margins(self.margins, self.targets, len(self.classes))
+
+# %% ../../nbs/study/31_experiments.ipynb #31cff4f8
+class Result(_Trained):
+    "One trained configuration, measured on both splits."
+
+    @property
+    def optimum(self) -> float | None:
+        "The class margin at the loss's optimum, degrees; None: not known."
+        return self.configuration.optimum(self.counts, self.prototypes.shape[1])
 
     @property
     def confusion(self) -> Tensor:  # [k, k]
@@ -162,8 +169,8 @@ class Configuration(ClassifierFields):
     ) -> int:
         "Return k, for rows that depend on it."
         names = ('data', 'download', 'strict', 'size')
-        given = {name: changes[name] for name in names if name in changes}
-        return len(loaded(dataset, **given).classes)
+        options = {name: changes[name] for name in names if name in changes}
+        return len(loaded(dataset, **options).classes)
 
     @property
     def images(self) -> ImageData:
@@ -178,43 +185,51 @@ class Configuration(ClassifierFields):
         most = imbalanced_counts(sum(counts) // k, k, self.ratio, self.kind)
         return [min(pair) for pair in zip(counts, most, strict=True)]
 
-    def measure(
-        self,
-        checkpoint: Path | None = None,  # file to resume from
-        progress: Callable[[int, dict], None] | None = None,  # called after each epoch
-    ) -> dict:  # the content of a record, and tensors to keep beside it
-        "Train, and measure on both splits."
-        result = train(self, self.images, progress, checkpoint)
-        kept = ('diverged', 'measured', 'bound', 'test_margins', 'train_margins',
-                'classes', 'counts', 'history', 'seconds')
-        return {name: getattr(result, name) for name in kept} | dict(
-            class_accuracies=result.class_accuracies.tolist(),
-            confusion=result.confusion.tolist(),
-            tensors={name: getattr(result, name)
-                     for name in ('prototypes', 'cosines', 'targets')})
+# %% ../../nbs/study/31_experiments.ipynb #47d26668
+@patch
+def measure(
+    self: Configuration,
+    checkpoint: Path | None = None,  # file to resume from
+    progress: Callable[[int, dict], None] | None = None,  # called after each epoch
+) -> dict:  # the content of a record, and tensors to keep beside it
+    "Train, and measure on both splits."
+    result = train(self, self.images, progress, checkpoint)
+    names = ('diverged', 'measured', 'bound', 'test_margins', 'train_margins',
+            'classes', 'counts', 'history', 'seconds')
+    return {name: getattr(result, name) for name in names} | dict(
+        class_accuracies=result.class_accuracies.tolist(),
+        confusion=result.confusion.tolist(),
+        tensors={name: getattr(result, name)
+                 for name in ('prototypes', 'cosines', 'targets')})
 
-    def describe(self) -> tuple[str, str]:  # the data, this part
-        "Say what a dry run prints; refuse bad data."
-        images, sizes = self.images, self.class_sizes
-        return (f'{images.name}: {len(images.train_targets)} training and '
-                f'{len(images.test_targets)} test images, {len(images.classes)} '
-                'classes', f'{sum(sizes)} training images, by class {sizes}')
+# %% ../../nbs/study/31_experiments.ipynb #daebefe7
+@patch
+def describe(self: Configuration) -> tuple[str, str]:  # the data, this part
+    "Say what a dry run prints; refuse bad data."
+    images, sizes = self.images, self.class_sizes
+    return (f'{images.name}: {len(images.train_targets)} training and '
+            f'{len(images.test_targets)} test images, {len(images.classes)} '
+            'classes', f'{sum(sizes)} training images, by class {sizes}')
 
-    def epoch_seconds(self) -> float:
-        "Time one epoch; a long one is timed for half a minute only."
-        learn, *_ = learner_of(replace(self, epochs=1), self.images)
-        return time_epoch(learn, self.schedule)
+# %% ../../nbs/study/31_experiments.ipynb #005656fb
+@patch
+def epoch_seconds(self: Configuration) -> float:
+    "Time one epoch; a long one is timed for half a minute only."
+    learn, *_ = learner_of(replace(self, epochs=1), self.images)
+    return time_epoch(learn, self.schedule)
 
-    def note(
-        self,
-        found: dict,  # the record of a run
-    ) -> str:
-        "Say what was measured, for the foot of a table."
-        return (f'{Path(self.dataset).name}, {len(found["classes"])} classes, '
-                f'{self.epochs} epochs, {self.body}. Accuracy is that of the last '
-                'epoch. Accuracies and margins are measured on the test split, margins '
-                'with normalized features and prototypes. No class margin can exceed '
-                f'{found["bound"]:.2f}°')
+# %% ../../nbs/study/31_experiments.ipynb #9efbccad
+@patch
+def note(
+    self: Configuration,
+    record: dict,  # the record of a run
+) -> str:
+    "Say what was measured, for the foot of a table."
+    return (f'{Path(self.dataset).name}, {len(record["classes"])} classes, '
+            f'{self.epochs} epochs, {self.body}. Accuracy is that of the last '
+            'epoch. Accuracies and margins are measured on the test split, margins '
+            'with normalized features and prototypes. No class margin can exceed '
+            f'{record["bound"]:.2f}°')
 
 # %% ../../nbs/study/31_experiments.ipynb #cf2b1041
 def train(
@@ -325,9 +340,9 @@ def _examined(c, learn, data, seconds):
 # %% ../../nbs/study/31_experiments.ipynb #0b9dca6f
 def _history(learn):
     "What `MarginRecorder` kept, with fastai's losses and the accuracy in percent."
-    kept = zip(learn.margin_recorder.history, learn.recorder.values, strict=False)
+    epochs = zip(learn.margin_recorder.history, learn.recorder.values, strict=False)
     return [{**margins, 'train_loss': train, 'valid_loss': valid,
-             'accuracy': 100 * hits} for margins, (train, valid, hits, *_) in kept]
+             'accuracy': 100 * hits} for margins, (train, valid, hits, *_) in epochs]
 
 
 def _in_order(loader):
@@ -338,13 +353,13 @@ def _in_order(loader):
 @torch.no_grad()
 def _outputs(model, batches):
     "Cosines, scores and classes of a split."
-    model, found = model.eval(), []
+    model, outputs = model.eval(), []
     for x, y in batches:
         features = model[:-1](x)
         cosines = cosine_matrix(features, model[-1].weight)
-        scores = plain(model[-1](features))
-        found.append((cosines.cpu(), scores.cpu(), y.cpu()))
-    return (torch.cat(part) for part in zip(*found, strict=True))
+        scores = plain_tensor(model[-1](features))
+        outputs.append((cosines.cpu(), scores.cpu(), y.cpu()))
+    return (torch.cat(part) for part in zip(*outputs, strict=True))
 
 # %% ../../nbs/study/31_experiments.ipynb #31c0de03
 def noisy(
@@ -376,7 +391,7 @@ class _Timer(Callback):
 
     def after_fit(self): self.seconds = (time.perf_counter() - self.start) / self.share
 
-
+# %% ../../nbs/study/31_experiments.ipynb #874880e3
 def time_epoch(
     learn: Learner,  # what to train for an epoch
     schedule: str,  # a name in `SCHEDULES`

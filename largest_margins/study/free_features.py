@@ -8,6 +8,7 @@ Docs: https://largest-margins.github.io/largest-margins/study/free_features.html
 __all__ = []
 
 # %% ../../nbs/study/38_free_features.ipynb #888fbacc
+from fastcore.basics import patch
 import math
 import time
 from collections.abc import Callable
@@ -16,9 +17,11 @@ from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
+
 import torch
 from torch import nn
 
+# %% ../../nbs/study/38_free_features.ipynb #b1b36873
 from ..bounds import class_margin_bound
 from ..codes import best_packing
 from ..ledger.imbalance import class_frequencies
@@ -53,47 +56,57 @@ class FreeFeatures(LossFields):
         before = (5., 10., 20., 40.) if self.rising else ()
         return [*(s for s in before if s < self.scale), self.scale]
 
-    @property
-    def frequencies(self) -> torch.Tensor:  # the largest is 1, float64, [k]
-        "Return how often the classes occur."
-        return class_frequencies(self.k, self.ratio, self.kind)
-
-    @property
-    def counts(self) -> list[int]:
-        "List the class sizes, of which the smallest is about 1."
-        return (self.ratio * self.frequencies).round().int().tolist()
-
-    def weighted_loss(self) -> nn.Module:
-        "Make the loss, in which classes weigh as often as they occur."
-        loss = self.loss_func(self.counts)
-        if self.ratio > 1: loss.weight = self.frequencies
-        return loss
-
-    def measure(
-        self,
-        checkpoint: Path | None = None,  # not used: a second's work
-        progress: Callable | None = None,  # not used
-    ) -> dict:  # the content of a record
-        "Minimize the loss from a random start, and measure the end."
-        return _place(self)
-
     training = 'L-BFGS in float64, until the gradient vanishes'
 
-    def describe(self) -> tuple[str, str]:  # the data, this part
-        "Say what a dry run prints."
-        part = f'best packing {_best(self.k, self.d):.2f}°'
-        if self.ratio > 1: part = f'shares 1 to {1 / self.ratio:g}, {part}'
-        return ('no data: prototypes and one feature for each class, all of them free',
-                part)
+# %% ../../nbs/study/38_free_features.ipynb #75c21f4f
+@patch(as_prop=True)
+def frequencies(self: FreeFeatures) -> torch.Tensor:  # the largest is 1, float64, [k]
+    "Return how often the classes occur."
+    return class_frequencies(self.k, self.ratio, self.kind)
 
-    def note(
-        self,
-        found: dict,  # the record of a run
-    ) -> str:
-        "Say what was measured, for the foot of a table."
-        return ('points on the sphere without data, one free feature for each class; '
-                'L-BFGS from random starts until the gradient vanishes, one start for '
-                'each seed')
+
+@patch(as_prop=True)
+def counts(self: FreeFeatures) -> list[int]:
+    "List the class sizes, of which the smallest is about 1."
+    return (self.ratio * self.frequencies).round().int().tolist()
+
+# %% ../../nbs/study/38_free_features.ipynb #5f2d0513
+@patch
+def weighted_loss(self: FreeFeatures) -> nn.Module:
+    "Make the loss, in which classes weigh as often as they occur."
+    loss = self.loss_func(self.counts)
+    if self.ratio > 1: loss.weight = self.frequencies
+    return loss
+
+# %% ../../nbs/study/38_free_features.ipynb #e7a025e9
+@patch
+def measure(
+    self: FreeFeatures,
+    checkpoint: Path | None = None,  # not used: a second's work
+    progress: Callable | None = None,  # not used
+) -> dict:  # the content of a record
+    "Minimize the loss from a random start, and measure the end."
+    return _place(self)
+
+
+@patch
+def describe(self: FreeFeatures) -> tuple[str, str]:  # the data, this part
+    "Say what a dry run prints."
+    part = f'best packing {_best(self.k, self.d):.2f}°'
+    if self.ratio > 1: part = f'shares 1 to {1 / self.ratio:g}, {part}'
+    return ('no data: prototypes and one feature for each class, all of them free',
+            part)
+
+# %% ../../nbs/study/38_free_features.ipynb #9900544a
+@patch
+def note(
+    self: FreeFeatures,
+    record: dict,  # the record of a run
+) -> str:
+    "Say what was measured, for the foot of a table."
+    return ('points on the sphere without data, one free feature for each class; '
+            'L-BFGS from random starts until the gradient vanishes, one start for '
+            'each seed')
 
 # %% ../../nbs/study/38_free_features.ipynb #ed9b3fb1
 @cache

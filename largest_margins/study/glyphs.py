@@ -20,6 +20,7 @@ import numpy as np
 from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 
+from ..checks import integer
 from ..files import replace_folder, write_file
 
 # %% ../../nbs/study/26_glyphs.ipynb #bb69895b
@@ -39,17 +40,18 @@ def draw_glyphs(
     "Draw each character in the middle of a picture."
     if face not in FACES:
         raise ValueError(f'face must be one of {", ".join(FACES)}, got {face!r}')
-    if not isinstance(size, int) or size < 8:
-        raise ValueError(f'size must be an int ≥ 8, got {size!r}')
+    size = integer('size', size, at_least=8)
     font = ImageFont.truetype(_font_file(face), round(size * 5 / 7),
                               layout_engine=ImageFont.Layout.BASIC)
-    def draw(character):
-        picture = Image.new('L', (size, size))
-        left, top, right, bottom = font.getbbox(character)
-        corner = (size - left - right) // 2, (size - top - bottom) // 2
-        ImageDraw.Draw(picture).text(corner, character, fill=255, font=font)
-        return np.asarray(picture)
-    return np.stack([draw(character) for character in characters])
+    return np.stack([_draw(character, size, font) for character in characters])
+
+# %% ../../nbs/study/26_glyphs.ipynb #f91d13e5
+def _draw(character, size, font):
+    picture = Image.new('L', (size, size))
+    left, top, right, bottom = font.getbbox(character)
+    corner = (size - left - right) // 2, (size - top - bottom) // 2
+    ImageDraw.Draw(picture).text(corner, character, fill=255, font=font)
+    return np.asarray(picture)
 
 # %% ../../nbs/study/26_glyphs.ipynb #fa725dc8
 @cache
@@ -59,18 +61,21 @@ def glyph_characters(
     "Return the characters that every typeface draws, each unlike all others."
     fonts = (FT2Font(_font_file(face)) for face in FACES)
     codes = set.intersection(*(set(font.get_charmap()) for font in fonts))
-    found = ''.join(c for c in map(chr, sorted(codes))
-                    if unicodedata.category(c)[0] in categories)
-    if not found:
+    characters = ''.join(c for c in map(chr, sorted(codes))
+                         if unicodedata.category(c)[0] in categories)
+    if not characters:
         raise ValueError("categories must name Unicode categories, such as 'LN', "
                          f'got {categories!r}')
-    alone = np.ones(len(found), bool)
-    for face in FACES:
-        pictures = draw_glyphs(found, face).reshape(len(found), -1)
-        _, which, counts = np.unique(pictures, axis=0, return_inverse=True,
-                                     return_counts=True)
-        alone &= (counts[which] == 1) & pictures.any(1)
-    return ''.join(c for c, good in zip(found, alone) if good)
+    good = np.all([_unlike_others(characters, face) for face in FACES], axis=0)
+    return ''.join(c for c, alone in zip(characters, good) if alone)
+
+# %% ../../nbs/study/26_glyphs.ipynb #bb2f62da
+def _unlike_others(characters, face):
+    "Whether each character has a picture of its own in a typeface, bools, [n]."
+    pictures = draw_glyphs(characters, face).reshape(len(characters), -1)
+    _, which, counts = np.unique(pictures, axis=0, return_inverse=True,
+                                 return_counts=True)
+    return (counts[which] == 1) & pictures.any(1)
 
 # %% ../../nbs/study/26_glyphs.ipynb #5284ac7d
 def glyph_split(
@@ -78,12 +83,12 @@ def glyph_split(
     identities: int = 500,  # number of characters, even, ≥ 2
 ) -> tuple[str, str]:  # training characters, test characters
     "Split characters into training and test."
-    found = glyph_characters()
-    if not isinstance(identities, int) or not 2 <= identities <= len(found) \
+    characters = glyph_characters()
+    if not isinstance(identities, int) or not 2 <= identities <= len(characters) \
        or identities % 2:
-        raise ValueError(f'identities must be an even int in 2..{len(found)}, '
+        raise ValueError(f'identities must be an even int in 2..{len(characters)}, '
                          f'got {identities!r}')
-    drawn = np.random.RandomState(seed).permutation(list(found))[:identities]
+    drawn = np.random.RandomState(seed).permutation(list(characters))[:identities]
     half = identities // 2
     return ''.join(sorted(drawn[:half])), ''.join(sorted(drawn[half:]))
 

@@ -8,6 +8,7 @@ Docs: https://largest-margins.github.io/largest-margins/study/identities.html.md
 __all__ = []
 
 # %% ../../nbs/study/39_identities.ipynb #e7047c60
+from fastcore.basics import patch
 import math
 import time
 import warnings
@@ -19,6 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
+# %% ../../nbs/study/39_identities.ipynb #f4ad1220
 import numpy as np
 import torch
 from fastai.callback.core import Callback
@@ -26,10 +28,11 @@ from fastai.callback.training import GradientClip
 from fastai.learner import Learner
 from torch import Tensor, nn
 
+# %% ../../nbs/study/39_identities.ipynb #8ef1c32b
 from ..training.bodies import BODIES, make_body
 from ..bounds import class_margin_bound
 from ..callbacks import Checkpoint
-from ..checks import NotFinite, plain
+from ..checks import NotFinite, plain_tensor
 from ..data import ImageData, RandomAffine, class_folders
 from .configurations import LOSSES, TrainingFields, _field
 from .experiments import StopAtNaN, time_epoch
@@ -44,10 +47,10 @@ from ..training.schedules import SCHEDULES, fit_schedule, optimiser_for
 from ..verification import (
     DeadNetwork, Pair, evaluate_pairs, identity_overlap, read_pairs)
 
-# %% ../../nbs/study/39_identities.ipynb #73b4b1f1
+# %% ../../nbs/study/39_identities.ipynb #5defcb7c
 @dataclass(frozen=True)
-class IdentityConfiguration(TrainingFields):
-    "Everything that one training on identities depends on; bad values are refused."
+class _IdentityFields(TrainingFields):
+    "What a training on identities has more."
     dataset: str = 'glyphs'  # or the path of a folder; re-ID: market1501, dukemtmc
     loss: str = _field('lm-softmax', LOSSES)  # a name in `LOSSES`
     body: str = 'conv3-narrow'  # a name in `BODIES`, or resnet50, see `resnet50_body`
@@ -61,24 +64,10 @@ class IdentityConfiguration(TrainingFields):
     images_each: int = _field(0, at_least=0)  # of a person in a batch; 0: as they come
     triplet: float = _field(0., at_least=0)  # weight of the triplet loss
     despite_withdrawal: bool = _field(False)  # see `duke_folder`
+    class_sizes = (1,)  # a dry run takes all rows to last as long
 
-    def _check(self):
-        if self.body not in (known := [*BODIES, 'resnet50']):
-            raise ValueError(f'body must be one of {", ".join(known)}, '
-                             f'got {self.body!r}')
-        if self.channels not in (1, 3):
-            raise ValueError(f'channels must be 1 or 3, got {self.channels!r}')
-        if self.body == 'resnet50' and self.channels != 3:
-            raise ValueError(f'channels must be 3 for resnet50, got {self.channels!r}')
-        if self.weights is not None and self.body != 'resnet50':
-            raise ValueError(f'weights has no meaning for the body {self.body!r}')
-        self._refuse(0, label_smoothing=self.loss in _SMOOTHED)
-        if self.triplet and self.images_each < 2:
-            raise ValueError('images_each must be 2 or more with a triplet loss, got '
-                             f'{self.images_each}')
-        if self.images_each and self.batch_size % self.images_each:
-            raise ValueError(f'batch_size must be a multiple of images_each, got '
-                             f'{self.batch_size} and {self.images_each}')
+    @classmethod
+    def num_classes(cls, dataset, **others): return 0  # no row depends on it
 
     def loss_func(self, class_counts):
         "The loss, with smoothed labels if asked for."
@@ -87,6 +76,10 @@ class IdentityConfiguration(TrainingFields):
             return nn.CrossEntropyLoss(label_smoothing=share)
         if share: loss.label_smoothing = share
         return loss
+
+# %% ../../nbs/study/39_identities.ipynb #426ef43c
+class IdentityConfiguration(_IdentityFields):
+    "Everything that one training on identities depends on; bad values are refused."
 
     @property
     def label(self) -> str:
@@ -97,14 +90,6 @@ class IdentityConfiguration(TrainingFields):
         if self.triplet: parts.append('+ triplet')
         return ' '.join(parts)
 
-    @classmethod
-    def num_classes(cls, dataset, **others): return 0  # no row depends on it
-
-    @property
-    def size(self) -> tuple[int, int]:  # height and width, pixels
-        "Of the images."
-        return self.height, self.width
-
     @property
     def training(self) -> str:
         "How it is trained, without the loss."
@@ -114,20 +99,48 @@ class IdentityConfiguration(TrainingFields):
         return (f'images of {self.height} × {self.width}{start}, '
                 f'{super().training}')
 
-    class_sizes = (1,)  # a dry run takes all rows to last as long
+# %% ../../nbs/study/39_identities.ipynb #412b06cd
+@patch(as_prop=True)
+def size(self: IdentityConfiguration) -> tuple[int, int]:  # height and width, pixels
+    "Of the images."
+    return self.height, self.width
 
-    def epoch_seconds(self) -> float:
-        "Time one epoch; a long one is timed for half a minute only."
-        learn = identity_learner(replace(self, epochs=1), self._task().training)
-        return time_epoch(learn, self.schedule)
 
-    def measure(
-        self,
-        checkpoint: Path | None = None,  # file to go on from
-        progress: Callable | None = None,  # not used
-    ) -> dict:  # the content of a record
-        "Train on the identities, then examine the features on others."
-        return _measure(self, checkpoint)
+@patch
+def epoch_seconds(self: IdentityConfiguration) -> float:
+    "Time one epoch; a long one is timed for half a minute only."
+    learn = identity_learner(replace(self, epochs=1), self._task().training)
+    return time_epoch(learn, self.schedule)
+
+# %% ../../nbs/study/39_identities.ipynb #1c47e66c
+@patch
+def measure(
+    self: IdentityConfiguration,
+    checkpoint: Path | None = None,  # file to go on from
+    progress: Callable | None = None,  # not used
+) -> dict:  # the content of a record
+    "Train on the identities, then examine the features on others."
+    return _measure(self, checkpoint)
+
+# %% ../../nbs/study/39_identities.ipynb #4b25b638
+@patch
+def _check(self: IdentityConfiguration):
+    if self.body not in (known := [*BODIES, 'resnet50']):
+        raise ValueError(f'body must be one of {", ".join(known)}, '
+                         f'got {self.body!r}')
+    if self.channels not in (1, 3):
+        raise ValueError(f'channels must be 1 or 3, got {self.channels!r}')
+    if self.body == 'resnet50' and self.channels != 3:
+        raise ValueError(f'channels must be 3 for resnet50, got {self.channels!r}')
+    if self.weights is not None and self.body != 'resnet50':
+        raise ValueError(f'weights has no meaning for the body {self.body!r}')
+    self._refuse(0, label_smoothing=self.loss in _SMOOTHED)
+    if self.triplet and self.images_each < 2:
+        raise ValueError('images_each must be 2 or more with a triplet loss, got '
+                         f'{self.images_each}')
+    if self.images_each and self.batch_size % self.images_each:
+        raise ValueError(f'batch_size must be a multiple of images_each, got '
+                         f'{self.batch_size} and {self.images_each}')
 
 # %% ../../nbs/study/39_identities.ipynb #39c0de02
 _SMOOTHED = {'ce', 'normface', 'cosface', 'arcface', 'sphereface', 'ldam'}
@@ -283,14 +296,14 @@ def _training(name, images, targets, classes):
     return ImageData(name, images, targets, images[first], targets[first], classes)
 
 # %% ../../nbs/study/39_identities.ipynb #e32e4b79
-def _who(c, found):
+def _who(c, record):
     "What a note says first."
     drawn = (' (letters: a check of the machinery, not a result about people)'
              if c.dataset == 'glyphs' else '')
-    return (f'{Path(c.dataset).name}{drawn}, {found["identities"]} identities to train '
-            f'with, {c.epochs} epochs, {c.body}. No identity is in training and test. '
-            'The class margin is that of the prototypes of the training, at most '
-            f'{found["bound"]:.2f}°')
+    return (f'{Path(c.dataset).name}{drawn}, {record["identities"]} identities to '
+            f'train with, {c.epochs} epochs, {c.body}. No identity is in training and '
+            'test. The class margin is that of the prototypes of the training, at most '
+            f'{record["bound"]:.2f}°')
 
 # %% ../../nbs/study/39_identities.ipynb #625ff886
 @contextmanager
@@ -338,10 +351,10 @@ def reid_task(
     channels: int = 1,  # 3 for RGB, 1 for gray
 ) -> ReIDTask:
     "Load the pictures once, and keep them in memory for later trainings."
-    with reid_folder(dataset, data, despite_withdrawal) as found:
+    with reid_folder(dataset, data, despite_withdrawal) as path:
         query, gallery = (split.pixels(size, channels)
-                          for split in (found.query, found.gallery))
-        return ReIDTask(found.training(size, channels), query, gallery, found.labels)
+                          for split in (path.query, path.gallery))
+        return ReIDTask(path.training(size, channels), query, gallery, path.labels)
 
 # %% ../../nbs/study/39_identities.ipynb #f6664f43
 class ReIDConfiguration(IdentityConfiguration):
@@ -355,14 +368,14 @@ class ReIDConfiguration(IdentityConfiguration):
 
     def _examine(self, learn, task):
         query, gallery = (embed(learn, x) for x in (task.query, task.gallery))
-        found = evaluate(cosine_distances(query, gallery), *task.labels)
+        result = evaluate(cosine_distances(query, gallery), *task.labels)
         persons, cameras, *others = task.labels
         everyone = [torch.cat(pair) for pair in zip((persons, cameras), others)]
         shots = {n: few_shot_accuracy(torch.cat([query, gallery]), *everyone, n)
                  for n in (1, 3)}
         transfer = measure(SimpleNamespace(shots=shots), ('one_shot', 'three_shot'))
-        return measure(found, self._names) | transfer, dict(
-            valid_queries=found.valid_queries, cmc=found.cmc.tolist())
+        return measure(result, self._names) | transfer, dict(
+            valid_queries=result.valid_queries, cmc=result.cmc.tolist())
 
     def describe(self) -> tuple[str, str]:  # the data, this part
         "Say what a dry run prints; refuse bad data."
@@ -371,13 +384,13 @@ class ReIDConfiguration(IdentityConfiguration):
 
     def note(
         self,
-        found: dict,  # the record of a run
+        record: dict,  # the record of a run
     ) -> str:
         "Say what was measured, for the foot of a table."
         return '. '.join([
-            _who(self, found), 'Single query, matches on other cameras only, average '
+            _who(self, record), 'Single query, matches on other cameras only, average '
             'precision as the mean of the precisions at the matches, cosines of '
-            'features after the neck, no re-ranking', *found.get('warnings', [])])
+            'features after the neck, no re-ranking', *record.get('warnings', [])])
 
 # %% ../../nbs/study/39_identities.ipynb #39c0de13
 def few_shot_accuracy(
@@ -387,9 +400,9 @@ def few_shot_accuracy(
     shots: int = 1,  # cameras of each person to learn from, ≥ 1
 ) -> float:  # in [0, 1]; nan if nobody is on more cameras than that
     "Classify pictures by the nearest mean feature of a few others of each person."
-    kept = persons > 0
-    features, cameras = unit_rows(features[kept].double()), cameras[kept]
-    names, persons = persons[kept].unique(return_inverse=True)
+    known = persons > 0
+    features, cameras = unit_rows(features[known].double()), cameras[known]
+    names, persons = persons[known].unique(return_inverse=True)
     seen = torch.zeros(len(names), cameras.max() + 1).bool()
     seen[persons, cameras] = True
     rank = seen.long().cumsum(1)[persons, cameras]  # of the person's cameras, from 1
@@ -454,7 +467,7 @@ def _embedding(learn, channels):
     "The features of images in [−1, 1] by a network trained on normalized bytes."
     data, model = learn.dls.valid_ds, learn.model[:-1].eval()
     mean, std = (x.to(learn.dls.device)[:, None, None] for x in (data.mean, data.std))
-    return lambda x: plain(model((127.5 * (x[:, :channels] + 1) - mean) / std))
+    return lambda x: plain_tensor(model((127.5 * (x[:, :channels] + 1) - mean) / std))
 
 # %% ../../nbs/study/39_identities.ipynb #36b6c4b0
 class PairsConfiguration(IdentityConfiguration):
@@ -467,12 +480,12 @@ class PairsConfiguration(IdentityConfiguration):
     def _examine(self, learn, task):
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', UserWarning)  # said by the record instead
-            found = evaluate_pairs(task.pairs, _embedding(learn, self.channels),
+            result = evaluate_pairs(task.pairs, _embedding(learn, self.channels),
                                    task.root, size=self.size, flip=self.flip, fars=FARS,
                                    device=learn.dls.device)
-        folds, notes = found.accuracy, [str(t) for t in found.tar if not t.supported]
-        if found.zeros: notes.append(f'{found.zeros} images have a feature of zeros')
-        return measure(found, self._names), dict(
+        folds, notes = result.accuracy, [str(t) for t in result.tar if not t.supported]
+        if result.zeros: notes.append(f'{result.zeros} images have a feature of zeros')
+        return measure(result, self._names), dict(
             accuracies=folds.accuracies.tolist(), thresholds=folds.thresholds.tolist(),
             standard_deviation=100 * folds.std, warnings=notes)
 
@@ -487,11 +500,11 @@ class PairsConfiguration(IdentityConfiguration):
 
     def note(
         self,
-        found: dict,  # the record of a run
+        record: dict,  # the record of a run
     ) -> str:
         "Say what was measured, for the foot of a table."
         return '. '.join([
-            _who(self, found), f'{found["pairs"]} pairs in 10 folds: the accuracy on a '
-            'fold is that at the threshold which is best on the other nine, the '
+            _who(self, record), f'{record["pairs"]} pairs in 10 folds: the accuracy on '
+            'a fold is that at the threshold which is best on the other nine, the '
             'standard error is that of its mean over the folds',
-            *found.get('warnings', [])])
+            *record.get('warnings', [])])

@@ -38,14 +38,14 @@ def markdown(
 ) -> str:
     "Write a table in Markdown; the best numbers of each part are bold."
     def row(texts): return f'| {" | ".join(texts)} |'
-    def plain(text): return escape(text, 'markdown')
-    out = [f'# {plain(table.title)}']
+    def cell_text(text): return escape(text, 'markdown')
+    out = [f'# {cell_text(table.title)}']
     for heading, heads, rows in table.parts:
-        out += ['', f'## {plain(heading)}', '', row(map(plain, heads)),
+        out += ['', f'## {cell_text(heading)}', '', row(map(cell_text, heads)),
                 row(['---'] + ['---:'] * (len(heads) - 1))]
-        out += [row(f'**{plain(text)}**' if bold else plain(text)
+        out += [row(f'**{cell_text(text)}**' if bold else cell_text(text)
                     for text, bold in cells) for cells in rows]
-    return '\n'.join([*out, '', '\n\n'.join(map(plain, table.notes)), ''])
+    return '\n'.join([*out, '', '\n\n'.join(map(cell_text, table.notes)), ''])
 
 # %% ../../nbs/study/32_report.ipynb #6722778a
 def comma_separated(
@@ -61,14 +61,14 @@ def latex(
     table: Table,
 ) -> str:
     "Write a table in LaTeX for the package booktabs, one tabular for each part."
-    def plain(text): return escape(text, 'latex')
+    def cell_text(text): return escape(text, 'latex')
     out = []
     for heading, heads, rows in table.parts:
-        body = [' & '.join(f'\\textbf{{{plain(text)}}}' if bold else plain(text)
+        body = [' & '.join(f'\\textbf{{{cell_text(text)}}}' if bold else cell_text(text)
                            for text, bold in cells) + r' \\' for cells in rows]
         out += [f'% {escape(f"{table.title}, {heading}", "terminal")}',
                 f'\\begin{{tabular}}{{l{"r" * (len(heads) - 1)}}}', r'\toprule',
-                ' & '.join(map(plain, heads)) + r' \\', r'\midrule', *body,
+                ' & '.join(map(cell_text, heads)) + r' \\', r'\midrule', *body,
                 r'\bottomrule', r'\end{tabular}', '']
     notes = [f'% {escape(note, "terminal")}' for note in table.notes]
     return '\n'.join([*out, *notes, ''])

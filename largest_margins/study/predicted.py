@@ -51,17 +51,17 @@ def predict_table2(
 ) -> list[Prediction]:  # in the order of the slides
     "Compute the class margins of one data set from the optima of the losses."
     k, n_max = dict(cifar10=(10, 5000), cifar100=(100, 500))[dataset]
-    found = []
+    predictions = []
     for printed in printed_numbers()['cells']:
         row, name = printed['row'], printed['row'].rstrip('*')
-        if printed['table'] != '2' or printed['dataset'] != dataset: continue
+        if (printed['table'], printed['dataset']) != ('2', dataset): continue
         if name not in MARGIN_LOSSES or row not in (rows or MARGIN_LOSSES): continue
         counts = counts_of(printed['setting'], n_max, k)
-        star = 5. * k**2 if row.endswith('*') else 0.
-        best = free_optimum(MARGIN_LOSSES[name](scale, counts), counts, centroid=star)
-        found.append(Prediction(row, printed['setting'], printed['class_margin'],
-                                math.degrees(best.class_margin), best.gap))
-    return found
+        best = free_optimum(MARGIN_LOSSES[name](scale, counts), counts,
+                            centroid=5. * k**2 * row.endswith('*'))
+        predictions.append(Prediction(row, printed['setting'], printed['class_margin'],
+                                      math.degrees(best.class_margin), best.gap))
+    return predictions
 
 # %% ../../nbs/study/44_predicted.ipynb #56e92eba
 def counts_of(

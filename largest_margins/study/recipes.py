@@ -8,6 +8,7 @@ Docs: https://largest-margins.github.io/largest-margins/study/recipes.html.md"""
 __all__ = []
 
 # %% ../../nbs/study/36_recipes.ipynb #dcca5363
+from fastcore.basics import patch
 import json
 import re
 from collections.abc import Callable
@@ -26,7 +27,7 @@ PUBLIC = 'public code that descends from the authors’'
 LDAM_DRW, BASELINE = 'code of LDAM-DRW', 'code of the strong baseline'
 INFERRED, OURS = 'inferred from Table 1', 'our choice'
 
-
+# %% ../../nbs/study/36_recipes.ipynb #59ac5e08
 class Settings(dict):
     "Fields of a configuration, each with its source."
 
@@ -43,7 +44,7 @@ class Settings(dict):
         self.update(changes)
         self.sources |= dict.fromkeys(changes, source)
 
-
+# %% ../../nbs/study/36_recipes.ipynb #5933bc48
 def sources_of(
     settings: dict,  # fields of a configuration
 ) -> dict[str, str]:  # field → source; `OURS` in a dict without sources
@@ -97,32 +98,38 @@ class Recipe:
         module, name = self.kind.split('.')
         return getattr(import_module(f'largest_margins.study.{module}'), name)
 
-    def configuration(
-        self,
-        dataset: str | None,  # name of the data set, or None
-        setting: Setting,  # part of the table
-        row: Row,  # row of the table
-        **changes,  # further fields, such as seed and epochs
-    ) -> Any:  # a configuration
-        "Return what one row trains in one setting; later changes win."
-        if dataset is not None: changes['dataset'] = dataset
-        for name in changes.keys() - {f.name for f in fields(self.configurations)}:
-            raise ValueError(f'{name} has no meaning for the table {self.name}')
-        return self.configurations(**self._settings(dataset, setting, row) | changes)
+# %% ../../nbs/study/36_recipes.ipynb #471b3872
+@patch
+def configuration(
+    self: Recipe,
+    dataset: str | None,  # name of the data set, or None
+    setting: Setting,  # part of the table
+    row: Row,  # row of the table
+    **changes,  # further fields, such as seed and epochs
+) -> Any:  # a configuration
+    "Return what one row trains in one setting; later changes win."
+    if dataset is not None: changes['dataset'] = dataset
+    for name in changes.keys() - {f.name for f in fields(self.configurations)}:
+        raise ValueError(f'{name} has no meaning for the table {self.name}')
+    return self.configurations(**self._settings(dataset, setting, row) | changes)
 
-    def sources(
-        self,
-        dataset: str | None,  # name of the data set, or None
-        setting: Setting,  # part of the table
-        row: Row,  # row of the table
-    ) -> dict[str, str]:  # field → source
-        "Say where each field that the recipe sets comes from."
-        return self._settings(dataset, setting, row).sources
+# %% ../../nbs/study/36_recipes.ipynb #52721f0e
+@patch
+def sources(
+    self: Recipe,
+    dataset: str | None,  # name of the data set, or None
+    setting: Setting,  # part of the table
+    row: Row,  # row of the table
+) -> dict[str, str]:  # field → source
+    "Say where each field that the recipe sets comes from."
+    return self._settings(dataset, setting, row).sources
 
-    def _settings(self, dataset, setting, row):
-        training = self.training.get(dataset, self.training[''])
-        if row.name.startswith('printed-'): training = self.paper.get(dataset, training)
-        return Settings(OURS, training, setting.changes, row.changes)
+
+@patch
+def _settings(self: Recipe, dataset, setting, row):
+    training = self.training.get(dataset, self.training[''])
+    if row.name.startswith('printed-'): training = self.paper.get(dataset, training)
+    return Settings(OURS, training, setting.changes, row.changes)
 
 # %% ../../nbs/study/36_recipes.ipynb #b873be4a
 _SMALL = dict(body='conv3', embedding=32, epochs=20, batch_size=64, learning_rate=1e-2)
@@ -138,6 +145,7 @@ _LDAM = Settings(LDAM_DRW, body='resnet32', embedding=None, schedule='steps',
                  shift=4, flip=True)
 _OURS = {'digits': _SMALL, 'mnist_5k': _SMALL, 'fashion_mnist': _FASHION, '': _FOLDER}
 
+# %% ../../nbs/study/36_recipes.ipynb #9b81fc5f
 BALANCED = {**_OURS, 'mnist': Settings(OURS, _PAPER, body='conv4', epochs=100),
             'cifar10': Settings(PUBLIC, _CIFAR, body='resnet18'),
             'cifar100': Settings(PUBLIC, _CIFAR, body='resnet34', rotate=20.)}
@@ -183,7 +191,37 @@ def _at_scales(*losses, scales=(10, 20, 64)):
                 Settings(SLIDES, loss=loss, scale=float(s)))
             for loss in losses for s in scales]
 
-# %% ../../nbs/study/36_recipes.ipynb #74e920b8
+# %% ../../nbs/study/36_recipes.ipynb #135ba7e5
+_PRIOR, _MEAN = dict(logit_adjustment=1.), dict(reduction='class-mean')
+_R_SM = dict(sample_margin=.5, sample_margin_reduction='class-mean')
+_OUR_ROWS = (  # name, label, loss, changes; “+rw” adds the zero centroid
+    ('ldam-drw', 'LDAM-DRW', 'ldam', dict(reweighted=.2)),
+    ('ce+prior', 'CE, logit adjustment', 'ce', _PRIOR),
+    ('normface+prior', 'NormFace, logit adjustment', 'normface', _PRIOR),
+    ('normface+prior+rsm', 'NormFace, logit adjustment + 0.5 R_sm, class mean',
+     'normface', _PRIOR | _R_SM),
+    ('normface+prior+rw', 'NormFace*, logit adjustment', 'normface', _PRIOR),
+    ('ce+prior+rsm', 'CE, logit adjustment + 0.5 R_sm, class mean', 'ce',
+     _PRIOR | _R_SM),
+    ('normface-class-mean', 'NormFace, class mean', 'normface', _MEAN),
+    ('normface+prior+rsm+rw', 'NormFace*, logit adjustment + 0.5 R_sm, class mean',
+     'normface', _PRIOR | _R_SM),
+    ('lm-logsumexp', 'LM-Softmax, log-sum-exp', 'lm-softmax-logsumexp', {}),
+    ('lm-tilted', 'LM-Softmax, log-sum-exp, t=4', 'lm-softmax-tilted', {}),
+    ('lm-tilted-class-mean', 'LM-Softmax, log-sum-exp, t=4, class mean',
+     'lm-softmax-tilted', _MEAN),
+    ('lm-class-mean', 'LM-Softmax, class mean', 'lm-softmax', _MEAN),
+    ('lm-class-mean+rw', 'LM-Softmax*, class mean', 'lm-softmax', _MEAN),
+    ('lm-class-mean+prior', 'LM-Softmax, class mean, logit adjustment', 'lm-softmax',
+     _MEAN | _PRIOR),
+    ('lm-class-mean+prior+rw', 'LM-Softmax*, class mean, logit adjustment',
+     'lm-softmax', _MEAN | _PRIOR),
+    ('normface-fixed', 'NormFace, fixed simplex', 'normface', dict(fixed=True)),
+    ('normface-fixed+prior', 'NormFace, fixed simplex, logit adjustment', 'normface',
+     dict(fixed=True) | _PRIOR),
+    ('lm-fixed', 'LM-Softmax, fixed simplex', 'lm-softmax', dict(fixed=True)))
+
+# %% ../../nbs/study/36_recipes.ipynb #8497f91e
 def table2_rows(
     num_classes: int,  # k, for the weight of the zero centroid
 ) -> list[Row]:
@@ -191,44 +229,13 @@ def table2_rows(
     star = Settings(PUBLIC, zero_centroid=5. * num_classes**2)
     rows = [_CE, Row('focal', 'Focal', Settings(SLIDES, loss='focal'))]
     for loss in ('cosface', 'arcface', 'normface', 'ldam', 'lm-softmax'):
-        plain = Settings(SLIDES, loss=loss)
-        rows += [Row(loss, LOSSES[loss].title, plain), Row(
-            f'{loss}+rw', f'{LOSSES[loss].title}*', Settings(PUBLIC, plain, star))]
-    return rows + [Row(name, label, changes) for name, label, changes in (
-        ('ldam-drw', 'LDAM-DRW', dict(loss='ldam', reweighted=.2)),
-        ('ce+prior', 'CE, logit adjustment', dict(loss='ce', logit_adjustment=1.)),
-        ('normface+prior', 'NormFace, logit adjustment',
-         dict(loss='normface', logit_adjustment=1.)),
-        ('normface+prior+rsm', 'NormFace, logit adjustment + 0.5 R_sm, class mean',
-         dict(loss='normface', logit_adjustment=1., sample_margin=.5,
-              sample_margin_reduction='class-mean')),
-        ('normface+prior+rw', 'NormFace*, logit adjustment',
-         dict(loss='normface', logit_adjustment=1., **star)),
-        ('ce+prior+rsm', 'CE, logit adjustment + 0.5 R_sm, class mean',
-         dict(loss='ce', logit_adjustment=1., sample_margin=.5,
-              sample_margin_reduction='class-mean')),
-        ('normface-class-mean', 'NormFace, class mean',
-         dict(loss='normface', reduction='class-mean')),
-        ('normface+prior+rsm+rw', 'NormFace*, logit adjustment + 0.5 R_sm, class mean',
-         dict(loss='normface', logit_adjustment=1., sample_margin=.5,
-              sample_margin_reduction='class-mean', **star)),
-        ('lm-logsumexp', 'LM-Softmax, log-sum-exp', dict(loss='lm-softmax-logsumexp')),
-        ('lm-tilted', 'LM-Softmax, log-sum-exp, t=4', dict(loss='lm-softmax-tilted')),
-        ('lm-tilted-class-mean', 'LM-Softmax, log-sum-exp, t=4, class mean',
-         dict(loss='lm-softmax-tilted', reduction='class-mean')),
-        ('lm-class-mean', 'LM-Softmax, class mean',
-         dict(loss='lm-softmax', reduction='class-mean')),
-        ('lm-class-mean+rw', 'LM-Softmax*, class mean',
-         dict(loss='lm-softmax', reduction='class-mean', **star)),
-        ('lm-class-mean+prior', 'LM-Softmax, class mean, logit adjustment',
-         dict(loss='lm-softmax', reduction='class-mean', logit_adjustment=1.)),
-        ('lm-class-mean+prior+rw', 'LM-Softmax*, class mean, logit adjustment',
-         dict(loss='lm-softmax', reduction='class-mean', logit_adjustment=1., **star)),
-        ('normface-fixed', 'NormFace, fixed simplex',
-         dict(loss='normface', fixed=True)),
-        ('normface-fixed+prior', 'NormFace, fixed simplex, logit adjustment',
-         dict(loss='normface', fixed=True, logit_adjustment=1.)),
-        ('lm-fixed', 'LM-Softmax, fixed simplex', dict(loss='lm-softmax', fixed=True)))]
+        printed = Settings(SLIDES, loss=loss)
+        rows += [Row(loss, LOSSES[loss].title, printed), Row(
+            f'{loss}+rw', f'{LOSSES[loss].title}*', Settings(PUBLIC, printed, star))]
+    return rows + [
+        Row(name, label, dict(loss=loss, **changes,
+                              **(star if name.endswith('+rw') else {})))
+        for name, label, loss, changes in _OUR_ROWS]
 
 # %% ../../nbs/study/36_recipes.ipynb #36c0de08
 def as_printed(
@@ -251,7 +258,7 @@ def printed1_rows(
     return as_printed([row for row in table1_rows(num_classes)
                        if row.changes['loss'] != 'lm-softmax'])
 
-
+# %% ../../nbs/study/36_recipes.ipynb #1f0cd5c9
 def printed2_rows(
     num_classes: int,  # k, for the weight of the zero centroid
 ) -> list[Row]:
@@ -297,14 +304,14 @@ def more3_rows(
             ('smoothing', 'label smoothing', dict(label_smoothing=.1)),
             ('triplet', 'triplet', dict(triplet=1., images_each=4,
                                         schedule='warm-up-long'))]
-    found = []
+    added = []
     for row in rows:
         for name, label, changes in more:
             if name == 'smoothing' and row.changes['loss'] == 'lm-softmax': continue
             row = Row(f'{row.name}+{name}', f'{row.label} + {label}',
                       Settings(BASELINE, row.changes, **changes))
-            found.append(row)
-    return [*found, *as_printed(rows, BASELINE, erasing=.5)]
+            added.append(row)
+    return [*added, *as_printed(rows, BASELINE, erasing=.5)]
 
 # %% ../../nbs/study/36_recipes.ipynb #4ad66f0c
 def sphere_rows(
@@ -399,11 +406,11 @@ def demo_rows(
 def _compare(lines):
     "Say in words what R_sm did to each loss."
     notes, by_name = [], {line.row.name: line for line in lines}
-    for name, plain in by_name.items():
+    for name, baseline in by_name.items():
         if (added := by_name.get(f'{name}+rsm')) is None: continue
-        angle, margin = (added.mean(measure) - plain.mean(measure)
+        angle, margin = (added.mean(measure) - baseline.mean(measure)
                          for measure in ('class_margin', 'mean_sample_margin'))
-        notes.append(f'{plain.row.label}: 0.5 R_sm changes the class margin by '
+        notes.append(f'{baseline.row.label}: 0.5 R_sm changes the class margin by '
                      f'{angle:+.2f}° and the mean sample margin by {margin:+.3f}.')
         if name == 'lm-softmax':
             notes.append('LM-Softmax is R_sm up to log(k−1)/s, so the term has next to '

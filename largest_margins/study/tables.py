@@ -23,10 +23,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+# %% ../../nbs/study/37_tables.ipynb #da7a0b48
 import torch
 from joblib import Parallel, delayed
 from joblib.parallel import LokyBackend, get_active_backend
 from tqdm import tqdm
+
 
 import largest_margins
 from ..callbacks import Checkpoint, has_bfloat16, load_file, save_file
@@ -149,15 +151,15 @@ def read_record(
     configuration: Any,  # that is asked for
 ) -> dict | None:  # the record; None if there is none
     "Read the record of a run; ValueError if it is of another configuration, or none."
-    try: found = json.loads(path.read_text(encoding='utf-8'))
+    try: record = json.loads(path.read_text(encoding='utf-8'))
     except FileNotFoundError: return None
     except ValueError as e:
         raise ValueError(f'{path} is not the record of a run: remove it') from e
-    if not isinstance(found, dict) or not isinstance(found.get('asked'), dict):
+    if not isinstance(record, dict) or not isinstance(record.get('asked'), dict):
         raise ValueError(f'{path} is not the record of a run: remove it')
     defaults = _asked(type(configuration)())  # of fields newer than the record
-    changes = differences(defaults | found['asked'], _asked(configuration))
-    if not changes: return found
+    changes = differences(defaults | record['asked'], _asked(configuration))
+    if not changes: return record
     raise ValueError(f'{path} is of another training, choose another directory or '
                      f'remove it: {changes}')
 
@@ -167,8 +169,8 @@ def read_records(
     out: Path,  # directory of the table
 ) -> list[tuple[Run, dict]]:  # the finished ones with their records
     "Read the records of a table that are there."
-    found = ((run, read_record(out/run.path, run.configuration)) for run in runs)
-    return [(run, kept) for run, kept in found if kept]
+    records_read = ((run, read_record(out/run.path, run.configuration)) for run in runs)
+    return [(run, record) for run, record in records_read if record]
 
 # %% ../../nbs/study/37_tables.ipynb #652739b3
 def execute(
@@ -202,11 +204,11 @@ def run_one(
     with _threads(threads):
         content = c.measure(out/run.checkpoint, progress)
         tensors = content.pop('tensors', None)
-        found = run_record(c, content)
+        record = run_record(c, content)
     if run.keep and tensors is not None: save_file(tensors, out/run.tensors)
-    write_file(out/run.path, json.dumps(found, ensure_ascii=False, allow_nan=False))
+    write_file(out/run.path, json.dumps(record, ensure_ascii=False, allow_nan=False))
     Checkpoint(out/run.checkpoint).remove()
-    return run, found
+    return run, record
 
 # %% ../../nbs/study/37_tables.ipynb #37c0de02
 @contextmanager
@@ -259,8 +261,8 @@ def aggregate(
 ) -> list[Line]:  # in the order of the table
     "Put the seeds of each row together."
     groups = {}
-    for run, found in finished:
-        groups.setdefault((run.setting.name, run.row.name), []).append((run, found))
+    for run, record in finished:
+        groups.setdefault((run.setting.name, run.row.name), []).append((run, record))
     settings = [setting.name for setting in recipe.settings]
     rows = [row.name for row in recipe.rows(2) + recipe.more(2)]
     order = sorted(groups, key=lambda at: (settings.index(at[0]), rows.index(at[1])))
@@ -270,20 +272,20 @@ def aggregate(
 def _line(recipe, group):
     "One line from the seeds of one row in one setting."
     run, measured = group[0][0], [_numbers_of(*pair) for pair in group]
-    good = [numbers for numbers, (_, found) in zip(measured, group, strict=True)
-            if not found['diverged']]
+    good = [numbers for numbers, (_, record) in zip(measured, group, strict=True)
+            if not record['diverged']]
     values = {name: numbers for name in MEASURES
               if (numbers := [m[name] for m in good if m.get(name) is not None])}
     return Line(run.setting, run.row, len(group), len(group) - len(good), values,
                 printed(recipe, run.dataset, run.setting, run.row))
 
 # %% ../../nbs/study/37_tables.ipynb #c74fb8b3
-def _numbers_of(run, found):
+def _numbers_of(run, record):
     "What a record holds; runs stored earlier get the gap to the optimum, if known."
-    numbers, c = found['measured'] | {'bound': found.get('bound')}, run.configuration
-    counts = found.get('counts', getattr(c, 'counts', None))
+    numbers, c = record['measured'] | {'bound': record.get('bound')}, run.configuration
+    counts = record.get('counts', getattr(c, 'counts', None))
     d = getattr(c, 'd', getattr(c, 'embedding', None))
-    if 'less_optimum' in numbers or not (counts and d) or found['diverged']:
+    if 'less_optimum' in numbers or not (counts and d) or record['diverged']:
         return numbers
     best = c.optimum(counts, d)
     gap = None if best is None else numbers['class_margin'] - best
@@ -333,17 +335,17 @@ def summarise(
 ) -> Table:
     "Make the table of the finished runs, ready to be written."
     if not finished: raise ValueError('finished must hold at least one run, got none')
-    lines, (run, found) = aggregate(recipe, finished), finished[0]
+    lines, (run, record) = aggregate(recipe, finished), finished[0]
     beside = _NAMES.get(recipe.beside.get(run.dataset, recipe.beside.get('')))
     parts = [(s.label, *_grid(recipe, part, beside)) for s in recipe.settings
              if (part := [x for x in lines if x.setting == s])]
     names = [name for name in MEASURES
-             if any(name in found['measured'] for _, found in finished)
+             if any(name in record['measured'] for _, record in finished)
              or (name in recipe.columns and any(name in x.values for x in lines))]
-    ran = ', '.join(f'{name} {value}' for name, value in found['machine'].items())
+    ran = ', '.join(f'{name} {value}' for name, value in record['machine'].items())
     notes = [
         *(recipe.remarks(lines) if recipe.remarks else []),
-        f'Ours: {run.configuration.note(found)}. Mean ± standard '
+        f'Ours: {run.configuration.note(record)}. Mean ± standard '
         'deviation of single runs (n − 1; – for one run).',
         *([f'“paper, {beside}”: as printed on the slides of Zhou et al. (2022). '
            f'{printed_numbers()["notes"][recipe.name]} Networks and schedules differ.']
@@ -373,9 +375,9 @@ def _numbers(lines, names):
 def _figures(finished, out):
     "Of the runs whose tensors were kept."
     return [(run.title, figures_of(run.row.label, load_file(out/run.tensors, 'tensors'),
-                                   found['history']), '')
-            for run, found in finished
-            if out and not found['diverged'] and (out/run.tensors).exists()]
+                                   record['history']), '')
+            for run, record in finished
+            if out and not record['diverged'] and (out/run.tensors).exists()]
 
 # %% ../../nbs/study/37_tables.ipynb #377ae3f7
 def make_table(
@@ -396,28 +398,16 @@ def make_table(
     "Train what is missing of a table, and write it as Markdown, CSV, LaTeX and HTML."
     dataset, out = dataset or recipe.dataset, Path(out)
     changes = {name: value for name, value in changes.items() if value is not None}
-    scale, absent = changes.pop('scale', None), ''
-    if settings:
-        recipe = replace(recipe, settings=tuple(choose(recipe.settings, settings)))
-    if scale is not None: recipe = rescaled(recipe, scale)
-    try:
-        k = recipe.configurations.num_classes(dataset, **changes)
-        runs = plan(recipe, dataset, rows, seeds, k, **changes)
-        lines = _plan_in_words(recipe, runs)  # refuses bad data before any training
-    except (FileNotFoundError, ImportError) as e:
-        if not dry_run or dataset not in KNOWN_CLASSES: raise
-        runs = plan(recipe, dataset, rows, seeds, KNOWN_CLASSES[dataset], **changes)
-        absent = f'without the data: {e}'
-        lines = _plan_in_words(recipe, runs, absent)
+    recipe = _chosen(recipe, settings, changes.pop('scale', None))
+    runs, lines, known = _planned(recipe, dataset, rows, seeds, changes, dry_run)
     done = [run for run, _ in read_records(runs, out)]
     missing = [run for run in runs if run not in done]
     begun = [run for run in missing if (out/run.checkpoint).exists()]
     if done: tell(f'{len(done)} of {len(runs)} runs are there already')
     if begun: tell(f'{len(begun)} of {len(runs)} runs have begun')
     if dry_run:
-        for line in lines: tell(line)
-        tell(f'{len(runs)} runs, {len(missing)} to train')
-        if missing and not absent: tell(_estimate(missing, jobs, threads))
+        for line in (*lines, f'{len(runs)} runs, {len(missing)} to train'): tell(line)
+        if missing and known: tell(_estimate(missing, jobs, threads))
         return True
     if (done or begun) and not resume:
         raise ValueError(f'out must be another directory, {out} has '
@@ -429,6 +419,25 @@ def make_table(
     if finished: _write(summarise(recipe, finished, out), out, tell)
     if not complete: tell(f'stopped: {len(finished)} of {len(runs)} runs complete')
     return complete
+
+# %% ../../nbs/study/37_tables.ipynb #df756e0f
+def _chosen(recipe, settings, scale):
+    "The recipe with some of its parts, at another scale."
+    if settings:
+        recipe = replace(recipe, settings=(*choose(recipe.settings, settings),))
+    return recipe if scale is None else rescaled(recipe, scale)
+
+
+def _planned(recipe, dataset, rows, seeds, changes, dry_run):
+    "The runs, lines about them, and whether the data are there."
+    def runs_of(k): return plan(recipe, dataset, rows, seeds, k, **changes)
+    try:
+        runs = runs_of(recipe.configurations.num_classes(dataset, **changes))
+        return runs, _plan_in_words(recipe, runs), True  # refuses bad data at once
+    except (FileNotFoundError, ImportError) as e:
+        if not dry_run or dataset not in KNOWN_CLASSES: raise
+        runs = runs_of(KNOWN_CLASSES[dataset])
+        return runs, _plan_in_words(recipe, runs, f'without the data: {e}'), False
 
 # %% ../../nbs/study/37_tables.ipynb #f89cde98
 KNOWN_CLASSES = {  # of data that may not be there when one looks at a plan
@@ -456,21 +465,21 @@ def _run_all(recipe, missing, out, jobs, threads, tell):
         bar.update(done + epoch - bar.n)
     try:
         ended = execute(missing, out, jobs, threads, progress)
-        for n, (run, found) in enumerate(ended, 1):
+        for n, (run, record) in enumerate(ended, 1):
             done = sum(steps[:n])
             bar.update(done - bar.n)
-            if bar.disable: tell(f'{n}/{len(missing)}  {_outcome(recipe, run, found)}')
+            if bar.disable: tell(f'{n}/{len(missing)}  {_outcome(recipe, run, record)}')
     except KeyboardInterrupt: return False
     finally: bar.close()
     return True
 
 # %% ../../nbs/study/37_tables.ipynb #aa3701ac
-def _outcome(recipe, run, found):
+def _outcome(recipe, run, record):
     "One finished run in a line."
-    outcome = 'diverged' if found['diverged'] else ', '.join(
-        f'{MEASURES[name].heading} {found["measured"][name]:.2f}'
+    outcome = 'diverged' if record['diverged'] else ', '.join(
+        f'{MEASURES[name].heading} {record["measured"][name]:.2f}'
         for name in dict.fromkeys((recipe.columns[0], 'class_margin')))
-    return f'{run.title}: {outcome}, {found["seconds"]:.1f} s'
+    return f'{run.title}: {outcome}, {record["seconds"]:.1f} s'
 
 # %% ../../nbs/study/37_tables.ipynb #7fe2113c
 def _plan_in_words(recipe, runs, absent=''):
@@ -487,11 +496,11 @@ def _plan_in_words(recipe, runs, absent=''):
     trained = {}
     for run in runs: trained.setdefault(run.configuration.training, run)
     for training, run in trained.items():
-        told = {}
+        by_source = {}
         for name, source in recipe.sources(run.dataset, run.setting, run.row).items():
-            told.setdefault(source, []).append(name)
+            by_source.setdefault(source, []).append(name)
         lines += [f'\n{training}', *(f'  {source}: {", ".join(names)}'
-                                     for source, names in told.items())]
+                                     for source, names in by_source.items())]
     return lines
 
 # %% ../../nbs/study/37_tables.ipynb #37c0de01
@@ -507,7 +516,7 @@ def _estimate(missing, jobs, threads):
             f'{len(missing)} runs, in epochs as long as this one, '
             f'{_duration(seconds * epochs / jobs)}')
 
-
+# %% ../../nbs/study/37_tables.ipynb #170b1380
 def _duration(seconds):
     "A time in the largest unit of which it has more than one."
     for unit, size in (('days', 86_400), ('hours', 3600), ('minutes', 60)):

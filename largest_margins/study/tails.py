@@ -13,17 +13,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+
 import torch
 from fastai.callback.core import Callback
 from fastcore.basics import patch
 from torch import Tensor, nn
 
+# %% ../../nbs/study/43_tails.ipynb #40f8bf6f
 from ..callbacks import HeadCallback
 from ..checks import number
 from ..data import imbalanced_indices
 from ..engine.cosines import cosine_matrix
 from .experiments import Configuration, loaded, noisy, train
-from ..margins import neural_collapse, unit_rows
+from ..margins import neural_collapse, sample_margins, unit_rows
 from .recipes import Recipe, Row, Setting
 from ..reliability import calibration, detection
 
@@ -94,7 +96,7 @@ class _Further(Callback):
     "Measures what needs the trained model, once it is trained."
 
     def __init__(self, elsewhere):
-        self.elsewhere, self.found = elsewhere, {}
+        self.elsewhere, self.measured = elsewhere, {}
 
     @property
     def _last(self): return self.learn.epoch + 1 == self.learn.n_epoch
@@ -107,45 +109,39 @@ class _Further(Callback):
         self.learn.dl = self.learn.dls.valid.new(whole.new(whole.images[some],
                                                            whole.targets[some]))
 
-    def after_fit(self):
-        if not self._last: return
-        learn, found = self.learn, {}
-        model, loader = learn.model.eval(), learn.dls.valid
-        W = model[-1].weight.detach()
-        z, targets = _features(model, learn.dls.train.new(
-            shuffle=False, drop_last=False, augment=None, bs=1024))
-        if not (z.isfinite().all() and W.isfinite().all()): return
-        collapse = neural_collapse(unit_rows(z.double()), targets,
-                                   unit_rows(W.double()))
-        found |= {f'nc{i}': value.item() for i, value in enumerate(collapse, 1)}
-        z, targets = _features(model, loader)
-        cosines = cosine_matrix(z, W)
-        found['train_count'] = len(learn.dls.train.dataset)
-        if _is_balanced(targets, len(W)):
-            loss = learn.loss_func
-            logits = z @ W.T if not hasattr(loss, 'scale') else loss.scale * cosines
-            found |= calibration(logits, targets)._asdict()
-        if self.elsewhere is not None:
-            z, _ = _features(model, loader.new(self.elsewhere))
-            other = cosine_matrix(z, W)
-            pairs = dict(cosine=(_largest(cosines), _largest(other)),
-                         margin=(_lead(cosines), _lead(other)))
-            for name, (known, unknown) in pairs.items():
-                detected = detection(known, unknown)
-                found |= {f'auroc_{name}': 100 * detected.auroc,
+# %% ../../nbs/study/43_tails.ipynb #5027a762
+@patch
+def after_fit(self: _Further):
+    if not self._last: return
+    model, loader = self.learn.model.eval(), self.learn.dls.train
+    W = model[-1].weight.detach()
+    z, targets = _features(model, loader.new(
+        shuffle=False, drop_last=False, augment=None, bs=1024))
+    if not (z.isfinite().all() and W.isfinite().all()): return
+    collapse = neural_collapse(unit_rows(z.double()), targets, unit_rows(W.double()))
+    self.measured = {f'nc{i}': value.item() for i, value in enumerate(collapse, 1)}
+    self.measured['train_count'] = len(loader.dataset)
+    self._measure_test(model, W)
+
+# %% ../../nbs/study/43_tails.ipynb #8a050503
+@patch
+def _measure_test(self: _Further, model, W):
+    "How honest the probabilities are, and how strange images of other classes look."
+    loader, loss = self.learn.dls.valid, self.learn.loss_func
+    z, targets = _features(model, loader)
+    cosines = cosine_matrix(z, W)
+    if _is_balanced(targets, len(W)):
+        logits = loss.scale * cosines if hasattr(loss, 'scale') else z @ W.T
+        self.measured |= calibration(logits, targets)._asdict()
+    if self.elsewhere is None: return
+    other = cosine_matrix(_features(model, loader.new(self.elsewhere))[0], W)
+    for name, score in (('cosine', lambda c: c.amax(1)),
+                        ('margin', lambda c: sample_margins(c, c.argmax(1)))):
+        detected = detection(score(cosines), score(other))
+        self.measured |= {f'auroc_{name}': 100 * detected.auroc,
                           f'fpr95_{name}': 100 * detected.fpr95}
-        self.found = found
 
 # %% ../../nbs/study/43_tails.ipynb #2e9ad8d0
-def _largest(cosines): return cosines.amax(1)
-
-
-def _lead(cosines):
-    "The sample margin of the predicted class."
-    first, second = cosines.topk(2).values.T
-    return first - second
-
-
 def _is_balanced(targets, k):
     "Whether no class has more than twice the samples of another."
     counts = torch.bincount(targets, minlength=k)
@@ -155,8 +151,8 @@ def _is_balanced(targets, k):
 @torch.no_grad()
 def _features(model, batches):
     "Features and, if known, targets of a split."
-    found = [(model.features(x), *y) for x, *y in batches]
-    z, *y = (torch.cat(part) for part in zip(*found, strict=True))
+    features = [(model.features(x), *y) for x, *y in batches]
+    z, *y = (torch.cat(part) for part in zip(*features, strict=True))
     return z, (y[0] if y else None)
 
 # %% ../../nbs/study/43_tails.ipynb #a5f74a09
@@ -182,7 +178,7 @@ def measure(
     numbers['mean_train_margin'] = result.train_margins['mean']
     numbers['min_train_margin'] = result.train_margins['min']
     return dict(
-        diverged=bool(result.diverged), measured=numbers | further.found,
+        diverged=bool(result.diverged), measured=numbers | further.measured,
         bound=result.bound, test_margins=result.test_margins,
         train_margins=result.train_margins, classes=result.classes,
         counts=result.counts, class_accuracies=result.class_accuracies.tolist(),
@@ -229,7 +225,7 @@ _STUDY = {  # settings and training by data set
     'shuttle': ((_NATURAL,), dict(_ROWS, batch_size=512, epochs=8)),
     'mnist_10k': ((_LONG_TAIL,), _IMAGES), 'fashion_small': ((_LONG_TAIL,), _IMAGES)}
 
-
+# %% ../../nbs/study/43_tails.ipynb #9bd147de
 def study(
     dataset: str,  # 'digits', 'letters', 'shuttle', 'mnist_10k' or 'fashion_small'
 ) -> Recipe:

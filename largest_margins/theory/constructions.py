@@ -22,8 +22,8 @@ from torch import Tensor
 # %% ../../nbs/theory/02b_constructions.ipynb #dd89e7e7
 def _signs(n, even=False):
     "All words of n signs, or those with an even number of minus signs."
-    words = np.array(list(product((1, -1), repeat=n)))
-    return words[words.prod(1) == 1] if even else words
+    signs = np.array(list(product((1, -1), repeat=n)))
+    return signs[signs.prod(1) == 1] if even else signs
 
 
 def _on_blocks(d, blocks, signs):
@@ -37,19 +37,19 @@ def _axes(d, length=1):
     "Plus and minus each unit vector, times a length."
     return length * np.concatenate([np.eye(d, dtype=int), -np.eye(d, dtype=int)])
 
-
+# %% ../../nbs/theory/02b_constructions.ipynb #bb1c5703
 def _roots(d):
     "The root system D: two entries ±1."
     return _on_blocks(d, list(combinations(range(d), 2)), _signs(2))
 
 # %% ../../nbs/theory/02b_constructions.ipynb #eef6c74f
 @cache
-def _packing_of_blocks(n, w, shared, size):
+def _packing_of_blocks(n, w, common, size):
     "`size` blocks of w of n coordinates, two of which have at most `shared` in common."
     blocks = list(combinations(range(n), w))
     rows = np.zeros((len(blocks), n), int)
     for row, block in zip(rows, blocks): row[list(block)] = 1
-    clash = rows @ rows.T > shared
+    clash = rows @ rows.T > common
     np.fill_diagonal(clash, False)
     rng, chosen, clashes = np.random.default_rng(0), np.zeros(len(blocks), bool), 0
     while chosen.sum() < size:
@@ -72,7 +72,7 @@ def _times(q):
         shifted = np.where(shifted & q, shifted ^ modulus, shifted)
     return table
 
-
+# %% ../../nbs/theory/02b_constructions.ipynb #5288dfdb
 def _trace(q):
     "x + x² + x⁴ + …, 0 or 1, for each x of the field of q = 2^m elements."
     times, total = _times(q), np.zeros(q, int)
@@ -82,14 +82,14 @@ def _trace(q):
     return total
 
 
-def _words(forms):
+def _codewords(forms):
     "Signs of each form plus each affine function on m bits, [words, 2^m]."
     length = forms.shape[1]
     bits = np.arange(length)[:, None] >> np.arange(length.bit_length()) & 1
-    words = (forms[:, None] + bits @ bits.T).reshape(-1, length) % 2
-    return 1 - 2 * np.concatenate([words, 1 - words])
+    codewords = (forms[:, None] + bits @ bits.T).reshape(-1, length) % 2
+    return 1 - 2 * np.concatenate([codewords, 1 - codewords])
 
-
+# %% ../../nbs/theory/02b_constructions.ipynb #c0b062d5
 def _kerdock(m):
     "Kerdock's code: 4^m words of length 2^m, m even."
     times, trace = _times(2**(m - 1)), _trace(2**(m - 1))
@@ -97,13 +97,13 @@ def _kerdock(m):
     for _ in range(m // 2 - 1):
         power = times[power, power]
         forms ^= trace[times[times, power]]
-    return _words(np.concatenate([forms, forms ^ trace[times]], 1))
+    return _codewords(np.concatenate([forms, forms ^ trace[times]], 1))
 
 # %% ../../nbs/theory/02b_constructions.ipynb #81fd405g
 def _bch(m):
     "The dual of the extended double-error-correcting BCH code of length 2^m, m odd."
     times, x = _times(2**m), np.arange(2**m)
-    return _words(_trace(2**m)[times[:, times[x, times[x, x]]]])
+    return _codewords(_trace(2**m)[times[:, times[x, times[x, x]]]])
 
 
 def _golay():
@@ -114,9 +114,9 @@ def _golay():
     return (np.arange(4096)[:, None] >> np.arange(12) & 1) @ rows % 2
 
 
-def _shortened(words, n):
+def _shortened(codewords, n):
     "The words that begin with n plus signs, without these."
-    return words[(words[:, :n] == 1).all(1), n:]
+    return codewords[(codewords[:, :n] == 1).all(1), n:]
 
 # %% ../../nbs/theory/02b_constructions.ipynb #e1ef7124
 @cache
@@ -137,7 +137,7 @@ def _biplane():
                       if (r == row) != (c == column)])
             for row in range(4) for column in range(4)]
 
-
+# %% ../../nbs/theory/02b_constructions.ipynb #c241af1b
 def _avoiding(blocks, n):
     "The blocks without the first n coordinates, which go."
     return [block - n for block in blocks if min(block) >= n]
@@ -171,7 +171,7 @@ def _seen(rows, *cosines):
         rows = _section(rows, rows[0], int(cosine * (rows[0] @ rows[0])))
     return rows
 
-
+# %% ../../nbs/theory/02b_constructions.ipynb #cc7180df
 def _e6():
     "The roots of E8 that are orthogonal to two of them at 120°."
     rows = _e8()
@@ -187,7 +187,7 @@ def _barnes_wall():
 
 def _552(): return _section(_leech(), np.array([5] + [1] * 23), 24)
 
-
+# %% ../../nbs/theory/02b_constructions.ipynb #8acc83ef
 def _100():
     "The points of the Leech lattice at one distance from two points of a triangle."
     first, second = np.array([5] + [1] * 23), np.array([1, 5] + [1] * 22)
@@ -252,10 +252,11 @@ class Construction:
 @cache
 def constructions() -> tuple[Construction, ...]:  # the smaller the cosine, the earlier
     "The library. Simplices, cross-polytopes and polygons are not in it."
-    found = [Construction(*row) for row in (*_named(), *_on_designs(), *_codes())]
-    return tuple(sorted(found, key=lambda code: (code.cosine, code.d)))
+    rows = *_named(), *_on_designs(), *_codes()
+    arrangements = [Construction(*row) for row in rows]
+    return tuple(sorted(arrangements, key=lambda code: (code.cosine, code.d)))
 
-
+# %% ../../nbs/theory/02b_constructions.ipynb #93bf6193
 def _named():
     "Lattices, graphs and polytopes: name, k, d, cosine, rows."
     def one(n): return Fraction(1, n)
@@ -304,7 +305,7 @@ def _on_designs():
         yield f'{n} blocks of a biplane', 32 * n, d, Fraction(1, 3), lambda d=d: (
             _on_blocks(d, _avoiding(_biplane(), 16 - d), _signs(6, even=True)))
 
-
+# %% ../../nbs/theory/02b_constructions.ipynb #89a3464e
 def _codes():
     "Binary codes, shortened, and Kerdock's with the axes: name, k, d, cosine, rows."
     kerdock, long_kerdock = partial(_kerdock, 4), partial(_kerdock, 6)

@@ -35,7 +35,7 @@ class FreeOptimum:
         "Return the smallest angle between two prototypes, radians."
         return class_margin(self.prototypes).item()
 
-
+# %% ../../nbs/theory/11e_free_optimum.ipynb #c6d7630a
 def free_optimum(
     loss: nn.Module,  # smooth, of cosines [N, k] and targets [N]; its weight is ignored
     class_counts: Iterable[float],  # samples of each class, > 0, [k]
@@ -62,12 +62,12 @@ def free_optimum(
     def objective(W, Z):
         value = loss(Z @ W.T, targets)
         return value + centroid * W.mean(0).square().sum() if centroid else value
-    found = []
+    optima = []
     for seed in range(integer('starts', starts, at_least=1)):
         generator = torch.Generator().manual_seed(seed)
         W, Z = torch.randn(2, k, d, generator=generator, dtype=torch.float64)
-        found.append(descend(objective, W, Z, iterations=5000))
-    value, W, Z = min(found, key=lambda ended: ended[0])
+        optima.append(descend(objective, W, Z, iterations=5000))
+    value, W, Z = min(optima, key=lambda ended: ended[0])
     try: gap = certify_optimum(loss, W, Z, centroid=centroid).gap
     except ValueError: gap = None  # not convex in the cosines
     return FreeOptimum(W, Z, value, gap)
@@ -91,12 +91,12 @@ def fit_scale(
     if len(cases) < 2: raise ValueError(f'cases must be two or more, got {len(cases)}')
     printed = torch.tensor([angle for *_, angle in cases], dtype=torch.float64)
     def angles(s):
-        found = []
+        degrees = []
         for loss, counts, _ in cases:
             loss = copy.deepcopy(loss)
             loss.scale = s
-            found.append(math.degrees(free_optimum(loss, counts).class_margin))
-        return torch.tensor(found, dtype=torch.float64)
+            degrees.append(math.degrees(free_optimum(loss, counts).class_margin))
+        return torch.tensor(degrees, dtype=torch.float64)
     s, step = number('first', first, above=0), math.inf
     while abs(step) > 1e-4 * s:
         residuals = printed - angles(s)

@@ -24,7 +24,7 @@ _UNIT = 2**60  # numbers of a certificate are multiples of 1/_UNIT
 _MOST = 4000, 10_000  # coordinates, and contacts, that the verifier looks at
 _ROUNDED = 1 + 2.**-20  # more than the rounding of a norm of that many numbers
 
-
+# %% ../../nbs/theory/03b_jammed.ipynb #2bc7cb62
 def _rows(points, contacts, weights):
     "The matrix B: contacts times weights, lengths, turns; [m + k + d(d − 1)/2, k·d]."
     (k, d), m = points.shape, len(contacts)
@@ -38,23 +38,23 @@ def _rows(points, contacts, weights):
         blocks.append((np.full(k, row), at, turn))
     rows, owners, values = (np.concatenate(part) for part in zip(*blocks))
     columns = d * owners[:, None] + np.arange(d)
-    place = np.repeat(rows, d), columns.ravel()
-    B = csr_array((values.ravel(), place), (m + k + len(turns), k * d))
+    positions = np.repeat(rows, d), columns.ravel()
+    B = csr_array((values.ravel(), positions), (m + k + len(turns), k * d))
     B.eliminate_zeros()
     return B
 
-
+# %% ../../nbs/theory/03b_jammed.ipynb #268a7189
 def _inverse_bounds(points, contacts, weights):
     "η, ‖L_a‖ and ‖L_n‖ for an approximate inverse L of B, rounded up."
     k, m = len(points), len(contacts)
     B = _rows(points, contacts, weights)
     factor = cho_factor((B.T @ B).toarray(), check_finite=False)
     right = cho_solve(factor, B.toarray().T, check_finite=False).T  # the transpose of L
-    rest = B.T @ right
-    rest[np.diag_indices_from(rest)] -= 1
+    residual = B.T @ right
+    residual[np.diag_indices_from(residual)] -= 1
     norm = np.linalg.norm
     terms = int(np.diff(B.tocsc().indptr).max()) + 8
-    eta = norm(rest) + terms * 2.**-53 * norm(right) * norm(B.data)
+    eta = norm(residual) + terms * 2.**-53 * norm(right) * norm(B.data)
     return [Fraction(float(x) * _ROUNDED)
             for x in (eta, norm(right[:m]), norm(right[m:m + k]))]
 
@@ -63,7 +63,7 @@ def _root(square):
     "The square root of a whole number, rounded up."
     return math.isqrt(int(square)) + 1
 
-
+# %% ../../nbs/theory/03b_jammed.ipynb #f1776697
 def _no_cosine_above(points, cosine):
     "Whether all pairs have a cosine of at most `cosine`, compared by squares."
     units = (points / _UNIT).astype(float)
@@ -92,8 +92,8 @@ def _quadratic(points, cosine, contacts, stress):
         held[j] += weight
         tau += weight * max(0, cosine * _UNIT - int(points[i] @ points[j]))
     along = [int(f @ x) // square for f, x, square in zip(force, points, squares)]
-    rest = force - np.array(along, object)[:, None] * points
-    delta = Fraction(_root((rest * rest).sum()), _UNIT * total)
+    residual = force - np.array(along, object)[:, None] * points
+    delta = Fraction(_root((residual * residual).sum()), _UNIT * total)
     short = [abs(_UNIT**2 - square) for square in squares]  # 2 ε, times the unit twice
     lengths = Fraction(sum(abs(x) * y for x, y in zip(along, short)),
                        2 * total * _UNIT**2)
@@ -120,7 +120,7 @@ def _fraction(text):
         raise ValueError("a distance must be like '1/3', of at most 400 digits")
     return Fraction(text)
 
-
+# %% ../../nbs/theory/03b_jammed.ipynb #fe03068e
 def _proved(certificate):
     lists = 'points', 'contacts', 'stress'
     if set(certificate) != {'kind', 'cosine', 'nearest', 'radius', 'sha256', *lists}:
@@ -152,13 +152,13 @@ def _stress(points, contacts):
     balance = hstack([rows.T, csr_array((k * d, 1))])
     total = np.append(np.ones(m), np.zeros(k + 1))
     below = hstack([-identity(m), csr_array((m, k)), np.ones((m, 1))])
-    found = linprog(np.append(np.zeros(m + k), -1), A_ub=below, b_ub=np.zeros(m),
-                    A_eq=vstack([balance, total[None]]),
-                    b_eq=np.append(np.zeros(k * d), 1),
-                    bounds=[(0, None)] * m + [(None, None)] * k + [(0, None)],
-                    method='highs')
-    if found.x is None: return None
-    weights = found.x[:-1]
+    solution = linprog(np.append(np.zeros(m + k), -1), A_ub=below, b_ub=np.zeros(m),
+                       A_eq=vstack([balance, total[None]]),
+                       b_eq=np.append(np.zeros(k * d), 1),
+                       bounds=[(0, None)] * m + [(None, None)] * k + [(0, None)],
+                       method='highs')
+    if solution.x is None: return None
+    weights = solution.x[:-1]
     square = (B.T @ B).toarray()  # singular where points can move
     square[np.diag_indices_from(square)] += 1e-14 * square.diagonal().max()
     for _ in range(2):

@@ -74,10 +74,10 @@ def _refuse_unless_convex(loss, k, trials=24):
     targets = torch.arange(min(k, 8))
     own = torch.nn.functional.one_hot(targets, k).bool()
     for trial in range(trials):
-        ends = 2 * torch.rand(2, len(own), k, generator=generator).double() - 1
-        if trial % 2: ends = torch.where(own, ends, 1.)  # only own cosines differ
+        pair = 2 * torch.rand(2, len(own), k, generator=generator).double() - 1
+        if trial % 2: pair = torch.where(own, pair, 1.)  # only own cosines differ
         with torch.no_grad():
-            left, right, middle = (loss(x, targets) for x in (*ends, ends.mean(0)))
+            left, right, middle = (loss(x, targets) for x in (*pair, pair.mean(0)))
         if middle > (left + right) / 2 + 1e-9 * (1 + middle.abs()):
             raise ValueError(f'loss must be convex in the cosines, {loss} is not')
 
@@ -115,11 +115,11 @@ class _MergedProblem:
         "The best angles of frequent prototypes and features to the rare point."
         if self.frequent == 1: return torch.full((2,), math.pi, dtype=torch.float64)
         edge = 1e-6  # radians; keeps the angles inside (0, π)
-        found = [minimize(self.objective, start, args=(ratio,), jac=True,
-                          method='L-BFGS-B', bounds=[(edge, math.pi - edge)] * 2,
-                          options=dict(ftol=0, gtol=1e-14, maxiter=1000))
-                 for start in self.starts]
-        best = min(found, key=lambda f: f.fun)
+        solutions = [minimize(self.objective, start, args=(ratio,), jac=True,
+                              method='L-BFGS-B', bounds=[(edge, math.pi - edge)] * 2,
+                              options=dict(ftol=0, gtol=1e-14, maxiter=1000))
+                     for start in self.starts]
+        best = min(solutions, key=lambda f: f.fun)
         if not math.isfinite(best.fun): raise ArithmeticError('no arrangement found')
         self.starts = [best.x]  # the next ratio begins there
         return torch.from_numpy(best.x)

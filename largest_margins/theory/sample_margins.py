@@ -28,7 +28,7 @@ def _hull_weights(points, y):
     weights = nnls(np.vstack([others.T, np.ones(len(others))]), target)[0]
     return np.insert(weights / weights.sum(), y, 0.)
 
-
+# %% ../../nbs/theory/06_sample_margins.ipynb #1bcfcde4
 def largest_sample_margins(
     prototypes: Tensor,  # one row for each class, of any norm, [k, d], k ≥ 2
 ) -> tuple[Tensor, Tensor]:  # unit features [k, d]; margins in [0, 2], [k]; float64
@@ -68,7 +68,7 @@ def sample_margin_certificate(
         upper=str(_root(square)[1]))
     return {**certificate, 'sha256': checksum(certificate)}
 
-
+# %% ../../nbs/theory/06_sample_margins.ipynb #d25645ae
 def _texts(numbers): return [str(x) for x in numbers]
 
 

@@ -50,7 +50,7 @@ def log_riesz_energy(
             for a in range(0, len(points), size)]
     return torch.cat(logs).logsumexp(0)
 
-
+# %% ../../nbs/theory/02_codes.ipynb #4caca4dc
 def _log_energies(rows, points, first, t):
     "log Σ_j ‖x_i − x_j‖^−t for the rows i, which start at `first`."
     distances = torch.cdist(rows, points, compute_mode='donot_use_mm_for_euclid_dist')

@@ -22,7 +22,7 @@ import torch
 @cache
 def _openblas():
     "The C functions that set and get the threads of NumPy's and of SciPy's OpenBLAS."
-    found = []
+    libraries = []
     for package in (np, scipy):
         home = Path(package.__file__).parent
         for file in [*home.parent.glob(f'{home.name}.libs/*openblas*'),
@@ -32,9 +32,9 @@ def _openblas():
                 names = [f'scipy_openblas_{verb}_num_threads{end}'
                          for verb in ('set', 'get')]
                 if all(hasattr(library, name) for name in names):
-                    found.append(tuple(getattr(library, name) for name in names))
+                    libraries.append(tuple(getattr(library, name) for name in names))
                     break
-    return found
+    return libraries
 
 # %% ../../nbs/theory/02a_threads.ipynb #78cdc0df
 @contextmanager

@@ -34,7 +34,7 @@ def _projected(d, degree, u, v, t):
         rows.append(((2 * n + d - 3) * x * rows[n] - n * y * rows[n - 1]) / (n + d - 3))
     return rows
 
-
+# %% ../../nbs/theory/04b_three_point.ipynb #7099b819
 def _triangle(size): return [(i, j) for j in range(size) for i in range(j + 1)]
 
 
@@ -104,7 +104,7 @@ def _ordered(axis):
 
 _SPARE = 1e-6  # how far the number of points stays below k
 
-
+# %% ../../nbs/theory/04b_three_point.ipynb #dd531ee3
 def _solve(programme, pairs, triples):
     "The unknowns with the most room η, with the conditions at these points."
     try: import clarabel
@@ -138,7 +138,7 @@ def _interpolation(nodes, at):
     rows = weights / np.where(away == 0, 1e-300, away)
     return rows / rows.sum(-1, keepdims=True)
 
-
+# %% ../../nbs/theory/04b_three_point.ipynb #dd268cdf
 def _maxima(programme, x, grid=48, most=400):
     "The highest local maxima of the polynomial on the cube, [3, N], and their values."
     n = programme.degree
@@ -196,7 +196,7 @@ def _integers(matrix):
     return [[round(x * _SCALE) for x in row[:i + 1].tolist()]
             for i, row in enumerate(matrix)]
 
-
+# %% ../../nbs/theory/04b_three_point.ipynb #167804ee
 def _matrix(column, size):
     "The symmetric matrix that the solver has as a column."
     M = np.zeros((size, size))

@@ -91,11 +91,11 @@ class ForeachOptimizer(Optimizer):
             groups.setdefault(alike, (hyper, [], []))[1].append(p)
             groups[alike][2].append(state)
         for (_, do_wd, _), (hyper, ps, states) in groups.items():
-            given = dict(hyper, do_wd=do_wd, grads=[p.grad.data for p in ps])
+            usual = dict(hyper, do_wd=do_wd, grads=[p.grad.data for p in ps])
             data = [p.data for p in ps]
             for cb in self.cbs:
                 options = cb.keywords if isinstance(cb, partial) else {}
-                _OF_LISTS[_bare(cb)](data, states, **{**given, **options})
+                _OF_LISTS[_bare(cb)](data, states, **{**usual, **options})
 
 # %% ../../nbs/training/31_foreach.ipynb #69b1a593
 def _bare(cb): return cb.func if isinstance(cb, partial) else cb

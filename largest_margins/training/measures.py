@@ -77,7 +77,7 @@ _SOLVED = {ArcFaceLoss, CombinedMarginLoss, CosFaceLoss, GMSoftmaxLoss, LDAMLoss
            LMSoftmaxLoss, NormFaceLoss, SphereFaceLoss}
 _optima: dict[str, float] = {}  # degrees, by loss and class sizes
 
-
+# %% ../../nbs/training/30_measures.ipynb #82f90e14
 def has_optimum(
     loss: nn.Module,  # the loss
     class_counts: list[int],  # training samples of each class, [k]
@@ -92,7 +92,7 @@ def has_optimum(
     return (type(loss) in _SOLVED and room and smooth and usual and 2 <= k <= 100
             and min(class_counts) >= 1)
 
-
+# %% ../../nbs/training/30_measures.ipynb #76fd15a8
 def loss_optimum(
     loss: nn.Module,  # the loss
     class_counts: list[int],  # training samples of each class, [k]
@@ -152,8 +152,8 @@ def _reliability_measures():
     "Of calibration, detection and collapse, each where it was examined."
     def of(part, name, factor=1):
         def compute(x):
-            found = getattr(x, part, None)
-            return None if found is None else factor * float(getattr(found, name))
+            value = getattr(x, part, None)
+            return None if value is None else factor * float(getattr(value, name))
         return compute
     made = dict(
         ece=Measure('ECE', 3, of('calibration', 'ece'), min),

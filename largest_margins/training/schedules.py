@@ -31,10 +31,10 @@ def steps_factor(
 # %% ../../nbs/training/29_schedules.ipynb #5b9e0122
 def warm_up_factor(
     position: float,  # share of the training that is over, in [0, 1]
-    ends: tuple = (5, 30, 55),  # of the warm-up and of the steps, in 120 epochs
+    epochs: tuple = (5, 30, 55),  # of the warm-up and of the steps, in 120 epochs
 ) -> float:  # what the learning rate is multiplied by
     "Strong baseline: from 0.01 up to 1, then 0.1, then 0.01."
-    warm, first, second = (end / 120 for end in ends)
+    warm, first, second = (epoch / 120 for epoch in epochs)
     if position < warm: return .01 + .99 * position / warm
     return 1. if position < first else .1 if position < second else .01
 
@@ -50,7 +50,7 @@ class Schedule:
 SCHEDULES = {
     'one-cycle': Schedule(None, 'adam'), 'cosine': Schedule(cosine_factor, 'sgd', 5.),
     'steps': Schedule(steps_factor, 'sgd'), 'warm-up': Schedule(warm_up_factor, 'adam'),
-    'warm-up-long': Schedule(partial(warm_up_factor, ends=(10, 40, 70)), 'adam')}
+    'warm-up-long': Schedule(partial(warm_up_factor, epochs=(10, 40, 70)), 'adam')}
 
 # %% ../../nbs/training/29_schedules.ipynb #4723a233
 def optimiser_for(
