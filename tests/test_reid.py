@@ -516,7 +516,7 @@ def test_epochs_differ_seeds_differ_and_nothing_is_lost_for_good():
 @pytest.mark.parametrize('args,message', [
     (([1, 2], 0, 1), 'people must be ≥ 1'), (([1, 2], 1, 0), 'images'),
     (([[1, 2]], 1, 1), 'persons'),
-    (([1, 1, 2], 3, 1), 'at most the 2')])
+    (([1, 1, 2], 3, 1), 'at most 2')])
 def test_bad_samplers(args, message):
     with pytest.raises(ValueError, match=message): PKSampler(*args)
     with pytest.raises(TypeError, match='persons must be integers'): PKSampler([1., 2.], 1, 1)
