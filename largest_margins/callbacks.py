@@ -320,7 +320,7 @@ def _wrapped(loss):
 # %% ../nbs/training/23_callbacks.ipynb #8b2f3af2
 class SampleMarginRegularizer(HeadCallback):
     "Adds `weight`·R_sm to the loss while training (Zhou et al. 2022, section 3.3)."
-    order, run_valid, weight = 1, False, Number(at_least=0)
+    order, run_valid, weight = 1, False, Number(at_least=0, at_most=1e6)
 
     def __init__(
         self,
@@ -397,7 +397,7 @@ def _mixed(self: SampleMarginRegularizer, cosines, targets):
 # %% ../nbs/training/23_callbacks.ipynb #be0b5105
 class ZeroCentroidRegularizer(HeadCallback):
     "Adds `weight` · `zero_centroid` to the loss (Zhou et al. 2022, section 3.4)."
-    order, run_valid, weight = 1, False, Number(at_least=0)
+    order, run_valid, weight = 1, False, Number(at_least=0, at_most=1e6)
 
     def __init__(
         self,

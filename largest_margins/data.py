@@ -107,7 +107,7 @@ class ImageData(_Tensors):
 def _split(targets, share, seed=0):
     "Indices to keep and to hold out, the same share of each class; random but fixed."
     rng, training, held = np.random.RandomState(seed), [], []
-    if not 0 < share < 1: raise ValueError(f'share must be in (0, 1), got {share}')
+    share = number('share', share, above=0, below=1)
     for c in targets.unique():
         rows = rng.permutation((targets == c).nonzero()[:, 0].numpy())
         n = max(1, round(share * len(rows))) if len(rows) > 1 else 0
@@ -175,6 +175,7 @@ class ImageLoader(DataLoader):
         on_gpu = self.device is not None and self.device.type == 'cuda'
         if on_gpu: self.dataset = _placed(self.dataset, self.device)
         self.augment, self.seed = augment, seed
+        if seed is not None: seed = integer('seed', seed)
         self.generator = None if seed is None else torch.Generator(
             self.device if on_gpu else 'cpu').manual_seed(seed)
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from largest_margins.callbacks import SampleMarginRegularizer, ZeroCentroidRegularizer
 from largest_margins.checks import (
     Choice,
     Flag,
@@ -27,7 +28,7 @@ from largest_margins.checks import (
     plain_tensor,
     values_are_cheap,
 )
-from largest_margins.data import RandomAffine
+from largest_margins.data import RandomAffine, digits
 from largest_margins.inspection import inspect_prototypes
 from largest_margins.losses import CosFaceLoss, GMSoftmaxLoss, NormFaceLoss
 from largest_margins.reid import evaluate
@@ -174,6 +175,12 @@ def test_whole_numbers_of_every_kind_are_welcome(make):
         yield lambda: kfold_accuracy([.1, .2, 1.5, 1.6], [1, 1, 0, 0], folds=n).accuracies
         yield lambda: inspect_prototypes(torch.eye(4), pairs=n).pairs
         yield lambda: vars(RandomAffine(n))['shift']
+        yield lambda: digits().dataloaders(64, seed=n).train.one_batch()[1].tolist()
     for given, usual in zip(calls(make(2)), calls(2), strict=True): assert str(given()) == str(usual())
     for call in calls(True):
         with pytest.raises(TypeError, match='must be an int'): call()
+
+
+@pytest.mark.parametrize('kind', [SampleMarginRegularizer, ZeroCentroidRegularizer])
+def test_a_weight_whose_product_is_infinite_is_refused(kind):
+    with pytest.raises(ValueError, match='weight must be ≥ 0'): kind(1e308)
