@@ -534,14 +534,15 @@ def _demo(args):
     failed = _prove(argparse.Namespace(ids=None, quick=True, json=None))
     print(f'\nSix trainings on {args.dataset}:\n')
     code = _make(DEMO, args, args.dataset, args.out, seeds=[args.seed], data=args.data,
-                 epochs=args.epochs, resume=args.resume)
+                 download=args.download, strict=args.strict, epochs=args.epochs, resume=args.resume)
     print(f'{time.perf_counter() - start:.0f} seconds in all')
     return code or failed
 
 # %% ../nbs/study/33_cli.ipynb #a82ba843
 def _demo_arguments(p):
     from largest_margins.study.configurations import ClassifierFields
-    _field_arguments(p, ClassifierFields, ('dataset', 'data', 'epochs', 'seed'))
+    _field_arguments(p, ClassifierFields, ('dataset', 'data', 'download', 'strict',
+                                           'epochs', 'seed'))
     _run_arguments(p, 'runs/demo', threads=1)
     p.add_argument('--resume', action='store_true',
                    help='keep the finished trainings in --out, do the others')
