@@ -527,6 +527,9 @@ def _measure(self: MarginRecorder):
     if self._trained: self.history.append(self.latest)
 
 # %% ../nbs/training/23_callbacks.ipynb #23c0de01
+OTHER_TERMS = SampleMarginRegularizer, MixHandler  # with these no optimum is known
+
+
 @patch
 def _optimum(self: MarginRecorder):
     "Return the class margin at the optimum of what is trained, °; None: not known."
@@ -610,7 +613,7 @@ def after_loss(self: DeferredReweighting):
     self.learn.loss_grad, self.learn.loss = weighted, weighted.clone()
 
 # %% ../nbs/training/23_callbacks.ipynb #23c0de02
-OTHER_TERMS = SampleMarginRegularizer, DeferredReweighting, MixHandler  # no optimum
+OTHER_TERMS += DeferredReweighting,
 
 # %% ../nbs/training/23_callbacks.ipynb #c1d0f00c
 def has_bfloat16() -> bool:
