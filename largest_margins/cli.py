@@ -534,7 +534,8 @@ def _demo(args):
     failed = _prove(argparse.Namespace(ids=None, quick=True, json=None))
     print(f'\nSix trainings on {args.dataset}:\n')
     code = _make(DEMO, args, args.dataset, args.out, seeds=[args.seed], data=args.data,
-                 download=args.download, strict=args.strict, epochs=args.epochs, resume=args.resume)
+                 download=args.download, strict=args.strict, epochs=args.epochs,
+                 resume=args.resume)
     print(f'{time.perf_counter() - start:.0f} seconds in all')
     return code or failed
 
