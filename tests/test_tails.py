@@ -45,11 +45,11 @@ def test_the_adjusted_term_trains_and_is_recorded():
 
 @pytest.mark.parametrize('dataset, k, settings', [
     ('digits', 10, 3), ('letters', 26, 1), ('shuttle', 7, 1), ('mnist_10k', 10, 1), ('fashion_small', 10, 1)])
-def test_stored_runs_are_the_whole_study_at_one_commit(dataset, k, settings):
+def test_stored_runs_are_the_whole_study_from_clean_clones(dataset, k, settings):
     finished = read_records(plan(study(dataset), None, seeds=5, num_classes=k), RESULTS/dataset/'tails')
     assert len(finished) == len([*(RESULTS/dataset/'tails').rglob('seed-*.json')]) == 13 * 5 * settings
-    # "changed" there: the study's own records, untracked, which `_git_state` counted at that commit
-    assert {found['git']['commit'][:7] for _, found in finished} == {'b090266'}
+    assert {found['git']['commit'][:7] for _, found in finished} <= {'b090266', 'e0c60e0'}
+    assert not any(found['git']['changed'] for _, found in finished)
     assert not any(found['diverged'] for _, found in finished)
 
 
