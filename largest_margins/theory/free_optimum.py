@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..checks import integer, number
 from ..claims import descend
-from ..margins import class_margin
+from ..margins import class_margin, unit_rows
 from .optima import certify_optimum
 
 # %% ../../nbs/theory/11e_free_optimum.ipynb #a8e0ac92
@@ -34,6 +34,23 @@ class FreeOptimum:
     def class_margin(self) -> float:
         "Return the smallest angle between two prototypes, radians."
         return class_margin(self.prototypes).item()
+
+# %% ../../nbs/theory/11e_free_optimum.ipynb #5e1d0c77
+def _descend_in_stages(loss, W, Z, centroid):
+    "Descend while the scale doubles up to the loss's own, in units of the loss."
+    targets, last = torch.arange(len(W)), loss.scale
+
+    def objective(W, Z):
+        value = loss(Z @ W.T, targets)
+        return value + centroid * W.mean(0).square().sum() if centroid else value
+    for halvings in reversed(range(max(1, math.ceil(math.log2(last / 8)) + 1))):
+        loss.scale = last / 2**halvings
+        for _ in range(3):
+            with torch.no_grad(): before = objective(unit_rows(W), unit_rows(Z)).abs()
+            ratio, W, Z = descend(lambda *x, unit=before: objective(*x) / unit, W, Z,
+                                  iterations=5000)
+            if abs(ratio) > .99: break
+    return ratio * before.item(), W, Z
 
 # %% ../../nbs/theory/11e_free_optimum.ipynb #c6d7630a
 def free_optimum(
@@ -57,16 +74,11 @@ def free_optimum(
     loss = copy.deepcopy(loss).cpu()
     balanced = getattr(loss, 'reduction', 'mean') == 'class-mean'
     loss.weight = None if balanced else counts / counts.max()
-    targets = torch.arange(k)
-
-    def objective(W, Z):
-        value = loss(Z @ W.T, targets)
-        return value + centroid * W.mean(0).square().sum() if centroid else value
     optima = []
     for seed in range(integer('starts', starts, at_least=1)):
         generator = torch.Generator().manual_seed(seed)
         W, Z = torch.randn(2, k, d, generator=generator, dtype=torch.float64)
-        optima.append(descend(objective, W, Z, iterations=5000))
+        optima.append(_descend_in_stages(loss, W, Z, centroid))
     value, W, Z = min(optima, key=lambda ended: ended[0])
     try: gap = certify_optimum(loss, W, Z, centroid=centroid).gap
     except ValueError: gap = None  # not convex in the cosines

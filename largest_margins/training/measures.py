@@ -61,10 +61,9 @@ def _prototype_measures():
 
 # %% ../../nbs/training/30_measures.ipynb #4f3374e8
 def _less_optimum(x):
-    "The class margin less that of the loss's own optimum; nan if it is not known."
+    "The class margin less that of the loss's own optimum; None if it is not known."
     best = getattr(x, 'optimum', None)
-    return math.degrees(class_margin(x.prototypes)) - (math.nan if best is None
-                                                       else best)
+    return None if best is None else math.degrees(class_margin(x.prototypes)) - best
 
 
 @cache
@@ -73,8 +72,8 @@ def _bound(k, d):
     return math.degrees(class_margin_bound(k, d).radians)
 
 # %% ../../nbs/training/30_measures.ipynb #30c0de02
-_SOLVED = {ArcFaceLoss, CombinedMarginLoss, CosFaceLoss, GMSoftmaxLoss, LDAMLoss,
-           LMSoftmaxLoss, NormFaceLoss, SphereFaceLoss}
+_CONVEX = {CosFaceLoss, GMSoftmaxLoss, LDAMLoss, LMSoftmaxLoss, NormFaceLoss}
+_ANGULAR = {ArcFaceLoss, CombinedMarginLoss, SphereFaceLoss}
 _optima: dict[str, float] = {}  # degrees, by loss and class sizes
 
 # %% ../../nbs/training/30_measures.ipynb #82f90e14
@@ -84,12 +83,13 @@ def has_optimum(
     d: int,  # dimension of the features
 ) -> bool:
     "Return whether `loss_optimum` is known."
-    k, state = len(class_counts), vars(loss)
-    room = d >= k - (len(set(class_counts)) == 1)
+    k, state, even = len(class_counts), vars(loss), len(set(class_counts)) == 1
+    room = d >= k - even
+    solved = type(loss) in _CONVEX | (_ANGULAR if even else set())
     smooth = not state.get('sample_margin') and not state.get('detach_margin')
     usual = state.get('weight') is None and state.get('aggregation', 'mean') == 'mean'
     usual = usual and state.get('_buffers', {}).get('weight') is None
-    return (type(loss) in _SOLVED and room and smooth and usual and 2 <= k <= 100
+    return (solved and room and smooth and usual and 2 <= k <= 100
             and min(class_counts) >= 1)
 
 # %% ../../nbs/training/30_measures.ipynb #76fd15a8
@@ -101,6 +101,8 @@ def loss_optimum(
 ) -> float | None:  # degrees; None: not known
     "Solve for the class margin at a loss's optimum, once for each loss and counts."
     if not has_optimum(loss, class_counts, d): return None
+    if type(loss) in _ANGULAR:
+        return math.degrees(math.acos(-1 / (len(class_counts) - 1)))
     state = vars(loss) | vars(loss).get('_buffers', {})
     numbers = {name: value.tolist() if isinstance(value, Tensor) else value
                for name, value in state.items() if name[0] != '_'}
