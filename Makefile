@@ -50,7 +50,7 @@ test: .venv/.test  ## every check: notebooks, export, style, site, pytest
 	  { echo "The package is not what the notebooks export: run make notebooks." >&2; exit 1; }
 	$(BIN)/ruff check
 	$(BIN)/python docs/build.py --check
-	$(BIN)/python -m pytest -n 3
+	$(BIN)/python -m pytest -n 3 --dist worksteal
 
 mutants: export OMP_NUM_THREADS = 1
 mutants: .venv/.test  ## small mistakes made in the core, and whether its tests notice: half an hour or more
