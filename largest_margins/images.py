@@ -34,7 +34,8 @@ def read_image(
 ) -> Image.Image:
     "Read an image, within limits of format and size."
     held = isinstance(source, bytes)
-    if not held and not stat.S_ISREG(os.stat(source).st_mode):
+    other = not held and not stat.S_ISREG(os.stat(source).st_mode)
+    if other and not os.path.isdir(source):  # a pipe, which would never end
         raise ValueError(f'the image {source} is not readable: it is no regular file')
     with io.BytesIO(source) if held else open(source, 'rb') as file:
         try: return _decoded(file, mode)

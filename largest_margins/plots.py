@@ -309,8 +309,8 @@ def plot_confusion(
     if confusion.ndim != 2 or confusion.shape[0] != confusion.shape[1]:
         raise ValueError(f'confusion must be [k, k], got {tuple(confusion.shape)}')
     percentages = 100 * confusion.double() / confusion.sum(1, keepdim=True)
-    ax = axes_for(ax, (4.4, 3.6))
-    ax = _heat_map(percentages, _names(names, len(percentages)), ax, 100,
+    names = _names(names, len(percentages))
+    ax = _heat_map(percentages, names, axes_for(ax, (4.4, 3.6)), 100,
                    'share of the true class (%)')
     ax.set(xlabel='predicted class', ylabel='true class')
     if len(percentages) > 20: return ax

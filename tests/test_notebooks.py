@@ -26,7 +26,8 @@ def run(command, folder, seconds=600, **environment):
 
 def ran(notebook, tmp_path):
     "Runs a notebook in a folder that has what its checks read; fails if it does."
-    folder, pasted = tmp_path/'nbs'/notebook.parent.name, tmp_path/'pasted'
+    group = '' if notebook.parent == root/'nbs' else notebook.parent.name
+    folder, pasted = tmp_path/'nbs'/group, tmp_path/'pasted'
     for made in (folder, pasted): made.mkdir(parents=True, exist_ok=True)
     for read in ('benchmarks', 'results'): (tmp_path/read).symlink_to(root/read)
     status, printed = run_alone(run_notebook, notebook, folder, pasted, folder=folder, TMPDIR=str(tmp_path))
