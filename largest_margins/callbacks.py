@@ -321,6 +321,7 @@ def _wrapped(loss):
 class SampleMarginRegularizer(HeadCallback):
     "Adds `weight`·R_sm to the loss while training (Zhou et al. 2022, section 3.3)."
     order, run_valid, weight = 1, False, Number(at_least=0, at_most=1e6)
+    moves_optimum = True
 
     def __init__(
         self,
@@ -527,7 +528,11 @@ def _measure(self: MarginRecorder):
     if self._trained: self.history.append(self.latest)
 
 # %% ../nbs/training/23_callbacks.ipynb #23c0de01
-OTHER_TERMS = SampleMarginRegularizer, MixHandler  # with these no optimum is known
+def moves_optimum(
+    cb: Callback,  # a callback of a Learner
+) -> bool:
+    "Return whether a callback changes what is minimized, so that no optimum is known."
+    return isinstance(cb, MixHandler) or getattr(cb, 'moves_optimum', False)
 
 
 @patch
@@ -535,7 +540,7 @@ def _optimum(self: MarginRecorder):
     "Return the class margin at the optimum of what is trained, °; None: not known."
     counts, weight = self.class_counts, self.head.weight
     if counts is None or not weight.requires_grad: return None
-    if any(isinstance(cb, OTHER_TERMS) for cb in self.learn.cbs): return None
+    if any(map(moves_optimum, self.learn.cbs)): return None
     centroid = sum(cb.weight for cb in self.learn.cbs
                    if isinstance(cb, ZeroCentroidRegularizer))
     loss = find_loss(self.learn.loss_func, CosineLoss)
@@ -562,6 +567,7 @@ class DeferredReweighting(Callback):
     "Weights classes by inverse frequency from `start_epoch` on (Cao et al. 2019)."
     start_epoch = Integer(at_least=0)
     order, run_valid = -5, False  # before anything is added to the loss
+    moves_optimum = True
 
     def __init__(
         self,
@@ -611,9 +617,6 @@ def after_loss(self: DeferredReweighting):
     with self.in_loss(self._weighted()):
         weighted = self.learn.loss_func(self.learn.pred, *self.learn.yb)
     self.learn.loss_grad, self.learn.loss = weighted, weighted.clone()
-
-# %% ../nbs/training/23_callbacks.ipynb #23c0de02
-OTHER_TERMS += DeferredReweighting,
 
 # %% ../nbs/training/23_callbacks.ipynb #c1d0f00c
 def has_bfloat16() -> bool:

@@ -33,8 +33,8 @@ from torch import nn
 
 # %% ../nbs/training/24_learner.ipynb #b814dd92
 from .callbacks import (
-    OTHER_TERMS, HeadCallback, MarginModel, MarginRecorder, bare, evaluate_once,
-    find_loss, has_bfloat16, last_layers)
+    HeadCallback, MarginModel, MarginRecorder, bare, evaluate_once, find_loss,
+    has_bfloat16, last_layers, moves_optimum)
 from .checks import integer
 from .data import ImageDataset
 from .heads import MarginHead
@@ -353,7 +353,7 @@ def margin_learner(
 def _known_counts(learn, loss, d):
     "Return the training items of each class if they say where the loss wants to go."
     data = learn.dls.train.dataset
-    if any(isinstance(cb, OTHER_TERMS) for cb in learn.cbs): return None
+    if any(map(moves_optimum, learn.cbs)): return None
     if not hasattr(data, 'targets') and len(data) > 50_000: return None  # slow to count
     try: counts = class_counts(learn.dls)
     except (ValueError, TypeError): return None

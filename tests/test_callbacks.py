@@ -37,6 +37,7 @@ from largest_margins.bounds import class_margin_bound
 from largest_margins.callbacks import (
     Checkpoint,
     DeferredReweighting,
+    HeadCallback,
     MarginModel,
     MarginRecorder,
     SampleMarginRegularizer,
@@ -44,6 +45,7 @@ from largest_margins.callbacks import (
     find_head,
     find_loss,
     has_bfloat16,
+    moves_optimum,
 )
 from largest_margins.engine.cosines import cosine_matrix
 from largest_margins.heads import CosineLinear, MarginHead, ShardedMarginHead
@@ -715,3 +717,10 @@ def _sharded(rank):
 def test_a_sharded_head_is_measured_as_a_whole():
     (first, true, rows), (second, also, others) = returned(run_on_ranks(_sharded, 2, seconds=120))
     assert rows + others == K and first == second == pytest.approx(true) == pytest.approx(also)
+
+
+def test_no_optimum_is_known_with_a_callback_that_moves_it():
+    class Term(HeadCallback): moves_optimum = True
+    known, other = SampleMarginRegularizer(.5), Term()
+    assert moves_optimum(known) and moves_optimum(other)
+    assert not moves_optimum(ZeroCentroidRegularizer(1.)) and not moves_optimum(HeadCallback())
