@@ -105,8 +105,13 @@ class Chromium:
 
     def run(self, script):
         "The value of an expression in the page, a promise waited for."
-        done = self.call('Runtime.evaluate', expression=script, awaitPromise=True, returnByValue=True)
+        done = self.call('Runtime.evaluate', expression=script)
         assert 'exceptionDetails' not in done, done
+        if found := done['result'].get('objectId'):   # by its name, which keeps a promise alive until it is kept
+            done = self.call('Runtime.callFunctionOn', objectId=found, functionDeclaration='async function() {return this}',
+                             awaitPromise=True, returnByValue=True)
+            self.call('Runtime.releaseObject', objectId=found)
+            assert 'exceptionDetails' not in done, done
         return done['result'].get('value')
 
     def wait_for(self, condition, seconds=600):

@@ -49,6 +49,7 @@ NAN = math.nan
 
 @pytest.fixture(autouse=True)
 def closed():
+    plt.close('all')      # what another module's tests left
     yield
     plt.close('all')
 
