@@ -1,6 +1,7 @@
 """Time, memory and error of one step of a classification head, ours beside the others'.
 
     python benchmarks/losses.py                                  # the stored table: benchmarks/results/losses.json
+    python benchmarks/losses.py --shapes 512x512x100000          # one slice of it; the others stay as they are
     python benchmarks/losses.py --shapes 512x512x10000 --rows CE,ArcFace --rounds 3 --out mine.json
 
 A step takes features [N, d] and prototypes [k, d] to a loss and to the gradients of both. All rows of a shape take
@@ -11,20 +12,25 @@ Memory is the peak resident size of a fresh process during one step less the siz
 units of one N × k matrix. The error is the largest of loss, dz and dW against the same loss by autograd in float64,
 relative; of ours, against the loss of the whole matrix. A profile of one more step says which share of its time the
 matrix products take. Rows named `dense` are the loss of a matrix of cosines, with the cosines made by hand.
+
+What one shape measured is stored before the next begins, so whoever interrupts goes on with the shapes that are left.
 """
 import argparse
+import json
 import math
 from contextlib import contextmanager
 from pathlib import Path
+from time import process_time
 
 import torch
-from measure import RESULTS, medians, peak, peak_in_fresh_process, store
+from measure import RESULTS, machine, medians, peak, peak_in_fresh_process
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from largest_margins import losses
 from largest_margins.engine.cosines import cosine_matrix
+from largest_margins.files import write_file
 
 SHAPES = '256x64x10', '128x512x100', '128x128x1000', '512x512x10000', '512x512x100000'
 PRODUCTS = 'aten::mm', 'aten::addmm', 'aten::addmm_'
@@ -116,7 +122,7 @@ LINEAR[FAST] = OURS['ArcFace'].linear
 DENSE |= {NARROW: DENSE['CosFace'], FAST: DENSE['ArcFace']}
 OTHERS = {
     CE: lambda z, w, y: F.cross_entropy(F.linear(z, w), y),
-    HAND: lambda z, w, y: F.cross_entropy(scaled_cosines(z, w), y),
+    HAND: lambda z, w, y: F.cross_entropy(S * F.normalize(z) @ F.normalize(w).T, y),
     'ArcFace, usual code': usual_arcface, 'LM-Softmax, usual code': usual_lm,
     'torch linear_cross_entropy': lambda z, w, y: F.linear_cross_entropy(
         z, w, y, options=torch.nn.LinearCrossEntropyOptions())}
@@ -160,15 +166,13 @@ class Count(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def ratios(names, shape, rounds):
-    "Median CPU times of interleaved steps, in seconds."
-    return medians({name: made(name, shape) for name in names}, rounds)
+def rounds_for(k):
+    "Short steps are timed more often."
+    return 15 if k <= 1000 else 5 if k <= 10_000 else 3
 
 
-def profiled(name, shape):
+def profiled(step):
     "How many operations a step is, and the share of matrix products in its time."
-    step = made(name, shape)
-    step()
     with Count() as count: step()
     with profile(activities=[ProfilerActivity.CPU]) as watch: step()
     events = [e for e in watch.key_averages() if e.key.startswith('aten::')]
@@ -184,23 +188,50 @@ def memory(name, shape):
     return (most - 4 * (n + k) * d) / (4 * n * k)
 
 
-def error(name, shape):
+def error(name, shape, dtype=torch.float32):
     "The largest relative error of loss, dz and dW against dense autograd in float64."
     def run(function, dtype):
         features, prototypes, targets = inputs(*shape, dtype)
         value = function(features, prototypes, targets)
         value.backward()
         return [x.double() for x in (value.detach(), features.grad, prototypes.grad)]
-    got = run(CHECKED[name], torch.float32)
+    got = run(CHECKED[name], dtype)
     true = run(EXACT[name], torch.float64)
-    return max(((g - t).norm() / t.norm()).item() for g, t in zip(got, true, strict=True))
+    return float(f'{max(((g - t).norm() / t.norm()).item() for g, t in zip(got, true, strict=True)):.1e}')
+
+
+def measured(names, shape, rounds):
+    "One row for each name."
+    k, steps = shape[2], {name: made(name, shape) for name in names}
+    times = medians(steps, rounds or rounds_for(k))
+    for name, step in steps.items():
+        row = {'shape': list(shape), 'row': name, 'machine': machine()}
+        for unit, of in (('CE', CE), ('hand', HAND), ('products', FLOOR)):
+            row[f'over {unit}'] = round(times[name] / times[of], 3)
+        row |= profiled(step)
+        if FLOOR not in name and k >= 10_000: row['matrices'] = round(memory(name, shape), 3)
+        if name in CHECKED and k <= 10_000: row['error'] = error(name, shape)
+        if 'ours' in name and k <= 1000: row['error in float64'] = error(name, shape, torch.float64)
+        print(row, flush=True)
+        yield row
+
+
+def keep(rows, path):
+    "Store rows in the place of the same ones, beside those of other slices; a broken run leaves the old file."
+    old = json.loads(path.read_text()) if path.exists() else {'rows': []}
+    known = [{'machine': old['machine']} | row for row in old['rows']] + rows
+    by_key = {(*row['shape'], row['row']): row for row in known if row['row'] in ROWS}
+    order = {name: i for i, name in enumerate(ROWS)}
+    table = sorted(by_key.values(), key=lambda row: (row['shape'][2], *row['shape'], order[row['row']]))
+    machines = ' and '.join(dict.fromkeys(row['machine'] for row in table))
+    write_file(path, json.dumps({'machine': machines, 'rows': table}, indent=1) + '\n')
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--shapes', default=','.join(SHAPES), help='N x d x k, comma-separated')
     parser.add_argument('--rows', help='parts of row names, comma-separated; default: all')
-    parser.add_argument('--rounds', type=int, default=5, help='steps are timed this many times')
+    parser.add_argument('--rounds', type=int, help='steps are timed this many times; default: 15, 5, 3 by size')
     parser.add_argument('--out', type=Path, default=RESULTS/'losses.json', help='where the JSON goes')
     parser.add_argument('--peak', help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -211,20 +242,10 @@ def main():
         return print(peak(made(options.peak, shapes[0])))
     wanted = options.rows.split(',') if options.rows else ['']
     chosen = [name for name in ROWS if name in (FLOOR, CE, HAND) or any(part in name for part in wanted)]
-    table = []
     for shape in shapes:
-        names = [name for name in chosen if shape[2] <= 1000 or not name.startswith('dense')]
-        times = ratios(names, shape, options.rounds)
-        for name in names:
-            row = {'shape': list(shape), 'row': name, 'over CE': round(times[name] / times[CE], 3),
-                   'over hand': round(times[name] / times[HAND], 3),
-                   'over products': round(times[name] / times[FLOOR], 3)}
-            row |= profiled(name, shape)
-            if FLOOR not in name and shape[2] >= 10_000: row['matrices'] = round(memory(name, shape), 3)
-            if name in CHECKED and shape[2] <= 10_000: row['error'] = float(f'{error(name, shape):.1e}')
-            table.append(row)
-            print(row, flush=True)
-    store(table, options.out)
+        start, names = process_time(), [n for n in chosen if shape[2] <= 1000 or not n.startswith('dense')]
+        keep([*measured(names, shape, options.rounds)], options.out)
+        print(f'{shape}: stored after {process_time() - start:.0f} s of CPU', flush=True)
 
 
 if __name__ == '__main__': main()

@@ -12,6 +12,7 @@ __all__ = ['SampleMarginRegularizer', 'ZeroCentroidRegularizer', 'MarginRecorder
 import io
 import random
 import time
+from collections.abc import Iterable
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from inspect import getclosurevars
@@ -37,7 +38,7 @@ from fastcore.foundation import L
 from torch import Tensor, nn
 
 # %% ../nbs/training/23_callbacks.ipynb #2efb03a9
-from .checks import Integer, Number, choice, plain_tensor
+from .checks import Integer, Number, choice, per_class, plain_tensor
 from .engine.cosines import cosine_matrix
 from .files import differences, read_torch, remove_file, write_file
 from .heads import CosineLinear, ShardedMarginHead
@@ -185,6 +186,9 @@ class HeadCallback(Callback):
         self,
         head: nn.Module | None = None,  # the classifier; None: find it in the model
     ):
+        if not isinstance(head, nn.Module | None):
+            raise TypeError('head must be a layer of the model or None, '
+                            f'got {type(head).__name__}')
         self._given_head = head
 
     @property
@@ -437,7 +441,10 @@ class MarginRecorder(HeadCallback):
     ):
         super().__init__(head)
         self.class_counts = class_counts
-        if class_counts is not None: self.names = (*self.names, 'less_optimum')
+        if class_counts is not None:
+            counts = per_class('class_counts', class_counts, at_least=1, below=1e30)
+            self.class_counts = counts.long().tolist()
+            self.names = (*self.names, 'less_optimum')
         self.history, self.latest, self._trained = [], {}, False
         self.most_classes = most_classes
         self._margins, self._targets = [], []
@@ -571,7 +578,7 @@ class DeferredReweighting(Callback):
 
     def __init__(
         self,
-        class_counts,  # training samples of each class, > 0, list or tensor [k]
+        class_counts: Tensor | Iterable[float],  # samples of each class, > 0, [k]
         start_epoch: int,  # the first epoch with weights, counted from 0
         beta: float = 0.9999,  # β of `class_balanced_weights`, in [0, 1)
     ):

@@ -11,6 +11,7 @@ __all__ = ['NotFinite']
 import math
 from collections.abc import Iterable
 from dataclasses import MISSING
+from functools import cache, reduce
 from numbers import Integral, Real
 from operator import ge, gt, le, lt
 from typing import Any
@@ -163,10 +164,16 @@ def plain_tensor(x: Tensor) -> Tensor:
                         'full_tensor(), or call the module that FSDP wrapped')
     return x.as_subclass(Tensor)
 
+# %% ../nbs/losses/10_checks.ipynb #e9e69c0c
+@cache
+def work_dtype(*dtypes):
+    "Return at least float32: half precision is for storage."
+    return reduce(torch.promote_types, dtypes, torch.float32)
+
 # %% ../nbs/losses/10_checks.ipynb #68661f2f
 def at_least_float32(x: Tensor) -> Tensor:
     "Return a plain tensor in float32, or in float64 if it was."
-    return plain_tensor(x).to(torch.promote_types(x.dtype, torch.float32))
+    return plain_tensor(x).to(work_dtype(x.dtype))
 
 # %% ../nbs/losses/10_checks.ipynb #51b7a3ca
 def is_symbol(x) -> bool:
@@ -271,7 +278,7 @@ class PerClass(Checked):
 # %% ../nbs/losses/10_checks.ipynb #529588f0
 def per_sample(name: str, value, x: Tensor, **bounds: float) -> Tensor:
     "Check a number for each row of `x`, or one for all; return [N]."
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = work_dtype(x.dtype)
     if not isinstance(value, Tensor):
         return x.new_full(x.shape[:1], number(name, value, **bounds), dtype=dtype)
     if not value.is_floating_point():

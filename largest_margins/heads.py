@@ -16,7 +16,7 @@ from .checks import (
     Flag, as_one_node, check_prototypes, integer, is_symbol)
 from .engine.cosines import cosine_matrix
 from .engine.fused import nearest_classes
-from .engine.shards import ClassShards, TimesRanks
+from .engine.shards import ClassShards
 from .losses import CosineLoss, SampleMarginLoss
 
 # %% ../nbs/losses/16_heads.ipynb #1dddf264
@@ -233,7 +233,7 @@ class ShardedMarginHead(_SavedShard):
         _refuse_ddp(self.weight)
         if targets is None and not numbers:
             return cosine_matrix(features.detach(), self.full_weight())
-        if self.averaged: features = TimesRanks.apply(features, len(self.shards.sizes))
+        if self.averaged: features = self.shards.averaged(features)
         return super().forward(features, targets, **numbers)
 
     def fix(self, points):
@@ -257,6 +257,8 @@ def keep_shards_out_of_ddp(
     model: nn.Module,  # to be wrapped in `DistributedDataParallel`
 ) -> nn.Module:  # the same model
     "Tell DDP not to average or broadcast the prototypes of sharded heads."
+    if not isinstance(model, nn.Module):
+        raise TypeError(f'model must be a module, got {type(model).__name__}')
     names = [f'{name}.weight'.lstrip('.') for name, m in model.named_modules()
              if isinstance(m, ShardedMarginHead)]
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(

@@ -251,8 +251,8 @@ class _Terms(_Hooks):
         slopes = dict(zip(leaves, slopes))
         return losses.detach(), slopes | dict(pull=slopes['own'] / -(self.scale or 1.))
 
-    def log_loss_weights(self, targets, valid, num_classes, dtype):
-        "log a_i, [N], if the loss is (1/t)·log Σ a_i·exp(t·L_i); else None."
+    def log_weights(self, targets, valid, num_classes, dtype):
+        "log a_i, [N], if the loss is (1/t)·log Σ a_i·exp(t·L_i), 0. for all; or None."
         return None
 
     def total(self, losses, negative_margins, loss_weights, logs=None):
@@ -268,8 +268,8 @@ class _OfSteps(_Terms):
     def of_cosines(self, cosines, own, valid, numbers):
         "The loss of cosines that have been checked."
         targets, dtype = own.targets, cosines.dtype
-        loss_weights, logs = (weights(targets, valid, cosines.shape[1], dtype)
-                        for weights in (self.loss_weights, self.log_loss_weights))
+        batch = targets, valid, cosines.shape[1], dtype
+        loss_weights, logs = self.loss_weights(*batch), self.log_weights(*batch)
         losses, negative_margins = torch.zeros_like(own.cosine), None
         if self.scale:
             rest = log_sum_exp_of_others(cosines, targets, self.scale,
@@ -358,12 +358,8 @@ class CosineLoss(_OnCosines):
         ranks = group.group if isinstance(group, ClassShards) else group
         numbers = self._checked_numbers(numbers, features)
         numbers = self.per_batch(numbers, features, targets, ranks)
-        if group is not None or not is_traced():
-            return fused_loss(self, features, prototypes, targets, numbers, chunk_size,
-                              group)
-        targets, valid = self.split_ignored(targets, len(prototypes))
-        self.check_classes(len(prototypes), features.device)
-        return self.of_matrix(features, prototypes, targets, valid, numbers)
+        return fused_loss(self, features, prototypes, targets, numbers, chunk_size,
+                          group)
 
 # %% ../nbs/losses/12_losses.ipynb #28dc9c67
 def _with_slopes(num, den, by_num, by_den, rest, s):
@@ -409,23 +405,10 @@ _ANGLE = dict(at_least=0, below=math.pi)
 _LEAD = dict(above=-2, below=2)  # two cosines differ by at most 2
 _LINE = dict(at_least=-1e6, at_most=1e6)  # of a line through cosines
 
-# %% ../nbs/losses/12_losses.ipynb #64fb0eed
-def _smoothed(loss, cosines, own, valid, num):
-    "The cross-entropy with smoothed labels of the scaled cosines, with num among them."
-    w, targets = loss.weight, own.targets
-    logits = loss.scale * cosines.scatter(1, targets[:, None], num[:, None])
-    if valid is not None: targets = torch.where(valid, targets, -100)
-    losses = F.cross_entropy(
-        logits, targets, None if w is None else w.to(logits.dtype),
-        label_smoothing=loss.label_smoothing,
-        reduction='none' if w is None else loss.reduction)
-    weights = loss.loss_weights(own.targets, valid, cosines.shape[1], cosines.dtype)
-    negative_margins = loss._negative_margins(cosines, own)
-    if w is None: return loss.total(losses, negative_margins, weights)
-    return losses + loss.sample_margin * loss.aggregate(negative_margins, weights)
-
 # %% ../nbs/losses/12_losses.ipynb #64fb0eee
 class _Smoothed(_Softmax):
+    "The cross-entropy with smoothed labels of the scaled cosines, with num among them."
+
     def __post_init__(self):
         if (x := self.label_smoothing) and self.prior is not None:
             raise ValueError(f'label_smoothing must be 0 with a prior, got {x:g}')
@@ -436,10 +419,19 @@ class _Smoothed(_Softmax):
         _Smoothed.__post_init__(self)
         numbers = self._filled(numbers, own.targets, cosines.dtype)
         num, den, *_ = self.curves(own, **numbers)
-        weighted = self.weight is not None and self.reduction == 'class-mean'
-        if den is not num or weighted:
+        w, reduction, targets = self.weight, self.reduction, own.targets
+        if den is not num or (w is not None and reduction == 'class-mean'):
             raise ValueError('label_smoothing needs num = den, no weighted class-mean')
-        return _smoothed(self, cosines, own, valid, num)
+        logits = self.scale * cosines.scatter(1, targets[:, None], num[:, None])
+        losses = F.cross_entropy(
+            logits, targets if valid is None else torch.where(valid, targets, -100),
+            None if w is None else w.to(logits.dtype),
+            reduction='none' if w is None else reduction,
+            label_smoothing=self.label_smoothing)
+        shares = self.loss_weights(targets, valid, *logits.shape[1:], logits.dtype)
+        if w is None: losses = self.aggregate(losses, shares)
+        margins = self.aggregate(self._negative_margins(cosines, own), shares)
+        return losses + self.sample_margin * margins
 
 # %% ../nbs/losses/12_losses.ipynb #64fb0eef
 @dataclass(eq=False, repr=False)
@@ -737,18 +729,22 @@ class LMSoftmaxLoss(MarginSoftmaxLoss):
 
     def curves(self, own): return own.cosine, None, 1., None
 
-    def log_loss_weights(self, targets, valid, num_classes, dtype):
+    def log_weights(self, targets, valid, num_classes, dtype):
         if self.aggregation == 'mean' or self.reduction == 'none': return None
         weights = self.loss_weights(targets, valid, num_classes, dtype)
+        if isinstance(weights, float): return 0.
         if self.reduction != 'sum':  # they sum to N
             weights = weights * (targets.shape[0] if valid is None else valid.sum())
-        return (weights * torch.ones_like(targets, dtype=dtype)).log()
+        return weights.log()
 
     def total(self, losses, negative_margins, loss_weights, logs=None):
         if logs is None: return super().total(losses, negative_margins, loss_weights)
-        some = logs.amax() > -math.inf  # else no sample counts
-        value = torch.where(some, logs, 0) + self.tilt * losses
-        value = torch.where(some, value.logsumexp(0) / self.tilt, 0)
+        value, some = self.tilt * losses, None
+        if isinstance(logs, Tensor):
+            some = logs.amax() > -math.inf  # else no sample counts
+            value = value + torch.where(some, logs, 0)
+        value = value.logsumexp(0) / self.tilt
+        if some is not None: value = torch.where(some, value, 0)
         if negative_margins is None: return value
         margins = self.aggregate(negative_margins, loss_weights)
         return value + self.sample_margin * margins

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..checks import check_features, plain_tensor
+from ..checks import check_features, plain_tensor, work_dtype
 from ..margins import unit_rows
 
 # %% ../../nbs/engine/11_cosines.ipynb #1597cc0f
@@ -26,12 +26,6 @@ def full_precision(device_type):
     "Make a context without autocast."
     cast = _may_cast(device_type) and torch.is_autocast_enabled(device_type)
     return torch.autocast(device_type, enabled=False) if cast else _AS_IT_IS
-
-# %% ../../nbs/engine/11_cosines.ipynb #e9e69c0c
-@cache
-def work_dtype(first, second):
-    "Return at least float32: half precision is for storage."
-    return torch.promote_types(torch.promote_types(first, second), torch.float32)
 
 # %% ../../nbs/engine/11_cosines.ipynb #e9e69c0d
 def times(factor, x):

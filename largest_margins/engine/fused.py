@@ -9,18 +9,18 @@ __all__ = ['Own']
 
 # %% ../../nbs/engine/14_fused.ipynb #edabf133
 import math
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import compress, repeat
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..checks import (
-    check_features, check_finite, integer, plain_tensor, values_are_cheap)
+from largest_margins.checks import (
+    check_features, check_finite, integer, is_traced, plain_tensor, values_are_cheap,
+    work_dtype)
 from ..margins import moderate, row_blocks, row_norms, unit_rows
-from .cosines import full_precision, times, work_dtype
-from .shards import OwnRows, all_ranks, one_process
+from .cosines import full_precision, times
+from .shards import all_ranks, one_process
 
 # %% ../../nbs/engine/14_fused.ipynb #dfffc24d
 class Own:
@@ -64,21 +64,19 @@ class _Rows:
     "Rows of any norm: made as long as `length` at once, or each time they are used."
 
     def __init__(self, x, at_once, length=1., cheap=False):
-        self.original, self.at_once, self.length = x, at_once, length
-        self.by_kernel = cheap and at_once and x.is_contiguous()
+        self.given, self.at_once, self.length = x, at_once, length
+        self.by_kernel = cheap and at_once
         if self.by_kernel:
+            self.given = x.contiguous()
             lengths = _constant(length, x.dtype, x.shape[0], 1)
-            self.x, self.norms = torch._weight_norm_interface(x, lengths)
-        else:
-            self.norms = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-            self.x = x * (length / self.norms) if at_once else x
+            self.x, self.norms = torch._weight_norm_interface(self.given, lengths)
+        else: self.x, self.norms = x, torch.linalg.vector_norm(x, dim=1, keepdim=True)
 
     def with_care(self):
         "Divide again: squares on the way to the norms overflowed or vanished."
-        self.at_once = self.at_once or values_are_cheap(self.original)
-        self.by_kernel, self.norms = False, _safe_norms(self.original)
-        self.x = self.original
-        if self.at_once: self.x = unit_rows(self.x) * self.length
+        self.at_once = self.at_once or values_are_cheap(self.given)
+        self.by_kernel, self.norms = False, _safe_norms(self.given)
+        self.x = unit_rows(self.given) * self.length if self.at_once else self.given
 
     def long(self, which):
         "Some rows, as long as `length`."
@@ -89,7 +87,7 @@ class _Rows:
         "From the gradient by `x`, whose rows point where the given ones do, to theirs."
         if self.by_kernel:
             lengths = _constant(self.length * factor, by_x.dtype, by_x.shape[0], 1)
-            return _by_original(by_x, self.original, lengths, self.norms, 0)[0]
+            return _by_given(by_x, self.given, lengths, self.norms, 0)[0]
         norms = self.length if self.at_once else self.norms
         factor = self.length / self.norms if self.at_once else 1.
         size = max(1, 2**17 // self.x.shape[1]) if self.x.is_cpu else len(self.x)
@@ -97,7 +95,7 @@ class _Rows:
         return by_x
 
 # %% ../../nbs/engine/14_fused.ipynb #801ca3e3
-_by_original = torch.ops.aten._weight_norm_interface_backward.default
+_by_given = torch.ops.aten._weight_norm_interface_backward.default
 
 
 def _safe_norms(x):
@@ -113,48 +111,43 @@ def _tangential(gradient, x, norms, factor):
     if isinstance(factor, Tensor): gradient.mul_(factor)
 
 # %% ../../nbs/engine/14_fused.ipynb #1b8a2a28
-class _Angles(NamedTuple):
-    "Angles and their sines, [n], and chords of length s·|u| where these are needed."
-    value: Tensor
-    sine: Tensor
-    chord: Tensor | None = None
-    nearer: Tensor | None = None  # s·σ, [n, 1]
-
-
 def _in_the_middle(cosine, cheap=True):
-    "The angles of cosines that are all far from both ends; None if they are not."
+    "Angles and sines of cosines all far from both ends; None if they are not."
     if not cheap: return None
     low, high = cosine.aminmax()
     if not (low.item() > -.7 and high.item() < .7): return None
     sine = torch.addcmul(_constant(1., cosine.dtype), cosine, cosine, value=-1).sqrt_()
-    return _Angles(cosine.acos(), sine)
+    return cosine.acos(), sine
 
 # %% ../../nbs/engine/14_fused.ipynb #ca13f85d
 def _by_chords(unit, own, cosine, s, usual=True):
-    "The angles of unit rows with rows `own` of length s, which are overwritten."
+    """Angles and sines of unit rows and rows `own` of length s, which are overwritten;
+    near an end also chords of length s·|u|, and s·σ, [n, 1]."""
     nearer = torch.ones_like(cosine).copysign_(cosine).mul_(s)[:, None]
     chord = own.addcmul_(unit, nearer, value=-1)
     half = torch.linalg.vector_norm(chord, dim=1) / (2 * s)
     sine = (1 - half * half).sqrt_().mul_(2 * half)
     value = torch.atan2(sine, cosine)
     if not usual: sine.div_(torch.hypot(sine, cosine))  # of a row of zeros
-    if values_are_cheap(sine) and sine.amin().item() > 1 / 32:
-        return _Angles(value, sine)
+    if values_are_cheap(sine) and sine.amin().item() > 1 / 32: return value, sine
     sine.clamp_min_(torch.finfo(sine.dtype).tiny**.5)
-    return _Angles(value, sine, chord, nearer)
+    return value, sine, chord, nearer
 
 # %% ../../nbs/engine/14_fused.ipynb #7ef985d7
 class _Plan:
     "What one call of a loss is about: the ways there and back read it."
 
-    def __init__(self, job, loss, valid, shards, size, dtype, numbers, cheap):
-        self.job, self.loss, self.valid, self.shards = job, loss, valid, shards
+    def __init__(self, kind, loss, targets, valid, shards, size, numbers, dtype, cheap):
+        self.kind, self.loss, self.valid, self.shards = kind, loss, valid, shards
         self.size, self.numbers, self.cheap = size, tuple(numbers), cheap
-        self.names, self.learns = job.inputs + self.numbers, torch.is_grad_enabled()
+        self.names, self.learns = kind.inputs + self.numbers, torch.is_grad_enabled()
         self.scale, self.lead = loss.scale or 1., loss.sample_margin
         self.prior, self.block = loss.log_prior(dtype), max(1, 2**18 // shards.size)
         most = 80 if dtype == torch.float32 else 600
         self.bounded = self.prior is None and self.scale + math.log(shards.size) < most
+        batch = targets, valid, shards.num_classes, dtype
+        self.weights, self.logs = loss.loss_weights(*batch), loss.log_weights(*batch)
+        self.loss, self.by_sample = loss.frozen(), loss.reduction == 'none'
 
 # %% ../../nbs/engine/14_fused.ipynb #2a7240ee
 class _Cosines:
@@ -165,7 +158,7 @@ class _Cosines:
 
     def __init__(self, plan, features, prototypes):
         self.plan, few = plan, prototypes.numel() <= 2**18
-        self.z = _Rows(features, True, cheap=plan.cheap)
+        self.z = _Rows(features, True, 1., plan.cheap)
         self.w = _Rows(prototypes, few, plan.scale, plan.cheap)
         self.usual = moderate(torch.cat([self.z.norms, self.w.norms]), plan.cheap)
         if not self.usual:
@@ -180,10 +173,11 @@ class _Cosines:
 
     def products(self, unit):
         "Products with the prototypes, [n, k]; the longer side is made of whole rows."
+        w = self.w.x
         if self.buffer is not None:
-            return torch.mm(unit, self.w.x.T, out=self.buffer[:unit.shape[0]])
-        if unit.shape[0] < self.w.x.shape[0]: return torch.mm(unit, self.w.x.T)
-        return torch.mm(self.w.x, unit.T).T
+            return torch.mm(unit, w.t(), out=self.buffer[:unit.shape[0]])
+        if unit.shape[0] < w.shape[0]: return torch.mm(unit, w.t())
+        return torch.mm(w, unit.t()).t()
 
     def angles(self, unit, columns, cosine):
         return _in_the_middle(cosine, self.plan.cheap) or _by_chords(
@@ -196,30 +190,25 @@ class _OfRows(_Cosines):
     def back(self, g, unit, wanted):
         "From slopes by products to those by features; all chunks add to one matrix."
         if 'prototypes' in wanted:
-            if self.by_prototypes is None: self.by_prototypes = torch.mm(g.T, unit)
-            else: self.by_prototypes.addmm_(g.T, unit)
+            if self.by_prototypes is None: self.by_prototypes = torch.mm(g.t(), unit)
+            else: self.by_prototypes.addmm_(g.t(), unit)
         return torch.mm(g, self.w.x) if 'features' in wanted else None
 
-    def turn(self, by_features, angles, pull, columns):
+    def turn(self, by_features, chord, nearer, pull, columns):
         "Add to both gradients what slopes by own logits do along the chords."
         pull, s = pull[:, None], self.plan.scale
-        if by_features is not None: by_features.addcmul_(angles.chord, pull)
+        if by_features is not None: by_features.addcmul_(chord, pull)
         if self.by_prototypes is None: return
         lengths = s if self.w.at_once else self.w.norms[columns]
-        turned = angles.chord.mul_(pull * angles.nearer / (-s * lengths))
+        turned = chord.mul_(pull * nearer / (-s * lengths))
         self.by_prototypes.index_add_(0, columns, turned)
 
     def gradients(self, by_features, factor):
-        by_name, by_w = {}, self.by_prototypes
-        if by_features is not None:
-            by_name['features'] = self.z.gradient(by_features, factor)
-        if by_w is not None: by_name['prototypes'] = self.w.gradient(by_w, factor)
-        return by_name
-
-    @staticmethod
-    def by_autograd(plan, targets, features, prototypes, numbers):
-        "The same, in steps that torch sees."
-        return plan.loss.of_matrix(features, prototypes, targets, plan.valid, numbers)
+        "The gradients by what was given, by name."
+        by_rows = dict(features=(self.z, by_features),
+                       prototypes=(self.w, self.by_prototypes))
+        return {name: rows.gradient(by_x, factor)
+                for name, (rows, by_x) in by_rows.items() if by_x is not None}
 
 # %% ../../nbs/engine/14_fused.ipynb #7ef985da
 class _OfCosines:
@@ -236,51 +225,42 @@ class _OfCosines:
         if angles := _in_the_middle(cosine, self.plan.cheap): return angles
         most = 1 - self.plan.resolution
         inside = cosine.clamp(-most, most)
-        sine = ((1 - inside) * (1 + inside)).sqrt_()
-        return _Angles(cosine.clamp(-1, 1).acos_(), sine)
+        return cosine.clamp(-1, 1).acos_(), ((1 - inside) * (1 + inside)).sqrt_()
 
     def back(self, g, cosines, wanted): return g
 
     def gradients(self, by_cosines, factor): return dict(cosines=by_cosines)
 
-    @staticmethod
-    def by_autograd(plan, targets, cosines, numbers):
-        "The same, in steps that torch sees."
-        return plan.loss.of_dense(cosines, targets, plan.valid, numbers,
-                                  plan.resolution)
-
 # %% ../../nbs/engine/14_fused.ipynb #93cf9292
 def _exponentials(g, at, here, job, wanted):
     "Take the target out of some rows, and leave the exponentials of the others there."
-    plan = job.plan
+    plan, largest, where_largest, shift = job.plan, None, None, None
     if job.to_logits is not None: g.mul_(job.to_logits)
-    own = g.gather(1, at)
-    if here is None: g.scatter_(1, at, -math.inf)
-    else: g.scatter_(1, at, own.masked_fill(here[:, None], torch.finfo(g.dtype).min))
-    largest = where_largest = None
+    own = lowest = g.gather(1, at)
+    if here is None: lowest = -math.inf
+    else: lowest = own.masked_fill(here[:, None], torch.finfo(g.dtype).min)
+    g.scatter_(1, at, lowest)
     if plan.lead: largest, where_largest = g.max(1) if wanted else (g.amax(1), None)
-    if plan.loss.scale is None:  # R_sm alone
-        g.zero_()
-        return own, torch.ones_like(own[:, 0]), None, largest, where_largest
     if plan.prior is not None: g.add_(plan.shards.own_classes(plan.prior))
-    shift = None if plan.bounded else g.amax(1)
-    if shift is not None: g.sub_(shift[:, None])
-    return own, g.exp_().sum(1), shift, largest, where_largest
+    if not plan.bounded:
+        shift = g.amax(1)
+        g.sub_(shift[:, None])
+    return own.squeeze(1), g.exp_().sum(1), shift, largest, where_largest
 
 # %% ../../nbs/engine/14_fused.ipynb #217f328b
-def _slopes(g, by_others, at, by_own, here, where_largest, by_largest, wins, job):
+def _slopes(g, by_others, at, by_own, at_largest, by_largest, to_logits):
     "The slopes of some rows by their products, in the place of the exponentials."
-    g.mul_(by_others[:, None])
-    _add(g, at, by_own, here)
-    if where_largest is not None: _add(g, where_largest[:, None], by_largest, wins)
-    if job.to_logits is not None: g.mul_(job.to_logits)
+    g.mul_(by_others)
+    g.scatter_add_(1, at, by_own)
+    if by_largest is not None: g.scatter_add_(1, at_largest, by_largest)
+    if to_logits is not None: g.mul_(to_logits)
 
 
-def _add(g, at, values, where):
-    "Add one value to each row, in its column; where it is another rank's, none."
-    if not isinstance(values, Tensor): values = g.new_full(g.shape[:1], values)
+def _column(values, like, where):
+    "A value for each row, [n, 1]; 0 where it is another rank's."
+    if not isinstance(values, Tensor): values = torch.full_like(like, values)
     if where is not None: values = torch.where(where, values, 0)
-    g.scatter_add_(1, at, values[:, None])
+    return values.unsqueeze(1)
 
 # %% ../../nbs/engine/14_fused.ipynb #4cac429f
 def _pooled(terms):
@@ -288,59 +268,58 @@ def _pooled(terms):
     return terms.softmax(0).nan_to_num_(0)
 
 # %% ../../nbs/engine/14_fused.ipynb #07d6ea2a
-def _chunk(x, targets, logs, weights, margin_weights, job, wanted, *numbers):
+def _chunk(x, targets, weights, pooled, job, wanted, *numbers):
     "Losses of a chunk, its negative margins, and the slopes of what is wanted."
-    plan, loss, s = job.plan, job.plan.loss, job.plan.scale
+    plan, loss, s, chord = job.plan, job.plan.loss, job.plan.scale, None
     columns, here = plan.shards.columns_here(targets)
-    at = columns[:, None]
+    at = columns.unsqueeze(1)
     g = job.products(x)                                                   # products
     own, total, shift, largest, where_largest = _by_parts(
         _exponentials, plan.block, g, at, here, job, wanted)
     rest = total.log() if shift is None else total.log() + shift
-    cosine = own[:, 0] / s                                                # angles
-    angles = job.angles(x, columns, cosine) if loss.angular else None
-    read = cosine if angles is None else angles.value
+    read = own / s
+    if loss.angular:                                                      # angles
+        read, sine, *chord = job.angles(x, columns, read)
     read, rest, largest, wins = plan.shards.combine(here, read, rest, largest)
     others = rest if plan.prior is None else rest - plan.prior[targets]   # the loss
-    own = Own(targets, read) if angles is None else Own(targets, angle=read)
+    own = Own(targets, angle=read) if loss.angular else Own(targets, read)
     losses, slopes = loss.terms(own, others, dict(zip(plan.numbers, numbers)), wanted)
     negative_margins = None if largest is None else largest / s - own.cosine
     if not wanted: return losses, negative_margins
-    if logs is not None: weights = _pooled(logs + loss.tilt * losses)       # slopes
+    if pooled is None: pooled = _pooled(plan.logs + loss.tilt * losses)     # slopes
     if here is not None: total = (rest if shift is None else rest - shift).exp()
-    by_others = times(job.per_logit * weights, slopes['rest']) / total
-    by_own = times(job.per_logit * weights, slopes['pull'])
-    by_own = -by_own if angles is None else by_own / angles.sine
-    by_largest = pull = None
-    if angles is not None and angles.chord is not None:
-        pull, by_own = by_own if here is None else by_own * here, 0.
+    factor, pull, at_largest, by_largest = job.per_logit * pooled, None, None, None
+    by_others = times(factor, slopes['rest']) / total
+    by_own = times(factor if loss.angular else -factor, slopes['pull'])
+    if loss.angular: by_own = by_own / sine
+    if chord: pull, by_own = by_own if here is None else by_own * here, 0.
     if where_largest is not None:
-        by_largest = margin_weights * (plan.lead * job.per_logit / s)
-        by_own = by_own - by_largest
-    _by_parts(_slopes, plan.block,
-              g, by_others, at, by_own, here, where_largest, by_largest, wins, job)
+        by_largest = weights * (plan.lead * job.per_logit / s)
+        at_largest, by_own = where_largest.unsqueeze(1), by_own - by_largest
+        by_largest = _column(by_largest, total, wins)
+    _by_parts(_slopes, plan.block, g, by_others.unsqueeze(1), at,
+              _column(by_own, total, here), at_largest, by_largest, job.to_logits)
     by_x = job.back(g, x, wanted)                                         # gradients
-    if pull is not None: job.turn(by_x, angles, pull, columns)
+    if chord: job.turn(by_x, *chord, pull, columns)
     return losses, negative_margins, by_x, *(
-        [slopes[name] * weights for name in plan.numbers if name in wanted])
+        [slopes[name] * pooled for name in plan.numbers if name in wanted])
 
 # %% ../../nbs/engine/14_fused.ipynb #cbd40ab0
 def _pass(plan, tensors, wanted, weights):
     "Losses, negative margins and gradients of all chunks, outside of autocast."
-    last = len(plan.job.inputs)
-    targets, logs, numbers, factor = tensors[0], plan.logs, tensors[last:], 1.
+    last, pooled, factor = len(plan.kind.inputs), weights, 1.
+    targets, numbers = tensors[0], tensors[last:]
     with full_precision(targets.device.type):
-        job = plan.job(plan, *tensors[1:last])
-        alike = logs is None and isinstance(weights, float)
-        if job.by_kernel and not numbers and alike: weights, factor = 1., weights
-        pooled = weights
-        if logs is not None and wanted and targets.shape[0] > plan.size:
-            losses, _ = _by_parts(_chunk, plan.size, job.x, targets, None, weights,
-                                  weights, job, (), *numbers)
-            logs, pooled = None, _pooled(logs + plan.loss.tilt * losses)
-        losses, negative_margins, *gradients = _by_parts(
-            _chunk, plan.size, job.x, targets, logs, pooled, weights, job, wanted,
-            *numbers)
+        job = plan.kind(plan, *tensors[1:last])
+        def chunks(wanted): return _by_parts(
+            _chunk, plan.size, job.x, targets, weights, pooled, job, wanted, *numbers)
+        if plan.logs is not None and wanted:
+            losses = chunks(())[0] if targets.shape[0] > plan.size else None
+            pooled = None if losses is None else _pooled(
+                plan.logs + plan.loss.tilt * losses)
+        elif job.by_kernel and not numbers and isinstance(weights, float):
+            weights, pooled, factor = 1., 1., weights
+        losses, negative_margins, *gradients = chunks(wanted)
         if not wanted: return losses, negative_margins, None
         by_x, *by_numbers = gradients
         learned = [name for name in plan.numbers if name in wanted]
@@ -353,17 +332,13 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, plan, *tensors):
-        ctx.plan, loss = plan, plan.loss
-        plan.by_sample = loss.reduction == 'none'
+        ctx.plan = plan
         ctx.save_for_backward(*tensors)
         needed = ctx.needs_input_grad[1:] if plan.learns else ()
         plan.wanted = tuple(compress(plan.names, needed))
-        batch = tensors[0], plan.valid, plan.shards.num_classes, tensors[1].dtype
-        plan.weights = loss.loss_weights(*batch)
-        plan.logs = loss.log_loss_weights(*batch)
         now = () if plan.by_sample else plan.wanted
         *values, plan.gradients = _pass(plan, tensors, now, plan.weights)
-        return loss.total(*values, plan.weights, plan.logs)
+        return plan.loss.total(*values, plan.weights, plan.logs)
 
     @staticmethod
     def backward(ctx, slope):
@@ -390,11 +365,11 @@ def _by_matrix(plan, tensors, slope, twice):
     if not plan.shards.alone:
         raise RuntimeError('create_graph=True: classes shared out among processes '
                            'have no second derivatives; use one process')
-    last = len(plan.job.inputs)
+    last = len(plan.kind.inputs)
     with torch.enable_grad():  # of views: one tensor may depend on another
         views = [t.view_as(t) for t in tensors]
         numbers = dict(zip(plan.numbers, views[last:]))
-        value = plan.job.by_autograd(plan, *views[:last], numbers)
+        value = plan.in_steps(*views[1:last], views[0], plan.valid, numbers)
         wanted = [v for n, v in zip(plan.names, views) if n in plan.wanted]
         return dict(zip(plan.wanted, torch.autograd.grad(
             value, wanted, slope, create_graph=twice, materialize_grads=True)))
@@ -429,24 +404,27 @@ def fused_loss(loss, features, prototypes, targets, numbers, chunk_size='auto',
             loss, features, prototypes, targets, numbers, group)
     targets, valid = loss.split_ignored(targets, shards.num_classes, cheap)
     loss.check_classes(shards.num_classes, features.device)
+    if shards.alone and is_traced():
+        return loss.of_matrix(features, prototypes, targets, valid, numbers)
     if chunk_size != 'auto': chunk_size = integer('chunk_size', chunk_size, at_least=1)
     else: chunk_size = rows_at_once(features.shape[0], shards.largest_size)
     dtype = work_dtype(features.dtype, prototypes.dtype)
-    tensors = [x.to(dtype) for x in (features, prototypes, *numbers.values())]
-    plan = _Plan(_OfRows, loss.frozen(), valid, shards, chunk_size, dtype, numbers,
+    plan = _Plan(_OfRows, loss, targets, valid, shards, chunk_size, numbers, dtype,
                  cheap)
-    value = _Fused.apply(plan, targets, *tensors)
-    if shards.alone or value.ndim == 0: return value
-    return OwnRows.apply(value, shards.group)
+    plan.in_steps = plan.loss.of_matrix
+    value = _Fused.apply(plan, targets, *(
+        x.to(dtype) for x in (features, prototypes, *numbers.values())))
+    return value if shards.alone or value.ndim == 0 else shards.own_rows(value)
 
 # %% ../../nbs/engine/14_fused.ipynb #298f5f43
 def dense_loss(loss, cosines, targets, valid, numbers, resolution):
     "What a loss returns for a matrix of cosines, all of whose rows are one chunk."
     n, k = cosines.shape
-    plan = _Plan(_OfCosines, loss.frozen(), valid, one_process(k), n, cosines.dtype,
-                 numbers, values_are_cheap(cosines))
+    plan = _Plan(_OfCosines, loss, targets, valid, one_process(k), n, numbers,
+                 cosines.dtype, values_are_cheap(cosines))
     plan.resolution = resolution
-    numbers = [x.to(cosines.dtype) for x in numbers.values()]
+    plan.in_steps = partial(plan.loss.of_dense, resolution=resolution)
+    numbers = (x.to(cosines.dtype) for x in numbers.values())
     return _Fused.apply(plan, targets, cosines, *numbers)
 
 # %% ../../nbs/engine/14_fused.ipynb #ab5c7fdf

@@ -8,16 +8,15 @@ Docs: https://largest-margins.github.io/largest-margins/engine/shards.html.md"""
 __all__ = []
 
 # %% ../../nbs/engine/15_shards.ipynb #5de02a0f
-from functools import cache
+from functools import cache, partial
 from zlib import crc32
 
 import torch
-from torch import Tensor
 from torch import distributed as dist
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ..checks import NotFinite, values_are_cheap
+from ..checks import NotFinite, values_are_cheap, work_dtype
 
 # %% ../../nbs/engine/15_shards.ipynb #e3835bbf
 def _all_gather(x, group):
@@ -87,8 +86,41 @@ class _Exchange(_OwnClasses):
         if self.alone: return rows
         return _all_gather(rows.detach(), self.group).flatten(0, 1)
 
+# %% ../../nbs/engine/15_shards.ipynb #c5b4750a
+class Mapped(torch.autograd.Function):
+    "What `there` makes of a tensor, and how its slopes come `back` (None: they do not)."
+
+    @staticmethod
+    def forward(ctx, x, there, back):
+        ctx.back, ctx.dtype = back, x.dtype
+        return there(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, slope):
+        return ctx.back and ctx.back(slope).to(ctx.dtype), None, None
+
 # %% ../../nbs/engine/15_shards.ipynb #9710012f
-class ClassShards(_Exchange):
+class _WithGradients(_Exchange):
+    "What ranks tell each other, with gradients."
+
+    def all_rows_of(self, own, every, back):
+        "All ranks' rows; `back` says what of their slopes is this rank's."
+        wide, back = work_dtype(own.dtype), back and partial(back, group=self.group)
+        return Mapped.apply(own, lambda _: every.to(wide, copy=True), back)
+
+    def own_rows(self, every):
+        "This rank's rows of what all computed; backward asks all for their slopes."
+        return Mapped.apply(every, lambda x: _own_rows(x, self.group).clone(),
+                            lambda slope: _all_gather(slope, self.group).flatten())
+
+    def averaged(self, features):
+        "The same features; backward multiplies, because DDP or FSDP will divide."
+        return Mapped.apply(features, lambda x: x.view_as(x),
+                            lambda slope: slope * len(self.sizes))
+
+# %% ../../nbs/engine/15_shards.ipynb #9710012e
+class ClassShards(_WithGradients):
     "Which classes are this rank's, and what ranks tell each other."
 
     def nearest(self, cosines, classes, n):
@@ -108,11 +140,8 @@ class ClassShards(_Exchange):
         every = _all_gather(padded, self.group)
         return torch.cat([part[:size] for part, size in zip(every, self.sizes)])
 
-    def distributed(
-        self,
-        prototypes: Tensor,  # this rank's, [k_r, d]
-    ) -> Tensor:  # a `DTensor`, [k, d]
-        "The prototypes of all ranks as one tensor, for checkpoints."
+    def distributed(self, prototypes):
+        "The prototypes of all ranks as a `DTensor`, for checkpoints, [k_r, d] → [k, d]."
         from torch.distributed.device_mesh import DeviceMesh
         from torch.distributed.tensor import DTensor, Shard
         mesh = DeviceMesh.from_group(self.group, prototypes.device.type)
@@ -171,46 +200,6 @@ def _gather_batch(group, *columns):
     parts = (part.flatten().clone() for part in rows.split(widths, 1))  # without gaps
     return [part.view(c.dtype).view(len(rows), -1) for part, c in zip(parts, columns)]
 
-# %% ../../nbs/engine/15_shards.ipynb #c5b4750a
-class _AllRows(torch.autograd.Function):
-    "All ranks' rows; `back` says what of their slopes is this rank's."
-
-    @staticmethod
-    def forward(ctx, rows, every, group, back):
-        ctx.group, ctx.dtype, ctx.back = group, rows.dtype, back
-        return every.to(torch.promote_types(every.dtype, torch.float32), copy=True)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, slope):
-        if ctx.back is None: return None, None, None, None
-        return ctx.back(slope, ctx.group).to(ctx.dtype), None, None, None
-
-# %% ../../nbs/engine/15_shards.ipynb #7a7e82ab
-class OwnRows(torch.autograd.Function):
-    "This rank's rows of what all ranks computed; backward asks all for their slopes."
-
-    @staticmethod
-    def forward(ctx, every, group):
-        ctx.group = group
-        return _own_rows(every, group).clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, slope): return _all_gather(slope, ctx.group).flatten(), None
-
-# %% ../../nbs/engine/15_shards.ipynb #bd143f23
-class TimesRanks(torch.autograd.Function):
-    "The same features; backward multiplies, because DDP or FSDP will divide."
-
-    @staticmethod
-    def forward(ctx, features, ranks):
-        ctx.ranks = ranks
-        return features.view_as(features)
-
-    @staticmethod
-    def backward(ctx, slope): return slope * ctx.ranks, None
-
 # %% ../../nbs/engine/15_shards.ipynb #8b5531c2
 def _own_error(prototypes, sizes, group):
     "What is wrong with this rank's prototypes, if anything."
@@ -238,7 +227,8 @@ def all_ranks(loss, features, prototypes, targets, numbers, group):
     if wants < wanted:  # every rank goes the way back if one does
         features = features.detach().requires_grad_()
     back = _sum_of_own_rows if wanted == 2 else None
-    features = _AllRows.apply(features, every, group, back)
-    numbers = {name: _AllRows.apply(v, every[:, 0], group, _own_rows)
+    shards = ClassShards(sizes, group)
+    features = shards.all_rows_of(features, every, back)
+    numbers = {name: shards.all_rows_of(v, every[:, 0], _own_rows)
                for (name, v), every in zip(numbers.items(), all_numbers)}
-    return features, targets[:, 0], numbers, ClassShards(sizes, group)
+    return features, targets[:, 0], numbers, shards
