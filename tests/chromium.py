@@ -108,8 +108,8 @@ class Chromium:
         done = self.call('Runtime.evaluate', expression=script)
         assert 'exceptionDetails' not in done, done
         if found := done['result'].get('objectId'):   # by its name, which keeps a promise alive until it is kept
-            done = self.call('Runtime.callFunctionOn', objectId=found, functionDeclaration='async function() {return this}',
-                             awaitPromise=True, returnByValue=True)
+            done = self.call('Runtime.callFunctionOn', objectId=found, awaitPromise=True, returnByValue=True,
+                             functionDeclaration='async function() {return this}')
             self.call('Runtime.releaseObject', objectId=found)
             assert 'exceptionDetails' not in done, done
         return done['result'].get('value')
