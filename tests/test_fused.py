@@ -401,6 +401,15 @@ def test_the_buffer_keeps_its_budget(samples, num_classes):
     assert rows == 1 or 4 * rows * num_classes <= BUFFER_BYTES
 
 
+@each_loss
+def test_more_classes_than_a_block_of_rows_has_room_for(row):
+    "Prototypes too many to be normalized at once, and a row for each block."
+    k = 2 ** 17 + 1
+    loss, batch = row.make(8., [0] * k), inputs(3, 2, k)
+    got, true = (value_and_gradients(way, *batch) for way in (loss.linear, dense(loss)))
+    assert distance(got, true) < 1e-11
+
+
 @pytest.mark.skipif(sys.platform != 'linux', reason='peak memory is read from /proc')
 @pytest.mark.parametrize('name', ['ArcFace', 'LM-Softmax, log-sum-exp', 'R_sm'])
 @pytest.mark.parametrize('samples', [512, 2048])

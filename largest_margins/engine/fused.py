@@ -248,12 +248,12 @@ def _exponentials(g, at, here, job, wanted):
     return own.squeeze(1), g.exp_().sum(1), shift, largest, where_largest
 
 # %% ../../nbs/engine/14_fused.ipynb #217f328b
-def _slopes(g, by_others, at, by_own, at_largest, by_largest, to_logits):
+def _slopes(g, by_others, at, by_own, at_largest, by_largest, job):
     "The slopes of some rows by their products, in the place of the exponentials."
     g.mul_(by_others)
     g.scatter_add_(1, at, by_own)
     if by_largest is not None: g.scatter_add_(1, at_largest, by_largest)
-    if to_logits is not None: g.mul_(to_logits)
+    if job.to_logits is not None: g.mul_(job.to_logits)
 
 
 def _column(values, like, where):
@@ -298,7 +298,7 @@ def _chunk(x, targets, weights, pooled, job, wanted, *numbers):
         at_largest, by_own = where_largest.unsqueeze(1), by_own - by_largest
         by_largest = _column(by_largest, total, wins)
     _by_parts(_slopes, plan.block, g, by_others.unsqueeze(1), at,
-              _column(by_own, total, here), at_largest, by_largest, job.to_logits)
+              _column(by_own, total, here), at_largest, by_largest, job)
     by_x = job.back(g, x, wanted)                                         # gradients
     if chord: job.turn(by_x, *chord, pull, columns)
     return losses, negative_margins, by_x, *(
