@@ -45,6 +45,9 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message): raise ValueError(f'{message} ({self.prog} --help)')
 
+    def _print_message(self, message, file=None):  # argparse ignores a full disk
+        (file or sys.stderr).write(message)
+
     def parse_known_args(self, *args, **options):
         self.learn()
         return super().parse_known_args(*args, **options)
@@ -155,7 +158,8 @@ def _interrupts():
     "A list that is not empty once Ctrl-C came."
     came, before = [], signal.getsignal(signal.SIGINT)
     def remember(*_):
-        came.append(True)
+        if came and time.monotonic() < came[-1] + .5: return  # one key, sent twice
+        came.append(time.monotonic())
         raise KeyboardInterrupt
     ours = (before is signal.default_int_handler
             and threading.current_thread() is threading.main_thread())
@@ -169,19 +173,19 @@ def _explain(error):
     "One line about an error, and the exit code."
     if sys.flags.dev_mode and not isinstance(error, KeyboardInterrupt): raise error
     if isinstance(error, KeyboardInterrupt): return _say('stopped', 130)
+    from largest_margins.files import escape  # not after Ctrl-C: imports may be broken
     if isinstance(error, ModuleNotFoundError):
         advice = ('pip install "largest_margins[fastai] @ '
                   'git+https://github.com/largest-margins/largest-margins"')
         return _say(f'this command needs {error.name}: {advice}', 2)
     expected = isinstance(error, ValueError | TypeError | OSError | ImportError)
-    return _say(error if expected else f'{type(error).__name__}: {error}', 2)
+    message = error if expected else f'{type(error).__name__}: {error}'
+    return _say(escape(' '.join(str(message).split()), 'terminal'), 2)
 
 # %% ../nbs/study/33_cli.ipynb #a0761ebb
 def _say(message, code):
     "One line on the error stream, and an exit code."
-    from largest_margins.files import escape
-    line = escape(' '.join(str(message).split()), 'terminal')
-    with suppress(OSError): print(f'largest-margins: {line}', file=sys.stderr)
+    with suppress(OSError): print(f'largest-margins: {message}', file=sys.stderr)
     return code
 
 # %% ../nbs/study/33_cli.ipynb #d4e657b6
