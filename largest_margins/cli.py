@@ -431,13 +431,12 @@ def _inspect(args):
 # %% ../nbs/study/33_cli.ipynb #d6aa86b0
 def _lines(path):
     "The names in a file, one a line; blank lines at its end do not count."
-    try: lines = Path(path).read_text(encoding='utf-8-sig').rstrip().split('\n')
-    except UnicodeDecodeError as e:
-        raise ValueError(f'{path} must be text in UTF-8: {e}') from e
-    lines = [line.strip() for line in lines]
-    if '' in lines: raise ValueError(f'{path} must have a name in line '
-                                     f'{lines.index("") + 1}, which is blank')
-    return lines
+    from largest_margins.files import read_lines
+    lines = read_lines(Path(path))
+    for i, (where, _) in enumerate(lines, 1):
+        if not where.endswith(f' {i}'):
+            raise ValueError(f'{path} must have a name in line {i}, which is blank')
+    return [line for _, line in lines]
 
 # %% ../nbs/study/33_cli.ipynb #91a14bea
 def _numbers(name):

@@ -19,6 +19,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 # %% ../nbs/training/21_data.ipynb #7c0d361e
@@ -33,7 +34,7 @@ from torch.nn import functional as F
 
 
 from .checks import choice, integer, number
-from .files import escape, read_torch
+from .files import escape, read_lines, read_torch
 from .images import ImageFiles, image_files, is_clutter
 
 # %% ../nbs/training/21_data.ipynb #cd23ceff
@@ -497,7 +498,11 @@ def _splits(path):
             names = ' and '.join(folder.name for folder in folders)
             raise ValueError(f'{path} must have one split of a kind, got {names}')
     train, test, val = (next(iter(folders), None) for folders in by_role.values())
-    if train: return train, test or val
+    held_out = test or val
+    if train and not held_out: held_out = _other_split(path, train)
+    if train and held_out and train.samefile(held_out):
+        raise ValueError(f'{held_out} must not be the same folder as {train.name}')
+    if train: return train, held_out
     names = [folder.name for folder in splits]
     a_vehicle = [name.casefold() for name in names] == ['train'] and \
         len(_subfolders(path)) > 1
@@ -505,6 +510,15 @@ def _splits(path):
         raise ValueError(f'{path} has {", ".join(names)}, but no training split with a '
                          'folder for each class: make a folder train that has these')
     return None, None
+
+# %% ../nbs/training/21_data.ipynb #b7357048
+def _other_split(path, train):
+    "Refuse a folder beside the only split that has a folder for a class, too."
+    classes = {folder.name for folder in _subfolders(train)}
+    for other in _subfolders(path):
+        if other != train and classes & {folder.name for folder in _subfolders(other)}:
+            raise ValueError(f'{other} has folders of classes, as {train.name} has: '
+                             'call it test to test with it, or move it away')
 
 # %% ../nbs/training/21_data.ipynb #0c1ccbc8
 def class_folders(
@@ -580,9 +594,10 @@ def image_list(
     if both: raise ValueError(f'{train} and {test} must not share images, {len(both)} '
                               f'are in both, such as {both[0]}')
     k = 1 + max(targets.max().item(), labels.max().item())
-    absent = sorted({*range(k)} - {*targets.tolist()})
+    there = {*targets.tolist()}
+    absent = [*islice((label for label in range(k) if label not in there), 5)]
     if absent: raise ValueError(f'{train} must have each of the labels 0..{k - 1}, '
-                                f'{len(absent)} are missing, such as {absent[:5]}')
+                                f'{k - len(there)} are missing, such as {absent}')
     classes = [str(label) for label in range(k)]
     return _file_data(train.stem, (files, targets), held_out, classes, size, budget)
 
@@ -597,19 +612,17 @@ def _list_beside(train):
 def _read_list(path, root):
     "The files and labels of a list, after a look whether they are there."
     files, labels, root = [], [], Path(path.parent if root is None else root)
-    lines = path.read_text(encoding='utf-8-sig').split('\n')
-    for i, line in enumerate(lines, 1):
-        if not line.strip(): continue
-        match = re.fullmatch(r'\s*(\S.*?)[\s,]+([0-9]{1,9})\s*', line)
-        if not match: raise ValueError(f'{path}, line {i}: wanted "path label", '
-                                       f'got {line.strip()!r}')
+    for where, line in read_lines(path):
+        match = re.fullmatch(r'(\S.*?)[\s,]+([0-9]{1,9})', line)
+        if not match: raise ValueError(f'{where}: wanted "path label", got {line!r}')
         files.append(root/match[1])
         labels.append(int(match[2]))
     missing = [file for file in files if not file.is_file()]
     if missing: raise FileNotFoundError(
         f'{path}: {len(missing)} of {len(files)} images were not found, such as '
         f'{missing[0]}; say where the paths start (root=DIR, --data DIR)')
-    if not files: raise ValueError(f'{path} holds no images')
+    twice = len({*zip(files, labels)}) - len({*files})
+    if twice: raise ValueError(f'{path} must give each image one label, {twice} have more')
     return files, torch.tensor(labels)
 
 # %% ../nbs/training/21_data.ipynb #75218b86
@@ -674,14 +687,11 @@ def _first(places, names):
 # %% ../nbs/training/21_data.ipynb #1f670ce6
 def _rows(path, pattern, wanted):
     "The lines of a text file, packed or not, each checked."
-    packed = path.suffix == '.gz'
-    with (gzip.open if packed else open)(path, 'rt', encoding='utf-8') as file:
-        rows = [line.strip() for line in file if line.strip()]
-    for i, row in enumerate(rows, 1):
+    rows = read_lines(path)
+    for where, row in rows:
         if not re.fullmatch(pattern, row):
-            raise ValueError(f'{path}, line {i}: wanted {wanted}, got {row[:60]!r}')
-    if not rows: raise ValueError(f'{path} holds no rows')
-    return rows
+            raise ValueError(f'{where}: wanted {wanted}, got {row[:60]!r}')
+    return [row for _, row in rows]
 
 # %% ../nbs/training/21_data.ipynb #f944f888
 def _table(name, table, targets, classes, test):

@@ -8,8 +8,9 @@ Docs: https://largest-margins.github.io/largest-margins/training/files.html.md""
 __all__ = []
 
 # %% ../nbs/training/20_files.ipynb #0fc88e67
+import codecs
 import errno
-import io
+import gzip
 import math
 import mmap
 import os
@@ -145,7 +146,8 @@ def write_file(
         if descriptor is not None:
             for stream in filter(None, (sys.stdout, sys.stderr)): stream.flush()
             with os.fdopen(os.dup(descriptor), 'wb') as file: file.write(content)
-        elif target.exists() and not target.is_file():
+        elif target.exists() and not (target.is_file()
+                                      and os.access(target.parent, os.W_OK)):
             with open(target, 'wb') as file: file.write(content)
         else: _replace(target, content)
     return Path(path)
@@ -238,6 +240,29 @@ def differences(
     return ', '.join(f'{name} was {was.get(name)!r}, is now {now.get(name)!r}'
                      for name in was | now if was.get(name) != now.get(name))
 
+# %% ../nbs/training/20_files.ipynb #b82cb704
+_MOST_TEXT = 2**30  # bytes
+
+
+def read_lines(
+    path_or_text: str | Path,  # a file, packed by gzip or not, or text of several lines
+) -> list[tuple[str, str]]:  # the place of each line, for messages, and the line
+    "Read the lines of a text in UTF-8 that are not blank, without spaces around."
+    text, source = path_or_text, 'the text'
+    if not isinstance(text, str | os.PathLike):
+        raise TypeError(f'path_or_text must be a str or a path, got {type(text)}')
+    if not isinstance(text, str) or '\n' not in text:
+        source = Path(text)
+        with (gzip.open if source.suffix == '.gz' else open)(source, 'rb') as file:
+            try: text = file.read(_MOST_TEXT).decode('utf-8-sig')
+            except (UnicodeDecodeError, EOFError, zlib.error) as e:
+                raise ValueError(f'{source} is not a text in UTF-8: {e}') from e
+            if file.read(1): raise ValueError(f'{source} is no text: it is too long')
+    lines = [(f'{source}, line {number}', line.strip())
+             for number, line in enumerate(text.split('\n'), 1) if line.strip()]
+    if not lines: raise ValueError(f'{source} is empty')
+    return lines
+
 # %% ../nbs/training/20_files.ipynb #30234e2c
 class StandIn:
     "A placeholder for an object that a file describes; it does nothing."
@@ -251,7 +276,11 @@ class StandIn:
 
 
 class _Refused(ValueError):
-    "What a file holds that is not read, and what to do, in words."
+    "What a file holds that is not read, in words."
+
+
+class _Code(_Refused):
+    "What a file holds that could be code."
 
 # %% ../nbs/training/20_files.ipynb #825051c0
 class _Name(str):
@@ -264,15 +293,16 @@ class _Storage:
         self.dtype, self.numel, self.data = dtype, numel, data
 
 # %% ../nbs/training/20_files.ipynb #70fef3c8
-_DATA = set("""array collections copyreg dataclasses datetime decimal enum
-    fractions ipaddress logging numbers pathlib random re string time typing uuid
-    zoneinfo __main__ _codecs""".split())
+_DATA = set("""array calendar collections copyreg dataclasses datetime decimal email
+    enum fractions http ipaddress logging numbers pathlib random re statistics string
+    textwrap time typing uuid zoneinfo __main__ _codecs""".split())
 _DATA_TYPES = set("""argparse.Namespace types.SimpleNamespace functools.partial
     builtins.bool builtins.bytearray builtins.bytes builtins.complex builtins.dict
     builtins.float builtins.frozenset builtins.getattr builtins.int builtins.list
     builtins.object builtins.range builtins.set builtins.slice builtins.str
     builtins.tuple builtins.type builtins.Ellipsis builtins.NotImplemented
     types.GenericAlias builtins.iter itertools.count
+    operator.itemgetter os.stat_result signal.Signals socket.AddressFamily
     platform.uname_result posix.uname_result urllib.parse.ParseResult""".split())
 
 # %% ../nbs/training/20_files.ipynb #7d3d2554
@@ -286,11 +316,7 @@ def _named(module, name):
     harmless = (top in _DATA or full in _DATA_TYPES
                 or full.endswith(('Error', 'Exception')))
     if harmless or top not in sys.stdlib_module_names: return full
-    raise _Refused(f'{full}{_CODE}')
-
-# %% ../nbs/training/20_files.ipynb #5147fa31
-_CODE = (', which is no tensor and could be code, and was not opened: '
-         'save torch.save(model.state_dict(), FILE)')
+    raise _Code(full)
 
 # %% ../nbs/training/20_files.ipynb #76bce2ab
 def _view(storage, offset, size, stride, dtype=None):
@@ -337,18 +363,24 @@ class _Array(StandIn):
     "An array or a dtype of NumPy, in the making; content is the tensor."
     def finish(self, state):
         "The second half of what NumPy keeps of it."
-        import torch
         match self.name, state:
             case 'numpy.dtype', (int(), str() | bytes() as order, *_):
                 self.content = self.content.newbyteorder(_text(order))
             case 'numpy.ndarray', (int(), shape, _Array() as dtype, fortran, raw):
                 if isinstance(raw, str): raw = raw.encode('latin1')
-                if not dtype.content.isnative: return
                 order = 'F' if fortran else 'C'
-                array = np.ndarray(shape, dtype.content, raw, order=order)
-                with warnings.catch_warnings():
-                    warnings.simplefilter('ignore')  # one must not write into it
-                    self.content = torch.from_numpy(array)
+                self.content = _as_tensor(raw, dtype.content, shape, order)
+
+# %% ../nbs/training/20_files.ipynb #ccaebcab
+def _as_tensor(raw, dtype, shape, order):
+    "The bytes of an array, all of them, as a tensor."
+    import torch
+    array = np.ndarray(shape, dtype, raw, order=order)
+    if array.nbytes != len(raw): raise _Refused(f'{len(raw)} bytes for {array.nbytes}')
+    native = array.astype(dtype.newbyteorder('='), copy=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # one must not write into it
+        return torch.from_numpy(native)
 
 # %% ../nbs/training/20_files.ipynb #986e4459
 def _text(text): return text.decode('latin1') if isinstance(text, bytes) else text
@@ -403,7 +435,14 @@ def _call_of_others(function, arguments):
             return _set({}, [x for pair in pairs for x in pair])
         case ('collections.OrderedDict' | 'collections.defaultdict'
               | 'collections.Counter' | 'builtins.dict'), _: return {}
-        case '_codecs.encode', (str(text), 'latin1'): return text.encode('latin1')
+        case (('_codecs.encode', (str(text), 'latin1'))
+              | ('builtins.bytearray', (str(text), 'latin-1' | b'latin-1'))):
+            return text.encode('latin1')
+        case 'builtins.bytes' | 'builtins.bytearray', (): return b''
+        case 'builtins.bytearray', (bytes(raw),): return raw
+        case 'numpy.core.multiarray.scalar', (_Array() as dtype, str() | bytes() as raw):
+            if isinstance(raw, str): raw = raw.encode('latin1')
+            return _as_tensor(raw, dtype.content, (), 'C').item()
         case 'numpy.core.multiarray._reconstruct', _: return _Array('numpy.ndarray')
         case 'numpy.dtype', (str() | bytes() as code, *_): return _numpy_dtype(code)
         case 'numpy.core.numeric._frombuffer', (raw, _Array() as dtype, shape, order):
@@ -412,10 +451,30 @@ def _call_of_others(function, arguments):
             return array
     return StandIn(str(function))
 
+# %% ../nbs/training/20_files.ipynb #099c8641
+_OPCODES = {opcode.code: opcode for opcode in pickletools.opcodes}
+
+
+def _opcodes(file):
+    "As `pickletools.genops`, but strings of Python 2 (protocol 0) may be bytes."
+    while code := file.read(1).decode('latin1'):
+        opcode = _OPCODES[code]
+        if opcode.name == 'STRING': yield opcode, _python_2_string(file.readline())
+        else: yield opcode, opcode.arg and opcode.arg.reader(file)
+        if opcode.name == 'STOP': return
+    raise _Refused('no end')
+
+# %% ../nbs/training/20_files.ipynb #9a069f3b
+def _python_2_string(line):
+    "'caf\\xe9', with its quotes and its end of line, as text."
+    match = re.fullmatch(rb"(['\"])(.*)\1\n", line, re.DOTALL)
+    if not match: raise _Refused('a string that has no end')
+    return codecs.escape_decode(match[2])[0].decode('latin1')
+
 # %% ../nbs/training/20_files.ipynb #bb8d2686
 _VALUES = {'INT', 'BININT', 'BININT1', 'BININT2', 'LONG', 'LONG1', 'LONG4', 'FLOAT',
            'BINFLOAT', 'STRING', 'BINSTRING', 'SHORT_BINSTRING', 'SHORT_BINBYTES',
-           'BINBYTES', 'BINBYTES8', 'BYTEARRAY8', 'UNICODE', 'SHORT_BINUNICODE',
+           'BINBYTES', 'BINBYTES8', 'UNICODE', 'SHORT_BINUNICODE',
            'BINUNICODE', 'BINUNICODE8'}
 _EMPTY = {'EMPTY_LIST': list, 'EMPTY_TUPLE': tuple, 'EMPTY_DICT': dict,
           'EMPTY_SET': lambda: StandIn('builtins.set'), 'NONE': lambda: None,
@@ -456,6 +515,7 @@ class _Stack:
         stack, marks, memo = self.stack, self.marks, self.memo
         match name:
             case 'PROTO' | 'FRAME' | 'READONLY_BUFFER': pass
+            case 'BYTEARRAY8': stack.append(bytes(value))
             case _ if name in _VALUES: stack.append(value)
             case _ if name in _EMPTY: stack.append(_EMPTY[name]())
             case 'MARK': marks.append(len(stack))
@@ -500,6 +560,7 @@ class _Calls(_Containers):
             case 'STACK_GLOBAL': stack.append(self.named(stack.pop(-2), stack.pop()))
             case 'REDUCE' | 'NEWOBJ':
                 stack.append(self.make(stack.pop(-2), stack.pop()))
+                self.spend(stack[-1])
             case 'NEWOBJ_EX':
                 stack.pop()  # arguments with names
                 stack.append(self.make(stack.pop(-2), stack.pop()))
@@ -512,35 +573,21 @@ class _Calls(_Containers):
             case 'FROZENSET':
                 kind = _Name('builtins.frozenset')
                 stack.append(self.make(kind, (self.above_mark(),)))
-            case 'BUILD': self.finish(stack[-2], stack.pop())
+            case 'BUILD' if isinstance(stack[-2], _Array):
+                stack[-2].finish(stack.pop())
+                self.spend(stack[-1])
+            case 'BUILD': stack.pop()
             case 'BINPERSID' if self.storage: stack.append(self.storage(stack.pop()))
             case _: return False
         return True
 
 # %% ../nbs/training/20_files.ipynb #ca527c06
-class PickleReader(_Calls):
-    "Follows a pickle's instructions, and neither looks a name up nor calls one."
-    follows = None  # names of the instructions to follow; None: all that are here
-
-    def read(self, opcodes):
-        "Return what the instructions leave, see `pickletools.genops`."
-        for opcode, value, position in opcodes:
-            if opcode.name == 'STOP' and self.stack: return self.stack.pop()
-            self.follow(opcode.name, value, position)
-
-    def follow(self, name, value, position):
-        "Follow one instruction, or refuse it."
-        if not (self.follows is None or name in self.follows) or not (
-                self.push(name, value) or self.gather(name) or self.call(name, value)):
-            raise _Refused(f'the instruction {name} {reprlib.repr(value)}')
-
-# %% ../nbs/training/20_files.ipynb #45fccff0
-class _TorchPickle(PickleReader):
+class _Maker(_Calls):
     named = staticmethod(_named)
 
-    def __init__(self, storage):
+    def __init__(self, size, storage=None):
         super().__init__()
-        self.storage, self.strange, self.inner = storage, {}, {}
+        self.left, self.storage, self.strange, self.inner = 2 * size, storage, {}, {}
 
     def make(self, function, arguments):
         "Make a tensor, a dictionary or a stand-in, whose name is remembered."
@@ -556,14 +603,30 @@ class _TorchPickle(PickleReader):
         if isinstance(made, StandIn): self.strange[made.name] = None
         return made
 
-    def finish(self, target, state):
-        if isinstance(target, _Array): target.finish(state)
+    def spend(self, made):
+        "Refuse to make more than the file can hold."
+        self.left -= len(made) if isinstance(made, bytes) else getattr(
+            getattr(made, 'content', None), 'nbytes', 0)
+        if self.left < 0: raise _Refused('calls that would fill the memory')
+
+# %% ../nbs/training/20_files.ipynb #45fccff0
+class PickleReader(_Maker):
+    "Follows a pickle's instructions, and neither looks a name up nor calls one."
+
+    def read(self, file):
+        "Return what the instructions leave."
+        for opcode, value in _opcodes(file):
+            name = opcode.name
+            if name == 'STOP' and self.stack: return self.stack.pop()
+            if not (self.push(name, value) or self.gather(name)
+                    or self.call(name, value)):
+                raise _Refused(f'the instruction {name} {reprlib.repr(value)}')
 
 # %% ../nbs/training/20_files.ipynb #ab9bcfcc
 def _read_pickle(file, storage=None):
     "What one pickle holds, and the names of the stand-ins in it."
-    reader = _TorchPickle(storage)
-    return reader.read(pickletools.genops(file)), list(reader.strange)
+    reader = PickleReader(len(file), storage)
+    return reader.read(file), list(reader.strange)
 
 # %% ../nbs/training/20_files.ipynb #e13ecf21
 def _in_memory(content):
@@ -590,7 +653,7 @@ def _members(file):
         start = info.header_offset
         head = bytes(view[start:start + 30])
         if info.compress_type or info.flag_bits & 1 or head[:4] != b'PK\3\4':
-            raise _Refused(f'a packed member, {info.filename}')
+            raise _Refused(f'a packed member, {info.filename} (zip it with zip -0)')
         start += 30 + int.from_bytes(head[26:28], 'little') + int.from_bytes(
             head[28:30], 'little')
         part = view[start:start + info.file_size]
@@ -615,7 +678,7 @@ def _from_archive(file):
     "The content of a zip archive of `torch.save`."
     members = _members(file)
     program = [name for name in members if name.endswith('/constants.pkl')]
-    if program: raise _Refused(f'TorchScript{_CODE}')
+    if program: raise _Code('TorchScript')
     main = [name for name in members if re.fullmatch('[^/]+/data.pkl', name)]
     if len(main) != 1: raise _Refused('an archive, but none of torch.save')
     root, storages = main[0].removesuffix('data.pkl'), {}
@@ -632,7 +695,7 @@ def _from_archive(file):
                 raise _Refused(f'the numbers {key}, which do not fit')
             storages[key] = _Storage(dtype, numel, _aligned(part, dtype))
         return storages[key]
-    return _read_pickle(io.BytesIO(members[main[0]]), storage)
+    return _read_pickle(_in_memory(members[main[0]]), storage)
 
 # %% ../nbs/training/20_files.ipynb #5d1f701c
 _MAGIC = 0x1950a86a20f9469cfc6c  # the first pickle of an old file
@@ -679,11 +742,21 @@ def read_torch(
             raise _Refused(f'{strange[0]}, which is no plain value')
         return content
     except _Refused as e:
-        problem = str(e) if _CODE in str(e) else f'{e}, and was not opened'
-        raise ValueError(f'{path} holds {problem}') from e
+        why = ', which is no tensor and could be code' if isinstance(e, _Code) else ''
+        advice = ': save torch.save(model.state_dict(), FILE)' if why else ''
+        raise ValueError(f'{path} holds {e}{why}, and was not opened{advice}') from e
     except _DAMAGED as e:
         raise ValueError(f'{path} is damaged, or not a file of tensors') from e
 
 # %% ../nbs/training/20_files.ipynb #a605baf6
 _DAMAGED = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError,
             OverflowError, MemoryError, zipfile.BadZipFile)
+
+# %% ../nbs/training/20_files.ipynb #a9de99c4
+def read_pickle(
+    content: bytes,  # a pickle of bytes, arrays, numbers and lists, of any protocol
+):  # arrays are `StandIn`s whose `content` is a tensor, Python 2's strings are text
+    "Read a pickle; run no code."
+    try: return _read_pickle(_in_memory(content))[0]
+    except _Refused as e: raise ValueError(f'it holds {e}') from e
+    except _DAMAGED as e: raise ValueError(f'it is damaged: {e!r}') from e

@@ -25,7 +25,8 @@ from torch import Tensor
 # %% ../nbs/training/20_images.ipynb #e44e185a
 FORMATS = 'JPEG', 'PNG', 'BMP', 'PPM', 'WEBP', 'GIF', 'TIFF'
 MOST_PIXELS = 2**26  # of one image, about 67 million; Pillow uses 4 bytes each
-_LARGE, _large = 2**24, Lock()  # larger images are decoded one at a time
+LARGE_PIXELS = 2**24  # larger images are decoded one at a time
+_large = Lock()
 
 # %% ../nbs/training/20_images.ipynb #1d584ca2
 def read_image(
@@ -56,7 +57,7 @@ def _decoded(file, mode):
         if image.mode[0] in 'IF':  # Pillow would cut these off at 255
             raise ValueError(f'its pixels are not bytes but {image.mode}; scale them '
                              'to 8 bits')
-        with _large if pixels > _LARGE else nullcontext():
+        with _large if pixels > LARGE_PIXELS else nullcontext():
             image.load()
             return image if image.mode == mode else image.convert(mode)
 

@@ -213,6 +213,12 @@ _ZIPS = [  # a member, what the archive is, and what to do
      'a program of torch.export',
      'torch.save(torch.export.load(FILE).state_dict, NEW)'),
     (r'model\.weights\.h5', 'a model of Keras', _KERAS)]
+_NAMES = [  # how its name ends, what the file is, and what to do
+    (r'\.(index|meta|data-\d+-of-\d+)', 'a part of a checkpoint of TensorFlow',
+     'numpy.savez(NEW, **{name: tensorflow.train.load_variable(PREFIX, name) for name, '
+     '_ in tensorflow.train.list_variables(PREFIX)})'),
+    (r'\.msgpack', 'a file of Flax', 'numpy.savez(NEW, **flax.traverse_util.flatten_dict('
+     'flax.serialization.msgpack_restore(open(FILE, "rb").read()), sep="."))')]
 
 # %% ../nbs/study/40_inspect.ipynb #afa1a658
 def _reader(path, head):
@@ -220,9 +226,9 @@ def _reader(path, head):
     if not head: raise ValueError(f'{path} is damaged: it is empty')
     if head[8:9] == b'{' and int.from_bytes(head[:8], 'little') < 1 << 32:
         return _from_safetensors
-    for begins, what, line in _NOT_READ:
-        if re.match(begins, head, re.DOTALL):
-            raise ValueError(f'{path} is {what}: {line}')
+    known = [entry[1:] for entry in _NOT_READ if re.match(entry[0], head, re.DOTALL)]
+    known += [entry[1:] for entry in _NAMES if re.search(f'{entry[0]}$', path.name)]
+    for what, line in known: raise ValueError(f'{path} is {what}: {line}')
     if head[:4] == b'PK\3\4': return _zip_reader(path)
     if head[:6] == b'\x93NUMPY': return _from_numpy
     if path.suffix == '.safetensors': return _from_safetensors
@@ -365,7 +371,9 @@ def _is_packed(name, t):
 # %% ../nbs/study/40_inspect.ipynb #4a9eb2cc
 def _may_classify(name, t):
     "Whether it is a matrix, or a convolution of one pixel with a classifier's name."
-    named = any(part in _CLASSIFIERS for part in _parts(name))
+    parts = _parts(name)
+    at = [i for i, part in enumerate(parts) if part in _CLASSIFIERS]
+    named = at and not any(part.isdigit() for part in parts[:at[0]])  # in no block
     pixel = t.ndim == 4 and t.shape[2:] == (1, 1)
     column = t.ndim == 2 and t.shape[1] == 1 and t.is_floating_point()  # scales
     numbers = t.is_floating_point() or _is_packed(name, t)
@@ -409,7 +417,8 @@ def _listed(tensors, names, most=12):
 # %% ../nbs/study/40_inspect.ipynb #a1c40012
 _INSIDE = (r'.*(attn|attention|embed|pooler|lora_|downsample|shortcut|projector).*'
            r'|[qkvo]_proj|qkv|query|key|value|in_proj_weight|mlp|ffn|feed_forward'
-           r'|(up|down|gate)_proj|wte|wpe|neck|bottleneck')
+           r'|(up|down|gate)_proj|wte|wpe|neck|bottleneck'
+           r'|optim.*')
 
 # %% ../nbs/study/40_inspect.ipynb #ed4ae837
 def _doubt(tensors, name):
@@ -421,11 +430,13 @@ def _doubt(tensors, name):
                   if re.fullmatch(_INSIDE, part)), default=-1)
     block = r'(^|[./])(layers?|blocks?|h|stages?)[./]\d+[./]\w+[./]\w'
     blocks = re.search(block, name)
-    if inside > named or (blocks and named < 0):
+    before = re.search(r'(^|[./])pre_', name)
+    if inside > named or (blocks and named < 0) or before:
         return f'{name} looks like a layer inside the network'
-    k, neighbors = tensors[name].shape[0], _beside(tensors, name)
-    norms = [other for other in neighbors if tensors[other].shape == (k,)
-             and re.search(r'(?<!bn1)\.running_mean$', other)]  # bn1 is the stem's
+    k, d = tensors[name].shape[:2]
+    ends = r'(running_mean|weight)' if k != d else 'running_mean'  # or it is for d
+    norms = [other for other in _beside(tensors, name) if tensors[other].shape == (k,)
+             and re.search(rf'(?<!bn1)\.{ends}$', other)]  # bn1 is the stem's
     if norms:
         return (f'{name} makes {k} features for {norms[0].rsplit(".", 1)[0]}, which '
                 'normalizes as many')
@@ -486,6 +497,9 @@ def choose_classifier(
     "Choose the classifier's weight; raise ValueError with a question if in doubt."
     name, notes = find_classifier(tensors, key), []
     weight = tensors[name]
+    if re.search(r'\.weight_v$|(^|\.)parametrizations\.', f'.{name}'):
+        raise ValueError(f'{name} is a part of what the weight is made of '
+                         '(weight_norm, a parametrization): save the weight itself')
     scaled = any('scale' in n for n in _siblings(tensors, name))
     if _is_packed(name, weight) or (weight.element_size() < 2 and scaled):
         raise ValueError(f'{name} is quantized, {str(weight.dtype)[6:]}: save its '

@@ -142,10 +142,10 @@ def _validate_batch(self: MarginLearner, head):
     self('after_loss')
 
 # %% ../nbs/training/24_learner.ipynb #4d3a8ca2
-_MANY = 50_000  # more classes: do not keep all cosines
+MANY_CLASSES = 50_000  # with more than these, not all cosines are kept
 
 
-def _is_large(head): return head.out_features > _MANY
+def _is_large(head): return head.out_features > MANY_CLASSES
 
 # %% ../nbs/training/24_learner.ipynb #8a60bd34
 def _reads_pred(cb, loss):

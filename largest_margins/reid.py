@@ -33,7 +33,7 @@ from torch.utils.data import Sampler
 from .checks import integer, plain_tensor
 from .data import ImageData, ImageDataset, ImageLoader
 from .engine.cosines import cosine_matrix
-from .files import read_torch
+from .files import read_lines, read_torch
 from .images import ImageFiles, is_clutter, read_image
 from .learner import margin_learner
 from .plots import BLUE, GREEN, GREY, ORANGE, axes_for
@@ -219,11 +219,10 @@ def _read_msmt(root, split):
     kind = 'train' if split == 'train' else 'test'
     folder = root/(kind if (root/kind).is_dir() else f'mask_{kind}_v2')
     paths, labels = [], []
-    for number, line in enumerate(file.read_text('utf-8').split('\n'), 1):
-        if not line.strip(): continue
-        match = _MSMT.fullmatch(line.strip())
+    for where, line in read_lines(file):
+        match = _MSMT.fullmatch(line)
         if not match:
-            raise ValueError(f'{file}, line {number}: wanted a line such as "0000/'
+            raise ValueError(f'{where}: wanted a line such as "0000/'
                              f'0000_000_01_0303morning_0015_0.jpg 0", got {line!r}')
         paths.append(folder/match[1])
         labels.append((int(match[3]), int(match[2])))

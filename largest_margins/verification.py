@@ -9,12 +9,10 @@ __all__ = ['KFoldResult', 'kfold_accuracy', 'TARResult', 'tar_at_far', 'plot_roc
            'pair_distances', 'VerificationResult', 'evaluate_pairs']
 
 # %% ../nbs/evaluation/35_verification.ipynb #2c4ef020
-import codecs
 import io
 import math
 import os
 import pickle
-import pickletools
 import re
 import reprlib
 import warnings
@@ -32,7 +30,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .checks import at_least_float32, integer, number
-from .files import PickleReader, write_file
+from .files import StandIn, read_lines, read_pickle, write_file
 from .images import read_image
 from .margins import unit_rows
 
@@ -257,7 +255,7 @@ def read_pairs(
     path_or_text: str | Path,  # a file, or its text if it has a line break
 ) -> list[Pair]:  # in the order of the file, images as 'name/name_0001'
     "Read the pairs of an LFW `pairs.txt`."
-    lines = _lines(path_or_text)
+    lines = read_lines(path_or_text)
     where, header = lines[0]
     if not re.fullmatch(r'[0-9]+(\s+[0-9]+)?', header):
         raise ValueError(f'{where}: wanted the numbers of folds and of pairs, as in '
@@ -269,22 +267,6 @@ def read_pairs(
                          f'got {len(lines) - 1}')
     return [_lfw_pair(where, line, same=i % (2 * half) < half)
             for i, (where, line) in enumerate(lines[1:])]
-
-# %% ../nbs/evaluation/35_verification.ipynb #3fa53adc
-def _lines(path_or_text):
-    "Return nonblank lines with their places for error messages."
-    text, source = path_or_text, 'the text'
-    if not isinstance(text, str | os.PathLike):
-        raise TypeError(f'path_or_text must be a str or a path, got {type(text)}')
-    if not isinstance(text, str) or '\n' not in text:
-        source, content = Path(text), Path(text).read_bytes()
-        try: text = content.decode('utf-8-sig')
-        except UnicodeDecodeError as e:
-            raise ValueError(f'{source} is not a text in UTF-8: {e}') from e
-    lines = [(f'{source}, line {number}', line.strip())
-             for number, line in enumerate(text.split('\n'), 1) if line.strip()]
-    if not lines: raise ValueError(f'{source} holds no pairs')
-    return lines
 
 # %% ../nbs/evaluation/35_verification.ipynb #da1b4042
 def _lfw_pair(where, line, same):
@@ -342,7 +324,7 @@ def read_pair_list(
             raise ValueError(f'{where}: wanted "first second label" with label 1, '
                              f'0 or -1, got {line!r}')
         return Pair(*fields[:2], fields[2] == '1')
-    return [pair(*line) for line in _lines(path_or_text)]
+    return [pair(*line) for line in read_lines(path_or_text)]
 
 # %% ../nbs/evaluation/35_verification.ipynb #eb1d91d0
 def read_cfp_pairs(
@@ -356,7 +338,7 @@ def read_cfp_pairs(
     lists = [_cfp_images(protocol/f'Pair_list_{side}.txt') for side in ('F', kind[1])]
     for fold in sorted(p for p in (protocol/'Split'/kind).iterdir() if p.is_dir()):
         for name, same in (('same', True), ('diff', False)):
-            for where, line in _lines(fold/f'{name}.txt'):
+            for where, line in read_lines(fold/f'{name}.txt'):
                 i, _, j = (part.strip() for part in line.partition(','))
                 if i not in lists[0] or j not in lists[1]:
                     raise ValueError(f'{where}: wanted "i,j", two numbers of the '
@@ -368,7 +350,7 @@ def read_cfp_pairs(
 def _cfp_images(file):
     "Read CFP's list of images by number."
     images = {}
-    for where, line in _lines(file):
+    for where, line in read_lines(file):
         number, _, path = line.partition(' ')
         match = re.fullmatch(r'(?:.*/)?([^/]+/(frontal|profile)/[^/]+)', path.strip())
         if not match or not number.isdecimal():
@@ -402,144 +384,6 @@ def _identity(path):
     numbered = re.fullmatch(r'(.+)_[0-9]+\.\w+', path)
     return folder if inner else numbered[1] if numbered else path
 
-# %% ../nbs/evaluation/35_verification.ipynb #e06fc0af
-@dataclass(frozen=True)
-class _Name:
-    "What a pickle refers to; it is never looked up."
-    name: str
-
-# %% ../nbs/evaluation/35_verification.ipynb #e254cf6d
-class _Array:
-    "An array or a dtype, in the making while the pickle is read."
-
-    def __init__(self, value=None): self.value = value
-
-# %% ../nbs/evaluation/35_verification.ipynb #dfc2d3c2
-_CORES = 'numpy.core', 'numpy._core'
-_NAMES = {('numpy', 'ndarray'), ('numpy', 'dtype'), ('_codecs', 'encode'),
-          *((module, name) for module in ('__builtin__', 'builtins')
-            for name in ('bytes', 'bytearray')),
-          *((f'{core}.multiarray', name) for core in _CORES
-            for name in ('_reconstruct', 'scalar')),
-          *((f'{core}.numeric', '_frombuffer') for core in _CORES)}
-
-# %% ../nbs/evaluation/35_verification.ipynb #e41880e0
-def _named(module, name):
-    "A name that arrays and bytes are made of, or ValueError."
-    if (module, name) not in _NAMES: raise ValueError(f'{module}.{name}')
-    return _Name(name)
-
-# %% ../nbs/evaluation/35_verification.ipynb #247cb200
-def _call(function, arguments):
-    "The calls that stand for bytes and arrays, done by hand; ValueError for others."
-    match function, arguments:
-        case _Name('bytes' | 'bytearray'), (): return b''
-        case _Name('bytearray'), (bytes(raw),): return raw
-        case _Name('encode'), (str(text), 'latin1'): return text.encode('latin1')
-        case _Name('bytearray'), (str(text), 'latin-1' | b'latin-1'):
-            return text.encode('latin1')
-        case _Name('scalar'), (_Array(value=np.dtype() as dtype), bytes(raw)):
-            return _array(raw, dtype, (), 'C').item()
-        case _Name('_reconstruct'), (_Name('ndarray'), (0,), b'b'): return _Array()
-        case _Name('dtype'), (str() | bytes() as code, _, _):
-            return _Array(_dtype(code))
-        case _Name('_frombuffer'), (raw, _Array() as dtype, shape, 'C' | 'F' as order):
-            return _Array(_array(raw, dtype.value, shape, order))
-    raise ValueError(f'a call of {reprlib.repr(function)} with '
-                     f'{reprlib.repr(arguments)}')
-
-# %% ../nbs/evaluation/35_verification.ipynb #4bbc60f9
-def _finish(part, state):
-    "The second half of an array or a dtype; ValueError for anything else."
-    match part, state:
-        case (_Array(value=np.dtype() as dtype),
-              (3, '|' | '<' | '>' | b'|' | b'<' | b'>' as order, None, None, None, *_)):
-            part.value = dtype.newbyteorder(_text(order))
-        case _Array(value=None), (1, shape, _Array() as dtype, fortran, raw):
-            part.value = _array(raw, dtype.value, shape, 'F' if fortran else 'C')
-        case _: raise ValueError(f'the state {reprlib.repr(state)}')
-
-# %% ../nbs/evaluation/35_verification.ipynb #bfda19fd
-def _text(text): return text.decode('latin1') if isinstance(text, bytes) else text
-
-# %% ../nbs/evaluation/35_verification.ipynb #b26da5cb
-def _dtype(code):
-    "The dtype of bools, integers or floats; no objects, strings or records."
-    if not re.fullmatch('b1|[iu][1248]|f[248]', _text(code)):
-        raise ValueError(f'an array of dtype {reprlib.repr(code)}')
-    return np.dtype(_text(code))
-
-# %% ../nbs/evaluation/35_verification.ipynb #9c231abf
-def _array(raw, dtype, shape, order):
-    "An array over bytes that are there, and exactly as many as its shape needs."
-    fits = (isinstance(raw, bytes) and isinstance(dtype, np.dtype)
-            and isinstance(shape, tuple) and len(shape) <= 2
-            and all(isinstance(n, int) and 0 <= n <= max(1, len(raw)) for n in shape)
-            and math.prod(shape) * dtype.itemsize == len(raw))
-    if not fits:
-        size = len(raw) if isinstance(raw, bytes) else reprlib.repr(raw)
-        raise ValueError(f'an array of shape {reprlib.repr(shape)} and dtype '
-                         f'{reprlib.repr(dtype)} in {size} bytes')
-    return np.ndarray(shape, dtype, raw, order=order)
-
-# %% ../nbs/evaluation/35_verification.ipynb #98d96ef7
-_FOLLOWED = set('''PROTO FRAME INT BININT BININT1 BININT2 LONG LONG1 LONG4
-    SHORT_BINBYTES BINBYTES BINBYTES8 BYTEARRAY8 UNICODE STRING BINSTRING
-    SHORT_BINSTRING SHORT_BINUNICODE BINUNICODE BINUNICODE8 NONE NEWTRUE NEWFALSE MARK
-    EMPTY_LIST EMPTY_TUPLE LIST TUPLE TUPLE1 TUPLE2 TUPLE3 APPEND APPENDS PUT BINPUT
-    LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE
-    BUILD'''.split())
-
-_OPCODES = {opcode.code: opcode for opcode in pickletools.opcodes}
-
-# %% ../nbs/evaluation/35_verification.ipynb #3fc1c3cf
-def _opcodes(content):
-    "As `pickletools.genops`, but strings of Python 2 (protocol 0) are bytes."
-    file = io.BytesIO(content)
-    while True:
-        position, code = file.tell(), file.read(1)
-        opcode = _OPCODES.get(code.decode('latin1'))
-        if opcode is None: raise ValueError(f'it is damaged at byte {position}')
-        if opcode.name == 'STRING': value = _python_2_string(file.readline())
-        else: value = opcode.arg and opcode.arg.reader(file)
-        yield opcode, value, position
-        if opcode.name == 'STOP': return
-
-# %% ../nbs/evaluation/35_verification.ipynb #4f51cf57
-def _python_2_string(line):
-    "'caf\\xe9', with its quotes and its end of line, as bytes."
-    match = re.fullmatch(rb"(['\"])(.*)\1\n", line, re.DOTALL)
-    if not match: raise ValueError('a string has no end')
-    return codecs.escape_decode(match[2])[0]
-
-# %% ../nbs/evaluation/35_verification.ipynb #b18d0d7f
-class _BinReader(PickleReader):
-    "Reads arrays, bytes, lists, tuples, bools and ints, and nothing else."
-    follows, named, make = _FOLLOWED, staticmethod(_named), staticmethod(_call)
-    finish = staticmethod(_finish)
-
-    def __init__(self, content):
-        super().__init__()
-        self.left = 2 * len(content)  # bytes may become bytes once, and then an array
-
-    def follow(self, name, value, position):
-        if name in ('BINSTRING', 'SHORT_BINSTRING'): value = value.encode('latin1')
-        if name == 'BYTEARRAY8': value = bytes(value)
-        try: super().follow(name, value, position)
-        except (IndexError, KeyError, TypeError) as e:
-            raise ValueError(f'it is damaged at byte {position} ({e!r})') from e
-        except ValueError as e:
-            raise ValueError(f'{e} is refused at byte {position}; only arrays of '
-                             'numbers, bytes, lists, tuples, bools and ints are read'
-                             ) from e
-        if name in ('REDUCE', 'BUILD'): self.spend(self.stack[-1])
-
-    def spend(self, part):
-        "Refuse more data than the file holds."
-        if isinstance(part, _Array): part = part.value
-        if isinstance(part, bytes | np.ndarray): self.left -= memoryview(part).nbytes
-        if self.left < 0: raise ValueError('more data than the file holds')
-
 # %% ../nbs/evaluation/35_verification.ipynb #f4371a67
 def read_bin(
     path_or_content: str | Path | bytes,  # a file or its content
@@ -549,7 +393,7 @@ def read_bin(
     source = 'the content' if in_memory else Path(path_or_content)
     content = path_or_content if in_memory else source.read_bytes()
     try:
-        match _BinReader(content).read(_opcodes(content)):
+        match read_pickle(content):
             case [images, same]: return _bin_pairs(images, same)
             case other: raise ValueError('wanted a pair of images and flags, got '
                                          f'{reprlib.repr(other)}')
@@ -559,7 +403,8 @@ def read_bin(
 # %% ../nbs/evaluation/35_verification.ipynb #b70223a8
 def _bin_pairs(images, same):
     "Images and flags as pairs, after a look at each."
-    if isinstance(same, _Array) and same.value is not None: same = same.value.tolist()
+    if isinstance(same, StandIn) and isinstance(same.content, Tensor):
+        same = same.content.tolist()
     for name, value in (('images', images), ('flags', same)):
         if not isinstance(value, list | tuple):
             raise ValueError(f'wanted a list of {name}, got {reprlib.repr(value)}')
@@ -569,16 +414,18 @@ def _bin_pairs(images, same):
     for i, flag in enumerate(same):
         if not isinstance(flag, int) or flag not in (0, 1):
             raise ValueError(f'flag {i} must be a bool, got {reprlib.repr(flag)}')
-    images = [_bin_image(i, image) for i, image in enumerate(images)]
+    first = {id(image): i for i, image in reversed([*enumerate(images)])}
+    once = {key: _bin_image(i, images[i]) for key, i in first.items()}
+    images = [once[id(image)] for image in images]  # however often it is listed
     return [Pair(*pair, bool(flag))
             for *pair, flag in zip(images[::2], images[1::2], same, strict=True)]
 
 # %% ../nbs/evaluation/35_verification.ipynb #e3fef72b
 def _bin_image(i, image):
-    if isinstance(image, _Array):
-        if isinstance(image.value, np.ndarray) and image.value.dtype == np.uint8:
-            image.value = image.value.tobytes()  # once, however often it is listed
-        image = image.value
+    array = image.content if isinstance(image, StandIn) else None
+    if isinstance(array, Tensor) and array.dtype == torch.uint8 and array.ndim < 3:
+        return array.numpy().tobytes()
+    if isinstance(image, str): return image.encode('latin1')  # of Python 2
     if not isinstance(image, bytes):
         raise ValueError(f'image {i} must be bytes or an array of bytes, '
                          f'got {reprlib.repr(image)}')
@@ -882,7 +729,7 @@ def read_template_media(
     path: str | Path,  # such as ijbc_face_tid_mid.txt
 ) -> tuple[list[str], np.ndarray, np.ndarray]:  # images, templates, media, [M] each
     "Read IJB's lines `name template medium`, one for each image."
-    lines = [(where, line.split()) for where, line in _lines(path)]
+    lines = [(where, line.split()) for where, line in read_lines(path)]
     for where, fields in lines:
         if not re.fullmatch(r'\S+ [0-9]{1,18} [0-9]{1,18}', ' '.join(fields)):
             raise ValueError(f'{where}: wanted "name template medium", '

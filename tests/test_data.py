@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import struct
 import subprocess
 import threading
@@ -414,6 +415,14 @@ def test_two_splits_of_a_kind_are_refused(folder):
     with pytest.raises(ValueError, match='one split of a kind, got Training and train'): load(folder)
 
 
+def test_a_split_under_another_name_and_the_same_split_twice(folder):
+    copied(folder, 'train', 'holdout')
+    with pytest.raises(ValueError, match='holdout has folders of classes, as train has: call it test'): load(folder)
+    shutil.rmtree(folder/'holdout')
+    (folder/'test').symlink_to('train')
+    with pytest.raises(ValueError, match='the same folder as train'): load(folder)
+
+
 def test_what_systems_and_fastai_leave_behind_is_no_class(folder):
     expected = load(folder)
     for name in ('.ipynb_checkpoints', '__MACOSX/blue', 'models', '@eaDir', '.git', '__pycache__'):
@@ -490,7 +499,8 @@ def test_lists_of_paths_and_labels(lists):
 @pytest.mark.parametrize('text,message', [
     ('blue/0.png 0\nred/0.png\n', 'line 2: wanted "path label"'), ('blue/0.png -1\n', 'line 1: wanted'),
     ('blue/0.png 0\nred/0.png 2\n', r'each of the labels 0\.\.2, 1 are missing, such as \[1\]'),
-    ('blue/0.png 1\nred/0.png 2\n', r'missing, such as \[0\]'), ('\n', 'holds no images'),
+    ('blue/0.png 1\nred/0.png 2\n', r'missing, such as \[0\]'), ('\n', 'is empty'),
+    ('blue/0.png 0\nred/0.png 999999999\n', '999999998 are missing'), ('blue/0.png 0\nblue/0.png 1\n', '1 have more'),
     ('blue/6.png 0\nred/0.png 1\n', r'must not share images, 1 are in both, such as .*6\.png')])
 def test_bad_lists(lists, text, message):
     (lists/'X_LT_train.txt').write_text(text)
@@ -553,7 +563,7 @@ def test_a_bomb_is_refused_by_its_header_and_large_images_come_one_at_a_time(tmp
         image = convert(self, mode)
         with lock: at_once[0] -= 1
         return image
-    monkeypatch.setattr(images_module, '_LARGE', 1000)
+    monkeypatch.setattr(images_module, 'LARGE_PIXELS', 1000)
     monkeypatch.setattr(Image.Image, 'convert', counted)
     assert len(ImageFiles([tmp_path/'large.png'] * 40, 8)[:]) == 40 and most == [1]
     monkeypatch.setattr(images_module, 'MOST_PIXELS', 2000)

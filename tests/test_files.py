@@ -71,6 +71,14 @@ def test_links_stay_links(tmp_path):
     with pytest.raises(OSError, match=r'link'): write_file(link, 'x')
 
 
+def test_a_file_in_a_read_only_folder_is_overwritten(tmp_path, monkeypatch):
+    (tmp_path/'file').write_text('old')
+    number = (tmp_path/'file').stat().st_ino
+    monkeypatch.setattr(os, 'access', lambda path, mode: Path(path) != tmp_path)
+    write_file(tmp_path/'file', 'new')
+    assert (tmp_path/'file').read_text() == 'new' and (tmp_path/'file').stat().st_ino == number
+
+
 def test_what_is_no_file_is_written_to(tmp_path):
     assert write_file('/dev/null', 'x') == Path('/dev/null') and Path('/dev/null').is_char_device()
     os.mkfifo(tmp_path/'fifo')

@@ -347,6 +347,9 @@ def matrices(**shapes): return {name.replace('__', '.'): torch.rand(shape) for n
     (matrices(blocks__0__mlp__fc1__weight=(64, 16), blocks__0__mlp__fc2__weight=(16, 64)), 'inside the network'),
     (matrices(bn2__running_mean=(64,), fc__weight=(64, 784), fc__bias=(64,), features__running_mean=(64,)),
      'makes 64 features for'),
+    (matrices(conv__weight=(4, 3), head__fc1__weight=(30, 12), head__fc1__bias=(30,), head__norm__weight=(30,)),
+     'makes 30 features for head.norm'),
+    (matrices(conv__weight=(4, 3), pre_classifier__weight=(30, 12)), 'pre_classifier.weight'),
     (matrices(heads__0__weight=(5, 7), heads__1__weight=(9, 7)), 'heads.0.weight'),
     (matrices(head1__weight=(5, 8), head2__weight=(5, 8), head3__weight=(9, 8)), 'head1.weight'),
     (matrices(fc_age__weight=(5, 8), fc_sex__weight=(2, 8)), 'fc_age.weight'),
@@ -384,6 +387,14 @@ def test_no_doubt_is_no_question(tensors, name, notes):
     found = choose_classifier(tensors)
     assert found.name == name and torch.equal(found.weight, tensors[name])
     assert len(found.notes) == len(notes) and all(a in b for a, b in zip(notes, found.notes))
+
+
+@pytest.mark.parametrize('tensors,said', [
+    (matrices(fc__parametrizations__weight__original1=(10, 64)), 'original1 is a part of what'),
+    (matrices(fc__weight_v=(10, 64), fc__weight_g=(9, 1)), 'fc.weight_v is a part of what'),
+    ({'stages.3.attn.fc.weight': torch.rand(8, 8, 1, 1), 'stem.weight': torch.rand(8, 3, 4, 4)}, 'hold a classifier')])
+def test_parts_of_a_weight_and_squeezes_are_no_classifier(tensors, said):
+    with pytest.raises(ValueError, match=said): choose_classifier(tensors)
 
 
 def test_the_class_list_says_which_side(tmp_path, capsys):
@@ -515,6 +526,9 @@ def bombs():
     yield 'a key whose hash takes 2^60 steps', b'\x80\x04})' + b'2\x86' * 60 + b'K\x01s.'
     yield 'a memo of 4 billion places', b'\x80\x04Nr\xff\xff\xff\xff.'
     yield 'bytes without end', b'\x80\x04\x8e' + b'\xff' * 7 + b'\x7fabc.'
+    again = b'c_codecs\nencode\nh\x00Vlatin1\n\x86R' * 4000
+    text = b'X' + (99_999).to_bytes(4, 'little') + b'a' * 99_999
+    yield 'bytes made 4000 times', b'\x80\x04' + text + b'q\x00(' + again + b'l.'
     yield 'a number without end', b'\x80\x04\x8b\xff\xff\xff\x7fabc.'
     yield 'lists in lists', b'\x80\x04' + b']' * 9000 + b'a' * 8999 + b'.'
     yield 'dicts as deep as the file is long', b'\x80\x04' + b'}\x8c\x01a' * 9000 + b'}' + b's' * 9000 + b'.'

@@ -449,7 +449,7 @@ def test_very_many_classes(monkeypatch):
         return learn, list(learn.recorder.values[-1])
     learn, dense = table()
     cosines, targets = quiet(learn, learn.get_preds, act=lambda x: x)
-    monkeypatch.setattr(learner, '_MANY', 5)
+    monkeypatch.setattr(learner, 'MANY_CLASSES', 5)
     many, values = table()
     assert values == pytest.approx(dense, rel=1e-5, abs=1e-6)
     assert list(many.recorder.metric_names) == list(learn.recorder.metric_names)

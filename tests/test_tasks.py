@@ -24,7 +24,7 @@ from largest_margins.study.identities import (
     train_identities,
 )
 from largest_margins.study.recipes import TABLES, choose, printed, printed_numbers
-from largest_margins.study.tables import _grid, aggregate, make_table, plan, read_record, read_records
+from largest_margins.study.tables import make_table, plan, read_record, read_records, summarise
 from largest_margins.training.measures import MEASURES
 from largest_margins.verification import read_pairs
 
@@ -226,9 +226,9 @@ def test_what_is_measured_on_the_sphere_by_hand():
 
 def test_a_small_gap_is_best_and_losses_are_not_compared():
     recipe, runs = TABLES['sphere'], plan(TABLES['sphere'], rows=['normface-20', 'lm-softmax-20'])[:2]
-    finished = [(r, dict(diverged=False, measured=dict(class_margin=70. + i, gap=4. - i, min_sample_margin=.7,
-                                                       final_loss=1. - i))) for i, r in enumerate(runs)]
-    heads, rows = _grid(recipe, aggregate(recipe, finished), None)
+    finished = [(r, dict(diverged=False, machine={}, measured=dict(
+        class_margin=70. + i, gap=4. - i, min_sample_margin=.7, final_loss=1. - i))) for i, r in enumerate(runs)]
+    (_, heads, rows), = summarise(recipe, finished).parts
     bold = {head: [row[j][1] for row in rows] for j, head in enumerate(heads)}
     assert bold['gap to the best packing°'] == bold['class margin°'] == [False, True]
     assert bold['final loss'] == [False, False] and bold['min sample margin'] == [True, True]

@@ -367,7 +367,7 @@ def test_the_official_form(tmp_path):
 
 
 @pytest.mark.parametrize('text,message', [
-    ('\n', 'holds no pairs'), ('ten\nA 1 2\nA 1 B 1', 'line 1: wanted the numbers of folds'),
+    ('\n', 'is empty'), ('ten\nA 1 2\nA 1 B 1', 'line 1: wanted the numbers of folds'),
     ('1 1 1\n', 'line 1: wanted the numbers of folds'), ('10 300\nA 1 2', "line 1: '10 300' means 6000 pairs, got 1"),
     ('0\n', 'means 0 pairs'), ('1\nA 1 2', 'means 2 pairs, got 1'),
     ('1\nA 1 2\nA 1 2', 'line 3: wanted name1 n1 name2 n2'), ('1\nA 1 B 2\nA 1 2', 'line 2: wanted name n1 n2'),
@@ -566,7 +566,7 @@ THREE_BYTES_OF_PYTHON_2 = [
 @pytest.mark.parametrize('content', STRINGS_OF_PYTHON_2)
 def test_what_python_2_wrote_in_protocol_0(content):
     assert read_bin(content) == [Pair(b'caf\xe9\n\'"\\', b'', True), Pair(b'\xff\xd8\x00', b"it's", False)]
-    with pytest.raises(ValueError, match='a string has no end'): read_bin(content.replace(b"'\np", b'\np', 1))
+    with pytest.raises(ValueError, match='string that has no end'): read_bin(content.replace(b"'\np", b'\np', 1))
 
 
 @pytest.mark.parametrize('content', THREE_BYTES_OF_PYTHON_2)
@@ -607,59 +607,43 @@ BYTEARRAY = b'\x96' + struct.pack('<Q', SIZE) + bytes(SIZE) + b'q\xf0'
 def test_many_references_to_one_image_take_little(content):
     tracemalloc.start()
     try: assert len(read_bin(content)) == COUNT // 2
-    except ValueError as e: assert 'more data than the file holds' in str(e)
+    except ValueError as e: assert 'would fill the memory' in str(e)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 12 * SIZE + 1000 * COUNT
 
 
-@pytest.mark.parametrize('content,refused', [
-    (b"cos\nsystem\n(S'touch ran'\ntR.", 'os.system'), (b"cposix\nsystem\n(S'touch ran'\ntR.", 'posix.system'),
-    (b'(Vtouch ran\nios\nsystem\n.', "INST 'os system'"), (b'(cos\nsystem\nVtouch ran\no.', 'os.system'),
-    (b'cbuiltins\neval\n.', 'builtins.eval'), (b'c__builtin__\nexec\n.', '__builtin__.exec'),
-    (b'cbuiltins\ngetattr\n.', 'builtins.getattr'),
-    (b'c_codecs\ndecode\n.', '_codecs.decode'), (b'ccodecs\nencode\n.', 'codecs.encode'),
-    (b'cnumpy\nload\n.', 'numpy.load'), (b'cnumpy\nfromfile\n.', 'numpy.fromfile'),
-    (b'cnumpy.testing\nruntest\n.', 'numpy.testing.runtest'),
-    (b'cevil.numpy\nndarray\n.', 'evil.numpy.ndarray'), (b'cevilnumpy\nndarray\n.', 'evilnumpy.ndarray'),
-    (b'cnumpy.core\nndarray\n.', 'numpy.core.ndarray'), (b'cx.numpy.core.multiarray\n_reconstruct\n.', 'x.numpy.core'),
-    (named('numpy', 'core.multiarray._reconstruct'), 'numpy.core.multiarray._reconstruct'),
-    (named('numpy.ndarray', '__class__'), 'numpy.ndarray.__class__'), (named('os', 'system'), 'os.system'),
-    (named('numpy', 'ndarray.__reduce__'), 'numpy.ndarray.__reduce__'),
-    (image_list(Reduced(print, 'ran')), 'builtins.print'), (image_list(Reduced(exec, 'ran'), 2), '__builtin__.exec'),
-    (image_list([[[Reduced(eval, '1')]]]), 'builtins.eval'),
-    (image_list(Path('x')), 'pathlib'), (image_list(partial(print)), 'functools.partial'),
-    (image_list(np.array([Reduced(eval, '1')])), "dtype 'O8'"), (image_list(np.array([None])), "dtype 'O8'"),
-    (image_list(np.array(['a'])), "dtype 'U1'"), (image_list(np.array([b'a'])), "dtype 'S1'"),
-    (image_list(np.zeros(1, 'c8')), "dtype 'c8'"), (image_list(np.zeros(1, 'M8[s]')), "dtype 'M8'"),
-    (image_list(np.zeros(1, [('x', 'u1')])), "dtype 'V1'"), (image_list(np.zeros(1, 'O')), "dtype 'O8'"),
-    (image_list(np.zeros((2, 2, 2), 'u1')), 'an array of shape (2, 2, 2)'),
-    (image_list({'a': 1}), 'EMPTY_DICT'), (image_list({1}), 'EMPTY_SET'), (image_list(1.5), 'BINFLOAT'),
-    (b'\x82\x01.', 'EXT1'), (b'Pid\n.', 'PERSID'), (b'I1\nQ.', 'BINPERSID'),
-    (b'I1\n2.', 'DUP'), (b'I1\n0.', 'POP'), (b'\x80\x05\x97.', 'NEXT_BUFFER'),
-    (b'cnumpy\nndarray\n)\x81.', 'NEWOBJ'), (b'cnumpy\nndarray\n)R.', "call of _Name(name='ndarray')"),
-    (b'I1\n)R.', 'a call of 1'), (b'cbuiltins\nbytes\n(I9\ntR.', "call of _Name(name='bytes')"),
-    (b'c_codecs\nencode\n(Vx\nVrot13\ntR.', "'rot13'"), (b'cnumpy\nndarray\n(I1\ntb.', 'the state (1,)'),
-    (b'](I1\ntb.', 'the state (1,)'), (b'I1\nI2\na.', 'appending to 1'),
-    (b'cnumpy\ndtype\nI1\na.', 'appending to _Name'), (with_dtype(b'(I4\nV|\nNNNI-1\nI-1\nI0\nt'), 'the state'),
-    (with_dtype(b'(I3\nV|\nV(2,)u1\nNNI-1\nI-1\nI0\nt'), 'the state'),
-    (with_dtype(b'N', b'object'), "dtype 'object'"), (with_dtype(b'N', b'u1,u1'), "dtype 'u1,u1'"),
-    (ARRAY + b'(I1\n(I1000000000000000000\nt' + BYTES_DTYPE + b'I00\nC\x01atb.', 'shape (1000000000000000000,)'),
-    (ARRAY + b'(I1\n(I0\nI1000000000000000000\nt' + BYTES_DTYPE + b'I00\nC\x00tb.', 'an array of shape (0, 1000'),
-    (ARRAY + b'(I1\n(I-1\nt' + BYTES_DTYPE + b'I00\nC\x01atb.', 'shape (-1,)'),
-    (ARRAY + b'(I1\n(I2\nt' + BYTES_DTYPE + b'I00\nC\x01atb.', 'in 1 bytes'),
-    (ARRAY + b'(I1\n(I1\nt' + BYTES_DTYPE + b'I00\nC\x03abctb.', 'shape (1,) and dtype dtype(\'uint8\') in 3 bytes'),
-    (ARRAY + b'(I1\n(I2\nI2\nt' + BYTES_DTYPE + b'I00\nC\x03abctb.', 'shape (2, 2)'),
-    (ARRAY + b'(I1\n(I1\nt' + BYTES_DTYPE + b'I00\nVa\ntb.', "in 'a' bytes"),
-    (ARRAY + b'(I1\n(I1\nt' + ARRAY + b'I00\nC\x01atb.', 'dtype None'),
-    (ARRAY + (b'(I1\n(I1\nt' + BYTES_DTYPE + b'I00\nC\x01atb') * 2 + b'.', 'the state'),
-])
-def test_nothing_but_data(content, refused, tmp_path, monkeypatch):
+@pytest.mark.parametrize('content', [
+    b"cos\nsystem\n(S'touch ran'\ntR.", b"cposix\nsystem\n(S'touch ran'\ntR.", b'(Vtouch ran\nios\nsystem\n.',
+    b'(cos\nsystem\nVtouch ran\no.', b'cbuiltins\neval\n.', b'c__builtin__\nexec\n.', b'cbuiltins\ngetattr\n.',
+    b'c_codecs\ndecode\n.', b'ccodecs\nencode\n.', b'cnumpy\nload\n.', b'cnumpy\nfromfile\n.',
+    b'cnumpy.testing\nruntest\n.', b'cevil.numpy\nndarray\n.', b'cevilnumpy\nndarray\n.', b'cnumpy.core\nndarray\n.',
+    b'cx.numpy.core.multiarray\n_reconstruct\n.', named('numpy', 'core.multiarray._reconstruct'),
+    named('numpy.ndarray', '__class__'), named('os', 'system'), named('numpy', 'ndarray.__reduce__'),
+    image_list(Reduced(print, 'ran')), image_list(Reduced(exec, 'ran'), 2), image_list([[[Reduced(eval, '1')]]]),
+    image_list(Path('x')), image_list(partial(print)), image_list(np.array([Reduced(eval, '1')])),
+    image_list(np.array([None])), image_list(np.array(['a'])), image_list(np.array([b'a'])),
+    image_list(np.zeros(1, 'c8')), image_list(np.zeros(1, 'M8[s]')), image_list(np.zeros(1, [('x', 'u1')])),
+    image_list(np.zeros(1, 'O')), image_list(np.zeros((2, 2, 2), 'u1')), image_list({'a': 1}), image_list({1}),
+    image_list(1.5), b'\x82\x01.', b'Pid\n.', b'I1\nQ.', b'I1\n2.', b'I1\n0.', b'\x80\x05\x97.',
+    b'cnumpy\nndarray\n)\x81.', b'cnumpy\nndarray\n)R.', b'I1\n)R.', b'cbuiltins\nbytes\n(I9\ntR.',
+    b'c_codecs\nencode\n(Vx\nVrot13\ntR.', b'cnumpy\nndarray\n(I1\ntb.', b'](I1\ntb.', b'I1\nI2\na.',
+    b'cnumpy\ndtype\nI1\na.', with_dtype(b'(I4\nV|\nNNNI-1\nI-1\nI0\nt'),
+    with_dtype(b'(I3\nV|\nV(2,)u1\nNNI-1\nI-1\nI0\nt'), with_dtype(b'N', b'object'), with_dtype(b'N', b'u1,u1'),
+    ARRAY + b'(I1\n(I1000000000000000000\nt' + BYTES_DTYPE + b'I00\nC\x01atb.',
+    ARRAY + b'(I1\n(I0\nI1000000000000000000\nt' + BYTES_DTYPE + b'I00\nC\x00tb.',
+    ARRAY + b'(I1\n(I-1\nt' + BYTES_DTYPE + b'I00\nC\x01atb.',
+    ARRAY + b'(I1\n(I2\nt' + BYTES_DTYPE + b'I00\nC\x01atb.',
+    ARRAY + b'(I1\n(I1\nt' + BYTES_DTYPE + b'I00\nC\x03abctb.',
+    ARRAY + b'(I1\n(I2\nI2\nt' + BYTES_DTYPE + b'I00\nC\x03abctb.',
+    ARRAY + b'(I1\n(I1\nt' + BYTES_DTYPE + b'I00\nVa\ntb.', ARRAY + b'(I1\n(I1\nt' + ARRAY + b'I00\nC\x01atb.',
+    ARRAY + (b'(I1\n(I1\nt' + BYTES_DTYPE + b'I00\nC\x01atb') * 2 + b'.'])
+def test_nothing_but_data(content, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for where in (content, b'\x80\x04](' + content.removeprefix(b'\x80\x04')[:-1] + b'e.'):
-        with pytest.raises(ValueError, match=re.escape(refused)) as caught: read_bin(where)
-        assert 'is refused at byte' in str(caught.value)
+        with pytest.raises(ValueError, match='the content is no .bin file of image pairs'): read_bin(where)
     assert not list(tmp_path.iterdir()), 'it ran'
+    assert 'x.numpy' not in sys.modules and 'evilnumpy' not in sys.modules
 
 
 def test_an_extension_that_the_process_knows_is_refused_too():
@@ -667,7 +651,7 @@ def test_an_extension_that_the_process_knows_is_refused_too():
     try:
         content = b'\x80\x02\x82\xf0.'
         assert pickle.loads(content) is not None  # the ordinary way finds os.system
-        with pytest.raises(ValueError, match='EXT1 240 is refused'): read_bin(content)
+        with pytest.raises(ValueError, match='EXT1 240'): read_bin(content)
     finally: copyreg.remove_extension('os', 'system', 240)
 
 
@@ -730,7 +714,7 @@ def test_noise_is_no_bin_file(content):
     (b'ab', 'wanted a pair of images'), (7, 'wanted a pair'), ((b'ab', [True]), 'wanted a list of images'),
     (([b'a', b'b'], True), 'wanted a list of flags'), (([b'a'], [True]), '1 images and 1 flags'),
     (([], []), '0 images and 0 flags'), (([b'a', b'b'], [2]), 'flag 0 must be a bool, got 2'),
-    (([b'a', b'b'], [None]), 'flag 0 must be a bool'), (([b'a', 'b'], [True]), 'image 1 must be bytes'),
+    (([b'a', b'b'], [None]), 'flag 0 must be a bool'), (([b'a', 1], [True]), 'image 1 must be bytes'),
     (([b'a', None], [True]), 'image 1'), (([b'a', np.zeros(2)], [True]), 'image 1 must be bytes or an array of bytes'),
     (([b'a', np.uint8(3)], [True]), 'image 1'), (([b'a', b'b'], np.array([[True]])), 'flag 0'),
     (([b'a', b'b'], [np.float32(1)]), 'flag 0 must be a bool, got 1.0'),
