@@ -14,6 +14,7 @@ import random
 import time
 from collections.abc import Iterable
 from contextlib import contextmanager, nullcontext
+from copy import copy
 from functools import partial
 from inspect import getclosurevars
 from math import inf, nan
@@ -325,7 +326,6 @@ def _wrapped(loss):
 class SampleMarginRegularizer(HeadCallback):
     "Adds `weight`·R_sm to the loss while training (Zhou et al. 2022, section 3.3)."
     order, run_valid, weight = 1, False, Number(at_least=0, at_most=1e6)
-    moves_optimum = True
 
     def __init__(
         self,
@@ -535,11 +535,19 @@ def _measure(self: MarginRecorder):
     if self._trained: self.history.append(self.latest)
 
 # %% ../nbs/training/23_callbacks.ipynb #23c0de01
-def moves_optimum(
-    cb: Callback,  # a callback of a Learner
-) -> bool:
-    "Return whether a callback changes what is minimized, so that no optimum is known."
-    return isinstance(cb, MixHandler) or getattr(cb, 'moves_optimum', False)
+def solvable_loss(
+    loss,  # a Learner's, wrapped in any way
+    cbs,  # its callbacks
+) -> nn.Module | None:  # with R_sm as a part of it; None: callbacks change more
+    "Return the loss of cosines whose optimum `loss_optimum` may know."
+    if any(isinstance(cb, MixHandler) or getattr(cb, 'moves_optimum', False)
+           for cb in cbs): return None
+    loss = find_loss(loss, CosineLoss)
+    weight = sum(cb.weight for cb in cbs if isinstance(cb, SampleMarginRegularizer))
+    if loss is None or not weight: return loss
+    loss = copy(loss)
+    loss.sample_margin = weight + getattr(loss, 'sample_margin', 0.)
+    return loss
 
 
 @patch
@@ -547,10 +555,9 @@ def _optimum(self: MarginRecorder):
     "Return the class margin at the optimum of what is trained, °; None: not known."
     counts, weight = self.class_counts, self.head.weight
     if counts is None or not weight.requires_grad: return None
-    if any(map(moves_optimum, self.learn.cbs)): return None
+    loss = solvable_loss(self.learn.loss_func, self.learn.cbs)
     centroid = sum(cb.weight for cb in self.learn.cbs
                    if isinstance(cb, ZeroCentroidRegularizer))
-    loss = find_loss(self.learn.loss_func, CosineLoss)
     return loss and loss_optimum(loss, counts, weight.shape[1], centroid)
 
 # %% ../nbs/training/23_callbacks.ipynb #c01aa318

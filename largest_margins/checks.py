@@ -14,6 +14,7 @@ from dataclasses import MISSING
 from functools import cache, reduce
 from numbers import Integral, Real
 from operator import ge, gt, le, lt
+from os import PathLike, fspath
 from typing import Any
 
 import torch
@@ -82,11 +83,16 @@ def flag(name: str, value: bool) -> bool:
     raise TypeError(f'{name} must be True or False, got {_described(value)}')
 
 # %% ../nbs/losses/10_checks.ipynb #56242784
+def string(name: str, value: str | PathLike) -> str:
+    "Check a string, or a path, which becomes one."
+    text = fspath(value) if isinstance(value, PathLike) else value
+    if isinstance(text, str): return text
+    raise TypeError(f'{name} must be a string, got {_described(value)}')
+
+
 def choice(name: str, value: str, options: tuple) -> str:
     "Check that a value is one of the options."
-    if not isinstance(value, str):
-        raise TypeError(f'{name} must be a string, got {_described(value)}')
-    if value in options: return value
+    if string(name, value) in options: return value
     *most, last = map(repr, options)
     raise ValueError(f'{name} must be {", ".join(most)} or {last}, got {value!r}')
 

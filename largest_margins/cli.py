@@ -405,6 +405,7 @@ def _inspect(args):
     from largest_margins.inspection import (
         choose_classifier, files_of, inspect_prototypes, inspection_page, join_parts,
         read_tensors)
+    from largest_margins.study.progress import progress_bar
     names = None if args.classes is None else _lines(args.classes)
     files = sorted(args.file, key=_numbers)
     parts = [read_tensors(file) for file in files]
@@ -413,9 +414,9 @@ def _inspect(args):
     tensors = parts[0] if len(parts) == 1 else join_parts(parts, args.key)
     name, weight, notes = choose_classifier(
         tensors, args.key, transposed=args.transposed, classes=names and len(names))
-    with _progress('tile') as tell:
+    with progress_bar('tile') as show:
         inspection = inspect_prototypes(
-            weight, pairs=args.pairs, classes=names, progress=tell,
+            weight, pairs=args.pairs, classes=names, progress=show,
             notes=[*notes, *_parts_beside(files)])
     title = f'{", ".join(files)}, {name}'
     print(escape(title, 'terminal'), inspection, sep='\n')
@@ -454,24 +455,6 @@ def _parts_beside(files):
     return [f'{others[0]} lies beside it: if these are parts of one classifier, name '
             'them all.'] if others else []
 
-# %% ../nbs/study/33_cli.ipynb #7542f3ef
-@contextmanager
-def _progress(unit):
-    "A function of (done, all, angle): a bar on a terminal, else a line in 10 seconds."
-    from tqdm import tqdm
-    last_line = time.monotonic()
-    def tell(done, total, angle=None):
-        nonlocal last_line
-        if angle is not None: bar.set_postfix_str(f'{degrees(angle):.4f}°')
-        bar.total = total
-        bar.update(done - bar.n)
-        if bar.disable and time.monotonic() > last_line + 10:
-            so_far = '' if angle is None else f', {degrees(angle):.4f}°'
-            print(f'{unit} {done} of {total}{so_far}', flush=True)
-            last_line = time.monotonic()
-    with tqdm(unit=unit, delay=1, leave=False, disable=not sys.stderr.isatty()) as bar:
-        yield tell
-
 # %% ../nbs/study/33_cli.ipynb #772e653f
 def _inspect_arguments(p):
     p.add_argument('file', metavar='FILE', nargs='+', help='.safetensors, .npz, .npy, '
@@ -498,13 +481,12 @@ _COMMANDS['inspect'] = _Command('how far apart the classes of a saved classifier
 # %% ../nbs/study/33_cli.ipynb #0aee833a
 def _prototypes(args):
     "Write the best packing as prototypes, and say how good it is."
-    from math import degrees
-
     from largest_margins.inspection import write_prototypes
-    with _progress('start') as tell:
+    from largest_margins.study.progress import progress_bar
+    with progress_bar('start') as show:
         packing = write_prototypes(args.out, args.k, args.d, seed=args.seed,
                                    seconds=args.seconds, force=args.force,
-                                   progress=tell)
+                                   progress=show)
     print(f'{args.out}: {args.k} prototypes in {args.d} dimensions')
     for label, radians in (('class margin', packing.class_margin),
                            ('bound', packing.bound), ('gap', packing.gap)):

@@ -34,7 +34,7 @@ from torch import nn
 # %% ../nbs/training/24_learner.ipynb #b814dd92
 from .callbacks import (
     HeadCallback, MarginModel, MarginRecorder, bare, evaluate_once, find_loss,
-    has_bfloat16, last_layers, moves_optimum)
+    has_bfloat16, last_layers, solvable_loss)
 from .checks import integer
 from .data import ImageDataset
 from .heads import MarginHead
@@ -344,17 +344,17 @@ def margin_learner(
     kwargs = dict(opt_func=foreach) | kwargs
     learn = MarginLearner(dls, model, loss_func, splitter=splitter or split,
                           metrics=metrics, cbs=cbs, **kwargs)
-    counts = _known_counts(learn, loss, d) if loss else None
+    counts = _known_counts(learn, d)
     learn.recorder.smooth_loss = _SmoothLoss(learn.recorder.smooth_loss.beta)
     if pretrained: learn.freeze()
     return learn.add_cb(MarginRecorder(class_counts=counts))
 
 # %% ../nbs/training/24_learner.ipynb #24c0de01
-def _known_counts(learn, loss, d):
+def _known_counts(learn, d):
     "Return the training items of each class if they say where the loss wants to go."
-    data = learn.dls.train.dataset
-    if any(map(moves_optimum, learn.cbs)): return None
-    if not hasattr(data, 'targets') and len(data) > 50_000: return None  # slow to count
+    data, loss = learn.dls.train.dataset, solvable_loss(learn.loss_func, learn.cbs)
+    many = not hasattr(data, 'targets') and len(data) > 50_000  # slow to count
+    if loss is None or many: return None
     try: counts = class_counts(learn.dls)
     except (ValueError, TypeError): return None
     return counts if has_optimum(loss, counts, d) else None

@@ -45,7 +45,7 @@ from largest_margins.callbacks import (
     find_head,
     find_loss,
     has_bfloat16,
-    moves_optimum,
+    solvable_loss,
 )
 from largest_margins.engine.cosines import cosine_matrix
 from largest_margins.heads import CosineLinear, MarginHead, ShardedMarginHead
@@ -63,7 +63,7 @@ from largest_margins.losses import (
 )
 from largest_margins.margins import class_margin, class_sample_margins, norm_ratio, sample_margins
 from largest_margins.regularizers import zero_centroid
-from largest_margins.training.measures import MEASURES
+from largest_margins.training.measures import MEASURES, has_optimum
 
 K, D = 4, 6
 COUNTS = [40, 30, 20, 10]
@@ -719,8 +719,11 @@ def test_a_sharded_head_is_measured_as_a_whole():
     assert rows + others == K and first == second == pytest.approx(true) == pytest.approx(also)
 
 
-def test_no_optimum_is_known_with_a_callback_that_moves_it():
+def test_the_optimum_that_is_known_in_spite_of_callbacks():
     class Term(HeadCallback): moves_optimum = True
-    known, other = SampleMarginRegularizer(.5), Term()
-    assert moves_optimum(known) and moves_optimum(other)
-    assert not moves_optimum(ZeroCentroidRegularizer(1.)) and not moves_optimum(HeadCallback())
+    loss = CosFaceLoss(20., .1)
+    assert solvable_loss(loss, [ZeroCentroidRegularizer(1.), HeadCallback()]) is loss
+    assert solvable_loss(loss, [Term()]) is solvable_loss(F.cross_entropy, []) is None
+    with_term = solvable_loss(Wrapped(loss), [SampleMarginRegularizer(.5)])
+    assert (with_term.sample_margin, loss.sample_margin) == (.5, 0)
+    assert has_optimum(with_term, [5] * K, D) and not has_optimum(with_term, [4, *[5] * (K - 1)], D)

@@ -412,7 +412,7 @@ def test_every_setting_has_a_source():
     for recipe in (ONE, TWO, TABLES['3']):
         for dataset in ('mnist', 'cifar10', 'market1501', 'digits'):
             for row in recipe.rows(10) + recipe.more(10):
-                found = recipe.sources(dataset, recipe.settings[0], row)
+                found = recipe.settings_of(dataset, recipe.settings[0], row).sources
                 assert found.keys() >= {'loss', 'body', 'epochs', 'batch_size', 'learning_rate'} and all(found.values())
 
 

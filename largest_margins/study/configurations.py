@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 # %% ../../nbs/study/30_configurations.ipynb #192edfd4
-from ..checks import flag, integer, number
+from ..checks import flag, integer, number, string
 from ..losses import (
     ArcFaceLoss, CosFaceLoss, FocalLoss, LDAMLoss, LMSoftmaxLoss, NormFaceLoss,
     SampleMarginLoss, SphereFaceLoss)
@@ -74,17 +74,16 @@ def _check_fields(
     configuration,  # a dataclass
 ):
     "Refuse values outside the ranges and choices that stand beside the fields."
+    checks = {str: string, bool: flag, int: integer, float: number}
     for f in fields(configuration):
         value, kinds = getattr(configuration, f.name), get_args(f.type) or (f.type,)
-        if not f.metadata or (value is None and types.NoneType in kinds): continue
-        choices, bounds = f.metadata['choices'], f.metadata['bounds']
-        if choices:
-            if value not in choices:
-                raise ValueError(f'{f.name} must be one of {", ".join(choices)}, '
-                                 f'got {value!r}')
-            continue
-        check = flag if bool in kinds else integer if int in kinds else number
-        object.__setattr__(configuration, f.name, check(f.name, value, **bounds))
+        if value is None and types.NoneType in kinds: continue
+        check = next(check for kind, check in checks.items() if kind in kinds)
+        value = check(f.name, value, **f.metadata.get('bounds', {}))
+        object.__setattr__(configuration, f.name, value)
+        if (choices := f.metadata.get('choices')) and value not in choices:
+            raise ValueError(f'{f.name} must be one of {", ".join(choices)}, '
+                             f'got {value!r}')
 
 # %% ../../nbs/study/30_configurations.ipynb #cf7f84b6
 @dataclass(frozen=True)
@@ -227,10 +226,11 @@ class ClassifierFields(_ClassifierFields):
 # %% ../../nbs/study/30_configurations.ipynb #09347970
 @patch
 def optimum(self: ClassifierFields, class_counts, d):
-    "As for the loss alone, with the zero centroid; None with other terms."
-    if self.sample_margin or self.fixed or self.reweighted: return None
-    return loss_optimum(self.loss_func(class_counts), class_counts, d,
-                        self.zero_centroid)
+    "As for the loss alone, with R_sm and the zero centroid; None with other terms."
+    if self.fixed or self.reweighted: return None
+    loss = self.loss_func(class_counts)
+    if self.sample_margin: loss.sample_margin = self.sample_margin
+    return loss_optimum(loss, class_counts, d, self.zero_centroid)
 
 
 @patch

@@ -58,7 +58,7 @@ class _IdentityFields(TrainingFields):
     weights: str | None = None  # file of weights to start from, for resnet50
     height: int = _field(28, at_least=8)  # height of the images in pixels, ≥ 8
     width: int = _field(28, at_least=8)  # width of the images in pixels, ≥ 8
-    channels: int = 1  # channels of the images: 3 for RGB, 1 for gray
+    channels: int = _field(1)  # channels of the images: 3 for RGB, 1 for gray
     erasing: float = _field(0., at_least=0, at_most=1)  # share of images erased in part
     label_smoothing: float = _field(0., at_least=0, below=1)  # ε
     images_each: int = _field(0, at_least=0)  # of a person in a batch; 0: as they come
@@ -76,6 +76,10 @@ class _IdentityFields(TrainingFields):
             return nn.CrossEntropyLoss(label_smoothing=share)
         if share: loss.label_smoothing = share
         return loss
+
+    def optimum(self, class_counts, d):
+        "As for the loss alone; None with a triplet loss."
+        return None if self.triplet else super().optimum(class_counts, d)
 
 # %% ../../nbs/study/39_identities.ipynb #426ef43c
 class IdentityConfiguration(_IdentityFields):

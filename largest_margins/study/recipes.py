@@ -98,6 +98,19 @@ class Recipe:
         module, name = self.kind.split('.')
         return getattr(import_module(f'largest_margins.study.{module}'), name)
 
+# %% ../../nbs/study/36_recipes.ipynb #52721f0e
+@patch
+def settings_of(
+    self: Recipe,
+    dataset: str | None,  # name of the data set, or None
+    setting: Setting,  # part of the table
+    row: Row,  # row of the table
+) -> Settings:  # with the source of each
+    "Return the fields of a configuration that the recipe sets."
+    training = self.training.get(dataset, self.training[''])
+    if row.name.startswith('printed-'): training = self.paper.get(dataset, training)
+    return Settings(OURS, training, setting.changes, row.changes)
+
 # %% ../../nbs/study/36_recipes.ipynb #471b3872
 @patch
 def configuration(
@@ -111,25 +124,7 @@ def configuration(
     if dataset is not None: changes['dataset'] = dataset
     for name in changes.keys() - {f.name for f in fields(self.configurations)}:
         raise ValueError(f'{name} has no meaning for the table {self.name}')
-    return self.configurations(**self._settings(dataset, setting, row) | changes)
-
-# %% ../../nbs/study/36_recipes.ipynb #52721f0e
-@patch
-def sources(
-    self: Recipe,
-    dataset: str | None,  # name of the data set, or None
-    setting: Setting,  # part of the table
-    row: Row,  # row of the table
-) -> dict[str, str]:  # field → source
-    "Say where each field that the recipe sets comes from."
-    return self._settings(dataset, setting, row).sources
-
-
-@patch
-def _settings(self: Recipe, dataset, setting, row):
-    training = self.training.get(dataset, self.training[''])
-    if row.name.startswith('printed-'): training = self.paper.get(dataset, training)
-    return Settings(OURS, training, setting.changes, row.changes)
+    return self.configurations(**self.settings_of(dataset, setting, row) | changes)
 
 # %% ../../nbs/study/36_recipes.ipynb #b873be4a
 _SMALL = dict(body='conv3', embedding=32, epochs=20, batch_size=64, learning_rate=1e-2)

@@ -14,7 +14,6 @@ import os
 import platform
 import statistics
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +26,6 @@ from typing import Any
 import torch
 from joblib import Parallel, delayed
 from joblib.parallel import LokyBackend, get_active_backend
-from tqdm import tqdm
 
 
 import largest_margins
@@ -35,9 +33,10 @@ from ..callbacks import Checkpoint, has_bfloat16, load_file, save_file
 from ..checks import integer
 from ..files import differences, write_file
 from .pages import WRITERS, Table, figures_of, markdown
+from .progress import progress_bar
 from .recipes import (
     Recipe, Row, Setting, choose, printed, printed_numbers, rescaled)
-from ..training.measures import MEASURES
+from ..training.measures import MEASURES, NO_OPTIMUM
 
 # %% ../../nbs/study/37_tables.ipynb #65f1d59a
 @dataclass(frozen=True)
@@ -285,8 +284,8 @@ def _numbers_of(run, record):
     numbers, c = record['measured'] | {'bound': record.get('bound')}, run.configuration
     counts = record.get('counts', getattr(c, 'counts', None))
     d = getattr(c, 'd', getattr(c, 'embedding', None))
-    if 'less_optimum' in numbers or not (counts and d) or record['diverged']:
-        return numbers
+    solved = numbers.get('less_optimum') is not None
+    if solved or not (counts and d) or record['diverged']: return numbers
     best = c.optimum(counts, d)
     gap = None if best is None else numbers['class_margin'] - best
     return numbers | {'less_optimum': gap}
@@ -342,6 +341,8 @@ def summarise(
     names = [name for name in MEASURES
              if any(name in record['measured'] for _, record in finished)
              or (name in recipe.columns and any(name in x.values for x in lines))]
+    missing = 'less_optimum' in recipe.columns and any(
+        'less_optimum' not in x.values for x in lines)
     ran = ', '.join(f'{name} {value}' for name, value in record['machine'].items())
     notes = [
         *(recipe.remarks(lines) if recipe.remarks else []),
@@ -349,7 +350,8 @@ def summarise(
         'deviation of single runs (n − 1; – for one run).',
         *([f'“paper, {beside}”: as printed on the slides of Zhou et al. (2022). '
            f'{printed_numbers()["notes"][recipe.name]} Networks and schedules differ.']
-          if beside else []), *([recipe.notes] if recipe.notes else []), ran]
+          if beside else []), *([recipe.notes] if recipe.notes else []),
+        *([NO_OPTIMUM] if missing else []), ran]
     title = f'{recipe.title}, {Path(run.dataset).name}' if run.dataset else recipe.title
     return Table(title, parts, notes, _numbers(lines, names),
                  figures=_figures(finished, out))
@@ -457,20 +459,18 @@ def _run_all(recipe, missing, out, jobs, threads, tell):
     "Say how it goes until all runs have ended; False if Ctrl-C came first."
     steps = [getattr(run.configuration, 'epochs', 1) if jobs == 1 else 1
              for run in missing]
-    bar = tqdm(total=sum(steps), unit='epoch' if jobs == 1 else 'run', leave=False,
-               disable=not sys.stderr.isatty())
-    done = 0
-    def progress(epoch, margins):
-        bar.set_postfix_str(f'class margin {margins["class_margin"]:.1f}°')
-        bar.update(done + epoch - bar.n)
-    try:
-        ended = execute(missing, out, jobs, threads, progress)
-        for n, (run, record) in enumerate(ended, 1):
-            done = sum(steps[:n])
-            bar.update(done - bar.n)
-            if bar.disable: tell(f'{n}/{len(missing)}  {_outcome(recipe, run, record)}')
-    except KeyboardInterrupt: return False
-    finally: bar.close()
+    done, total, unit = 0, sum(steps), 'epoch' if jobs == 1 else 'run'
+    with progress_bar(unit, 1, tell) as show:
+        show(done, total)
+        def progress(epoch, margins):
+            show(done + epoch, total, math.radians(margins['class_margin']))
+        try:
+            ended = execute(missing, out, jobs, threads, progress)
+            for n, (run, record) in enumerate(ended, 1):
+                done = sum(steps[:n])
+                outcome = _outcome(recipe, run, record)
+                show(done, total, line=f'{n}/{len(missing)}  {outcome}')
+        except KeyboardInterrupt: return False
     return True
 
 # %% ../../nbs/study/37_tables.ipynb #aa3701ac
@@ -497,7 +497,8 @@ def _plan_in_words(recipe, runs, absent=''):
     for run in runs: trained.setdefault(run.configuration.training, run)
     for training, run in trained.items():
         by_source = {}
-        for name, source in recipe.sources(run.dataset, run.setting, run.row).items():
+        chosen = recipe.settings_of(run.dataset, run.setting, run.row)
+        for name, source in chosen.sources.items():
             by_source.setdefault(source, []).append(name)
         lines += [f'\n{training}', *(f'  {source}: {", ".join(names)}'
                                      for source, names in by_source.items())]

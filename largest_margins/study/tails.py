@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 # %% ../../nbs/study/43_tails.ipynb #40f8bf6f
 from ..callbacks import HeadCallback
-from ..checks import number
 from ..data import imbalanced_indices
 from ..engine.cosines import cosine_matrix
+from .configurations import _field
 from .experiments import Configuration, loaded, noisy, train
 from ..margins import neural_collapse, sample_margins, unit_rows
 from .recipes import Recipe, Row, Setting
@@ -61,11 +61,7 @@ class _AdjustedTerm(HeadCallback):
 @dataclass(frozen=True)
 class TailConfiguration(Configuration):
     "A `Configuration` with a term that only this study has."
-    adjusted_sample_margin: float = 0.  # weight of R_sm with the prior inside, ≥ 0
-
-    def __post_init__(self):
-        super().__post_init__()
-        number('adjusted_sample_margin', self.adjusted_sample_margin, at_least=0)
+    adjusted_sample_margin: float = _field(0., at_least=0)  # weight of R_sm with prior
 
     def optimum(self, class_counts, d):
         "As for a `Configuration`; None with the adjusted term."

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..bounds import class_margin_bound
 from ..losses import (
     ArcFaceLoss, CombinedMarginLoss, CosFaceLoss, GMSoftmaxLoss, LDAMLoss,
-    LMSoftmaxLoss, NormFaceLoss, SphereFaceLoss)
+    LMSoftmaxLoss, NormFaceLoss, SampleMarginLoss, SphereFaceLoss)
 from ..margins import class_margin, norm_ratio
 from ..regularizers import zero_centroid
 from ..theory.free_optimum import free_optimum
@@ -72,9 +72,30 @@ def _bound(k, d):
     return math.degrees(class_margin_bound(k, d).radians)
 
 # %% ../../nbs/training/30_measures.ipynb #30c0de02
+NO_OPTIMUM = (
+    'Less the optimum: the class margin less that of the loss’s own optimum for these '
+    'class sizes. It is empty where the optimum is not known: for losses of logits (CE, '
+    'Focal), fixed prototypes, class weights, label smoothing, a triplet loss and more '
+    'classes than dimensions; and, unless all classes have one size, for R_sm, angular '
+    'margins, LM-Softmax with log-sum-exp, and more than 100 classes.')
 _CONVEX = {CosFaceLoss, GMSoftmaxLoss, LDAMLoss, LMSoftmaxLoss, NormFaceLoss}
 _ANGULAR = {ArcFaceLoss, CombinedMarginLoss, SphereFaceLoss}
+_AT_SIMPLEX = _CONVEX - {GMSoftmaxLoss} | _ANGULAR | {SampleMarginLoss}
 _optima: dict[str, float] = {}  # degrees, by loss and class sizes
+
+# %% ../../nbs/training/30_measures.ipynb #059fdc37
+def _state(loss):
+    "The numbers of a loss by name; those of each class as a list."
+    state = vars(loss) | vars(loss).get('_buffers', {})
+    return {name: value.tolist() if isinstance(value, Tensor) else value
+            for name, value in state.items() if name[0] != '_'}
+
+
+def _ends_at_simplex(loss, class_counts):
+    "Whether nothing tells one class from another, and the loss is lowest there."
+    each = [list(class_counts), *_state(loss).values()]
+    alike = all(len(set(x)) == 1 for x in each if isinstance(x, list))
+    return alike and type(loss) in _AT_SIMPLEX
 
 # %% ../../nbs/training/30_measures.ipynb #82f90e14
 def has_optimum(
@@ -83,14 +104,12 @@ def has_optimum(
     d: int,  # dimension of the features
 ) -> bool:
     "Return whether `loss_optimum` is known."
-    k, state, even = len(class_counts), vars(loss), len(set(class_counts)) == 1
-    room = d >= k - even
-    solved = type(loss) in _CONVEX | (_ANGULAR if even else set())
-    smooth = not state.get('sample_margin') and not state.get('detach_margin')
-    usual = state.get('weight') is None and state.get('aggregation', 'mean') == 'mean'
-    usual = usual and state.get('_buffers', {}).get('weight') is None
-    return (solved and room and smooth and usual and 2 <= k <= 100
-            and min(class_counts) >= 1)
+    k, state = len(class_counts), _state(loss)
+    moved = any(state.get(x) for x in ('weight', 'detach_margin', 'label_smoothing'))
+    if moved or k < 2 or min(class_counts) < 1: return False
+    if _ends_at_simplex(loss, class_counts): return d >= k - 1
+    smooth = not state.get('sample_margin') and state.get('aggregation') != 'logsumexp'
+    return type(loss) in _CONVEX and smooth and k <= min(d, 100)
 
 # %% ../../nbs/training/30_measures.ipynb #76fd15a8
 def loss_optimum(
@@ -101,12 +120,9 @@ def loss_optimum(
 ) -> float | None:  # degrees; None: not known
     "Solve for the class margin at a loss's optimum, once for each loss and counts."
     if not has_optimum(loss, class_counts, d): return None
-    if type(loss) in _ANGULAR:
+    if _ends_at_simplex(loss, class_counts):
         return math.degrees(math.acos(-1 / (len(class_counts) - 1)))
-    state = vars(loss) | vars(loss).get('_buffers', {})
-    numbers = {name: value.tolist() if isinstance(value, Tensor) else value
-               for name, value in state.items() if name[0] != '_'}
-    key = f'{type(loss).__name__} {numbers} {list(class_counts)} {centroid}'
+    key = f'{type(loss).__name__} {_state(loss)} {list(class_counts)} {centroid}'
     if key not in _optima:
         with one_thread(), torch.enable_grad():
             best = free_optimum(loss, class_counts, centroid=centroid)
