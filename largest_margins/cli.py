@@ -310,16 +310,22 @@ def _table(args):
 
 # %% ../nbs/study/33_cli.ipynb #c8d913b5
 def _predicted(args):
-    "Print the class margins of Table 2 that follow from class sizes and the scale."
+    "Print the margins of Table 2 that follow from class sizes and the scale."
     from largest_margins.study.predicted import (
-        fit_table2, predict_table2, predicted_lines)
+        SAMPLE_MARGINS, fit_table2, predict_table2, predicted_lines)
     if args.table != '2':
         raise ValueError(f'--predicted is for table 2, got table {args.table}')
+    for name in ('settings', *_CHANGES):
+        if name != 'scale' and getattr(args, name) is not None:
+            raise ValueError(f'{name} has no meaning with --predicted')
+    scale = 5. if args.scale is None else args.scale
+    predictions = predict_table2(scale, args.dataset or 'cifar10', args.rows)
+    if not predictions: raise ValueError(f'rows must be as printed, got {args.rows}')
     fit = fit_table2()
     print(f'the scale that fits best: {fit.scale:.3f}, interval of 95 % '
-          f'[{fit.low:.3f}, {fit.high:.3f}]; below: scale 5', flush=True)
-    predictions = predict_table2(rows=tuple(args.rows or ()) or None)
-    print(*predicted_lines(predictions), sep='\n')
+          f'[{fit.low:.3f}, {fit.high:.3f}]; below: scale {scale:g}')
+    print(*predicted_lines(predictions), '', sep='\n')
+    print(*predicted_lines(predictions, **SAMPLE_MARGINS), sep='\n')
     return 0
 
 # %% ../nbs/study/33_cli.ipynb #2e94ce42
@@ -382,7 +388,8 @@ def _training_arguments(p):
     option('--scale', float, 'S', 'scale of all losses that have one')
     option('--batch-size', int, 'N', 'images in a batch')
     option('--learning-rate', float, 'RATE', 'the largest of the schedule')
-    option('--size', int, 'PIXELS', 'height and width of the images of a folder')
+    option('--size', int, 'PIXELS', 'height and width of the images of a folder; not '
+           'for tables 3 and verification, whose recipes set them')
     option('--noise', float, 'SHARE', 'share of the training labels that are wrong')
     p.add_argument('--bf16', action=argparse.BooleanOptionalAction,
                    help='train all but the head in bfloat16; default: if the machine '

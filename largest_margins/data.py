@@ -418,7 +418,8 @@ def _idx_data(name, torchvision_name, classes, debian, data=None, download=False
 
 # %% ../nbs/training/21_data.ipynb #efe91135
 def _folder_named(data):
-    if data is None: raise ValueError('download needs a directory: data=DIR')
+    if data is None: raise ValueError('download needs a directory '
+                                      '(data=DIR, --data DIR)')
     return str(data)
 
 

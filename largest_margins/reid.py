@@ -254,7 +254,7 @@ def duke_folder(
             'DukeMTMC-reID was withdrawn by its authors in June 2019, after it was '
             'found to breach the approval of the ethics board. New work should not use '
             'it. If you hold it lawfully and have to reproduce an old result, pass '
-            'despite_withdrawal=True')
+            'despite_withdrawal=True (--despite-withdrawal)')
     return _read_folder(Path(root), 8, shared_ids=True, duke=True)
 
 # %% ../nbs/evaluation/34_reid.ipynb #8a8fd619

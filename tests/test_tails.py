@@ -94,5 +94,11 @@ def test_the_commands(tmp_path, capsys):
     assert code == 0 and '13 runs, 13 to train' in said.out
     code, said = run('2', '--predicted', '--rows', 'NormFace')
     assert code == 0 and '62.72 | 62.67' in said.out and 'CosFace' not in said.out
-    code, said = run('1', '--predicted')
-    assert code == 2 and 'table 2' in said.err
+    assert '| sample margin: mean, smallest |' in said.out
+    code, said = run('2', '--predicted', '--rows', 'NormFace', '--scale', 20)
+    assert code == 0 and 'below: scale 20' in said.out and '62.72 | 84.71' in said.out
+    for argv, message in ((('1', '--predicted'), 'table 2'), (('2', '--predicted', '--dataset', 'digits'), 'cifar100'),
+                          (('2', '--predicted', '--epochs', 9), 'epochs has no meaning with --predicted'),
+                          (('2', '--predicted', '--rows', 'normface'), 'rows must be as printed')):
+        code, said = run(*argv)
+        assert code == 2 and message in said.err

@@ -14,6 +14,7 @@ import torch
 from largest_margins.cli import main
 from largest_margins.codes import best_packing
 from largest_margins.margins import class_margin, min_sample_margin
+from largest_margins.reid import market_folder
 from largest_margins.study.free_features import FreeFeatures
 from largest_margins.study.glyphs import write_glyph_market, write_glyph_pairs
 from largest_margins.study.identities import (
@@ -168,6 +169,12 @@ def test_training_is_the_same_for_both_tables(market):
     assert c.measure()['history'] == c.measure()['history']
     three, pairs = (plan(TABLES[name])[0].configuration for name in ('3', 'verification'))
     assert asdict(three) == asdict(pairs)
+
+
+def test_market_in_its_own_folder_or_the_one_around(market, tmp_path):
+    (tmp_path/'Market-1501-v15.09.15').symlink_to(market, target_is_directory=True)
+    for folder in (market, tmp_path):
+        with reid_folder('market1501', str(folder)) as data: assert len(data.query) == len(market_folder(market).query)
 
 
 def test_random_weights_of_resnet50_are_trained(market):

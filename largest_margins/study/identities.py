@@ -310,23 +310,28 @@ def _who(c, record):
             f'{record["bound"]:.2f}°')
 
 # %% ../../nbs/study/39_identities.ipynb #625ff886
+_FOLDERS = dict(market1501='Market-1501-v15.09.15', dukemtmc='DukeMTMC-reID')
+
+
 @contextmanager
 def reid_folder(
     dataset: str = 'glyphs',  # or market1501, dukemtmc, or the path of such a folder
-    data: str | None = None,  # the folder of market1501 or dukemtmc
+    data: str | None = None,  # the folder of market1501 or dukemtmc, or the one around
     despite_withdrawal: bool = False,  # see `duke_folder`
 ) -> Iterator[ReIDData]:  # for `with`; the pictures are there until its end
     "Open the pictures of a data set for re-identification."
     if dataset == 'glyphs':
         with TemporaryDirectory() as folder:
             yield market_folder(write_glyph_market(Path(folder, 'glyphs')))
-    elif dataset in ('market1501', 'dukemtmc'):
+    elif dataset in _FOLDERS:
         if data is None:
             raise FileNotFoundError(
-                f'{dataset} needs data, the directory that has bounding_box_train '
-                '(data=DIR, --data DIR)')
-        yield market_folder(data) if dataset == 'market1501' else duke_folder(
-            data, despite_withdrawal=despite_withdrawal)
+                f'{dataset} needs data, the directory that has {_FOLDERS[dataset]} or '
+                'bounding_box_train (data=DIR, --data DIR)')
+        inside = Path(data, _FOLDERS[dataset])
+        folder = inside if inside.is_dir() else data
+        yield market_folder(folder) if dataset == 'market1501' else duke_folder(
+            folder, despite_withdrawal=despite_withdrawal)
     elif Path(dataset).is_dir(): yield market_folder(dataset)
     else: raise ValueError(f'{dataset!r} is neither a directory nor one of glyphs, '
                            'market1501, dukemtmc')

@@ -12,11 +12,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
+from ..checks import choice
 from ..data import imbalanced_counts
 from ..losses import (
     ArcFaceLoss, CosFaceLoss, LDAMLoss, LMSoftmaxLoss, NormFaceLoss)
+from ..margins import sample_margins
 from .recipes import printed_numbers
 from ..theory.free_optimum import ScaleFit, fit_scale, free_optimum
 
@@ -36,6 +39,8 @@ class Prediction:
     setting: str  # 'long-tailed-100', 'long-tailed-10', 'step-100' or 'step-10'
     printed: float  # degrees
     computed: float  # degrees, at the loss's optimum
+    mean_sample_margin: float  # there, over all training samples
+    min_sample_margin: float  # there
     gap: float | None  # the loss could be lower by this at most; None: not certified
 
     @property
@@ -50,6 +55,7 @@ def predict_table2(
     rows: tuple[str, ...] | None = None,  # names as printed; None: rows without a star
 ) -> list[Prediction]:  # in the order of the slides
     "Compute the class margins of one data set from the optima of the losses."
+    choice('dataset', dataset, ('cifar10', 'cifar100'))
     k, n_max = dict(cifar10=(10, 5000), cifar100=(100, 500))[dataset]
     predictions = []
     for printed in printed_numbers()['cells']:
@@ -59,8 +65,11 @@ def predict_table2(
         counts = counts_of(printed['setting'], n_max, k)
         best = free_optimum(MARGIN_LOSSES[name](scale, counts), counts,
                             centroid=5. * k**2 * row.endswith('*'))
-        predictions.append(Prediction(row, printed['setting'], printed['class_margin'],
-                                      math.degrees(best.class_margin), best.gap))
+        margins = sample_margins(best.features @ best.prototypes.T, torch.arange(k))
+        mean = (margins @ torch.tensor(counts).double()).item() / sum(counts)
+        predictions.append(Prediction(
+            row, printed['setting'], printed['class_margin'],
+            math.degrees(best.class_margin), mean, margins.min().item(), best.gap))
     return predictions
 
 # %% ../../nbs/study/44_predicted.ipynb #56e92eba
@@ -88,15 +97,21 @@ def fit_table2() -> ScaleFit:
 # %% ../../nbs/study/44_predicted.ipynb #e14be788
 def predicted_lines(
     predictions: list[Prediction],
+    heading: str = 'degrees: printed, computed',  # what the two numbers are
+    names: tuple[str, str] = ('printed', 'computed'),  # attributes of a `Prediction`
 ) -> list[str]:  # of Markdown
-    "Write printed and computed class margins as a table, one line for each row."
+    "Write two numbers of each row and setting as a table, one line for each row."
     settings = list(dict.fromkeys(p.setting for p in predictions))
-    lines = ['| degrees: printed, computed | ' + ' | '.join(
+    lines = [f'| {heading} | ' + ' | '.join(
         f'{s.replace("-", ", ratio ").replace("long, ratio tailed", "long-tailed")} | '
         for s in settings) + ' |', '|---' + '|--:' * (2 * len(settings)) + '|']
     for row in dict.fromkeys(p.row for p in predictions):
-        cells = {p.setting: f'{p.printed:.2f} | {p.computed:.2f}'
+        cells = {p.setting: ' | '.join(f'{getattr(p, name):.2f}' for name in names)
                  for p in predictions if p.row == row}
         lines.append(f'| {row} | ' + ' | '.join(
             cells.get(s, ' | ') for s in settings) + ' |')
     return lines
+
+
+SAMPLE_MARGINS = dict(heading='sample margin: mean, smallest',
+                      names=('mean_sample_margin', 'min_sample_margin'))
