@@ -39,7 +39,8 @@ def test_the_tables_of_the_paper_end_to_end(folder, tmp_path, capsys):
     dataset, data = folder
     for i, (table, rows, runs) in enumerate(TABLES[dataset]):
         out = tmp_path/str(i)
-        command = ['table', table, '--dataset', dataset, '--data', str(data), '--out', str(out), *SMALL, '--rows', *rows]
+        command = ['table', table, '--dataset', dataset, '--data', str(data), '--out', str(out), *SMALL]
+        command += ['--rows', *rows]
         with pytest.raises(SystemExit) as done: main([*command, '--dry-run'])
         said = capsys.readouterr().out
         assert done.value.code == 0 and f'{runs} to train' in said and 'one epoch of' in said
