@@ -100,16 +100,18 @@ def choice(name: str, value: str, options: tuple) -> str:
 class Checked:
     "An attribute that is checked by `check` whenever it is set."
 
-    def __init__(self, default: Any = MISSING, key: str | None = None, **allowed):
+    def __init__(self, default: Any = MISSING, key=None, unset=None, **allowed):
         self.default, self.key, self.allowed = default, key, allowed  # key: where it is
+        self.unset = unset  # what None stands for, a function of the instance
 
     def __set_name__(self, owner, name): self.name, self.key = name, self.key or name
 
     def __get__(self, instance, owner=None) -> Any:
-        try: return instance.__dict__[self.key]
+        try: value = instance.__dict__[self.key]
         except (AttributeError, KeyError):  # of the class; not set
             if self.default is MISSING: raise AttributeError(self.name) from None
             return self.default
+        return self.unset(instance) if value is None and self.unset else value
 
     def __set__(self, instance, value):
         instance.__dict__[self.key] = self.checked(value)

@@ -69,10 +69,10 @@ class _Fields(nn.Module):
         shown = []
         for name, p in _parameters(type(self)).items():
             known = getattr_static(type(self), name, None)
-            value = vars(self).get(getattr(known, 'key', name),
-                                   getattr(self, name, p.default))
+            value = getattr(self, name, p.default)
+            stored = vars(self).get(getattr(known, 'key', name), value)
             main = isinstance(known, Number) and p.kind is not p.KEYWORD_ONLY
-            same = not isinstance(value, Tensor) and value == p.default
+            same = not isinstance(stored, Tensor) and stored == p.default
             if isinstance(value, torch.Generator) or (same and not main): continue
             is_angle = main and known.allowed.get('below') == math.pi
             shown.append(f'{name}={_as_text(value, is_angle)}')
@@ -124,16 +124,17 @@ class _Reduction(_Options):
 
     def loss_weights(self, targets, valid, num_classes, dtype):
         "What multiplies each of the losses before all are added, [N], or one for all."
-        if valid is None and self.weight is None and self.reduction != 'class-mean':
-            return 1 / targets.shape[0] if self.reduction == 'mean' else 1.
+        reduction = self.reduction
+        if valid is None and self.weight is None and reduction != 'class-mean':
+            return 1 / targets.shape[0] if reduction == 'mean' else 1.
         loss_weights = counted = (torch.ones_like(targets, dtype=dtype) if valid is None
                             else valid.to(dtype))
         if self.weight is not None:
             loss_weights = counted * self.weight.to(dtype)[targets]
-        if self.reduction == 'class-mean':
+        if reduction == 'class-mean':
             counts = loss_weights.new_zeros(num_classes).index_add(0, targets, counted)
             loss_weights = loss_weights / counts[targets].clamp_min(1)
-        if self.reduction in ('none', 'sum'): return loss_weights
+        if reduction in ('none', 'sum'): return loss_weights
         total = loss_weights.sum()
         return loss_weights / torch.where(total > 0, total, 1)
 
@@ -151,10 +152,9 @@ class ClassificationLoss(_Reduction):
     def split_ignored(self, targets, num_classes, seen=None):
         "Class 0 in the place of `ignore_index`, and which samples count (None: all)."
         if values_are_cheap(targets) if seen is None else seen:
-            low, high = targets.aminmax()
-            low, high, ignored = low.item(), high.item(), self.ignore_index
+            low, high = map(Tensor.item, targets.aminmax())
             fine = 0 <= low and high < num_classes
-            if fine and not low <= ignored <= high: return targets, None
+            if fine and not low <= self.ignore_index <= high: return targets, None
         valid = targets != self.ignore_index
         check_range(targets, num_classes, ~valid)
         return torch.where(valid, targets, 0), valid
@@ -589,7 +589,8 @@ class ElasticFaceLoss(_Drawing):
     "A margin drawn anew for each sample (Boutros et al. 2022, ElasticFace)."
     scale: float = Number(64., **_SCALE)  # s > 0; 64 as in the paper, for faces
     # mean margin; None: 0.5 rad for 'arc', 0.35 for 'cos'
-    margin: float | None = Number(None, at_least=0, below=2)
+    margin: float | None = Number(
+        None, unset=lambda loss: .5 if loss.angular else .35, at_least=0, below=2)
     # standard deviation of the margin, same unit, in [0, 1]
     std: float = Number(.05, at_least=0, at_most=1)
     # 'arc': added to the angle; 'cos': taken off the cosine
@@ -599,15 +600,6 @@ class ElasticFaceLoss(_Drawing):
     label_smoothing: float = field(default=0., init=False)
     numbers: ClassVar = dict(margin='margin')
     detach_margin = False
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.margin = self.margin  # None becomes that of the kind
-
-    def __setattr__(self, name: str, value: Any):
-        if (name, value) == ('margin', None) and 'kind' in vars(self):
-            value = .5 if self.angular else .35
-        super().__setattr__(name, value)
 
     @property
     def angular(self): return self.kind == 'arc'
@@ -705,11 +697,7 @@ class GMSoftmaxLoss(MarginSoftmaxLoss):
 
 # %% ../nbs/losses/12_losses.ipynb #4df3080f
 class _Tilt(Number):
-    "t of a log-sum-exp over samples; None stands for the scale, as it is now."
-
-    def __get__(self, instance, owner=None):
-        tilt = super().__get__(instance, owner)
-        return instance.scale if tilt is None and instance is not None else tilt
+    "t of a log-sum-exp over samples."
 
     def __set__(self, instance, value):
         if value is not None and instance.aggregation == 'mean':
@@ -724,7 +712,7 @@ class LMSoftmaxLoss(MarginSoftmaxLoss):
     aggregation: str = Choice('mean', 'logsumexp')
     _: KW_ONLY
     # sharpness t > 0 of 'logsumexp'; None: s
-    tilt: float | None = _Tilt(None, **_SCALE)
+    tilt: float | None = _Tilt(None, unset=lambda loss: loss.scale, **_SCALE)
     label_smoothing: float = field(default=0., init=False)
 
     def curves(self, own): return own.cosine, None, 1., None

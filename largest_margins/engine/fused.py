@@ -413,7 +413,8 @@ def fused_loss(loss, features, prototypes, targets, numbers, chunk_size='auto',
                  cheap)
     plan.in_steps = plan.loss.of_matrix
     value = _Fused.apply(plan, targets, *(
-        x.to(dtype) for x in (features, prototypes, *numbers.values())))
+        x if x.dtype == dtype else x.to(dtype)
+        for x in (features, prototypes, *numbers.values())))
     return value if shards.alone or value.ndim == 0 else shards.own_rows(value)
 
 # %% ../../nbs/engine/14_fused.ipynb #298f5f43
