@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache
 from importlib.resources import files
-from numbers import Integral
-
 
 import numpy as np
 from scipy.linalg import eigh_tridiagonal
@@ -25,6 +23,7 @@ from torch import Tensor
 
 # %% ../nbs/theory/05_bounds.ipynb #7162b545
 from .certificates import checksum, cosine_bounds, verify
+from .checks import choice, integer
 from .margins import check_prototypes, class_margin, unit_rows
 from .theory.three_point import _angle_with, _gegenbauer
 from .theory.three_point import three_point_certificate
@@ -90,9 +89,12 @@ def _by_fejes_toth(k, d, angle):
     return cosine_bounds(angle)[1] <= (square / (1 - square) - 1) / 2
 
 # %% ../nbs/theory/05_bounds.ipynb #dad39ed2
+_HIGH = 1000  # dimensions, beyond which 90° is less for any number of points here
+
+
 def _by_caps(k, d, angle):
     "k caps of half the angle are at least as large as the sphere."
-    if d < 3: return False
+    if not 3 <= d <= _HIGH: return False
     x = (1 - cosine_bounds(angle)[1]) / 2  # sin² of half the angle
     x = Fraction(math.floor(x * 2**120), 2**120)
     term, cap = Fraction(1), Fraction(0)
@@ -195,6 +197,7 @@ _DEGREE = 30  # of the polynomials in the linear program
 
 
 _EXACT = {f'{side}_feasibility_tolerance': 1e-10 for side in ('primal', 'dual')}
+_EXACT['maxiter'] = 5000  # some hundreds are enough, unless the solver runs in circles
 
 # %% ../nbs/theory/05_bounds.ipynb #c94656c0
 def _maxima(d, c, s):
@@ -219,7 +222,7 @@ def _programme(d, s, degree, rounds=6):
         values = _gegenbauer(d, degree, nodes)[1:]
         solution = linprog(np.ones(degree), A_ub=values.T, b_ub=-np.ones(len(nodes)),
                            method='highs-ds', options=_EXACT)
-        if solution.x is None: return None
+        if solution.status: return None
         c = np.append(1, solution.x)
         at, height = _maxima(d, c, s)
         if height.max() < 1e-8: break
@@ -254,8 +257,9 @@ def _certify(k, d, s, polynomial):
         cosine = Fraction(math.floor((s - room) * 10**12), 10**12)
         if not -1 < cosine < 1 or (c := polynomial(cosine)) is None: continue
         c = [Fraction(round(x / c[0] * 10**15), 10**15) for x in c]
-        c[0] = 1 - Fraction(round((k - sum(c)) / (k - 1) * 9 * 10**17), 10**18)
-        certificate = dict(kind='delsarte', k=k, d=d, cosine=str(cosine),
+        n = min(k, math.floor(sum(c)) + 1)  # points that are too many; fewer if k is huge
+        c[0] = 1 - Fraction(round((n - sum(c)) / (n - 1) * 9 * 10**17), 10**18)
+        certificate = dict(kind='delsarte', k=n, d=d, cosine=str(cosine),
                            radians=str(Fraction(_angle_with(cosine))),
                            coefficients=[str(x) for x in c])
         certificate['sha256'] = checksum(certificate)
@@ -324,27 +328,27 @@ _KINDS = {'levenshtein': 'delsarte', 'delsarte': 'delsarte',
           'three-point': 'three-point'}
 
 # %% ../nbs/theory/05_bounds.ipynb #b98b35e4
+_LARGEST = 10**18  # numbers of points and of dimensions that are looked at
+
+
 def class_margin_bound(
-    k: int,  # number of prototypes, ≥ 2
-    d: int,  # dimension, ≥ 1
+    k: int,  # number of prototypes, 2 … 10¹⁸
+    d: int,  # dimension, 1 … 10¹⁸
     method: str = 'auto',  # 'auto' for the smallest bound, or one by its name
 ) -> Bound:  # .radians, rounded up; .verify() checks it exactly
     "A rigorous upper bound on the class margin of `k` prototypes in `d` dimensions."
-    for name, value, least in (('k', k, 2), ('d', d, 1)):
-        if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-            raise ValueError(f'{name} must be an int ≥ {least}, got {value!r}')
-    return _bound(int(k), int(d), method)
+    k = integer('k', k, at_least=2, at_most=_LARGEST)
+    d = integer('d', d, at_least=1, at_most=_LARGEST)
+    return _bound(k, d, choice('method', method, ('auto', *_CLOSED, *_CERTIFIED)))
 
 # %% ../nbs/theory/05_bounds.ipynb #cd769483
 @cache
 def _bound(k, d, method):
     many = k > 2 * d > 4
     suits = {'line': d == 1 and k > 2, 'circle': d == 2, 'simplex': True,
-             'rankin': k > d + 1, 'fejes-toth': d == 3 and k > 2, 'caps': many,
+             'rankin': k > d + 1, 'fejes-toth': d == 3 and k > 2,
+             'caps': many and d <= _HIGH,
              'levenshtein': many, 'delsarte': many, 'three-point': many}
-    if method not in ('auto', *suits):
-        raise ValueError(f"method must be 'auto' or one of {', '.join(suits)}, "
-                         f'got {method!r}')
     if method != 'auto' and not suits[method]:
         raise ValueError(f'method {method!r} says nothing about k = {k} points in '
                          f'd = {d} dimensions')
@@ -401,7 +405,7 @@ def min_sample_margin_bound(
 ) -> float:  # bound on γ_min in [0, 2], rounded up
     "1 − cos of the class margin bound: no γ_min is larger."
     bound = class_margin_bound(k, d)
-    if k <= d + 1: most = Fraction(bound.k, bound.k - 1)  # simplex
-    elif k <= 2 * d: most = Fraction(1)  # 90°
-    else: most = 1 - cosine_bounds(Fraction(bound.radians))[0]
+    most = 1 - cosine_bounds(Fraction(bound.radians))[0]
+    if bound.k <= bound.d + 1: most = Fraction(bound.k, bound.k - 1)  # simplex
+    elif bound.d > 1: most = min(most, Fraction(1))  # 90°
     return float(most) if Fraction(float(most)) >= most else math.nextafter(most, 3)

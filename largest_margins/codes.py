@@ -15,7 +15,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import compress, count, product
-from numbers import Integral, Real
 
 # %% ../nbs/theory/03_packing.ipynb #736706a5
 import numpy as np
@@ -29,8 +28,9 @@ from torch import Tensor
 
 # %% ../nbs/theory/03_packing.ipynb #27ff0f6b
 from .bounds import class_margin_bound
+from .checks import integer, number
 from .theory.constructions import known_packing
-from .theory.jammed import jammed_certificate
+from .theory.jammed import _PATIENCE, jammed_certificate
 from .margins import class_margin
 from .theory.threads import one_thread
 from .theory.sample_margins import (
@@ -119,7 +119,7 @@ def _descend(points, p, iterations, deadline):
 # %% ../nbs/theory/03_packing.ipynb #0ae2b089
 def _close_pairs(points, slack):
     "Pairs i < j whose cosine is within `slack` of the largest, and these cosines."
-    k, size = len(points), max(1, _PAIRS // len(points))
+    (k, d), size = points.shape, max(1, _PAIRS // len(points))
     top, pairs = -2., []
     for a in range(0, k, size):
         cosines = np.triu(points[a:a + size] @ points[a:].T + 2, 1) - 2
@@ -127,7 +127,10 @@ def _close_pairs(points, slack):
         i, j = np.nonzero(cosines >= top - slack - 1e-12)
         pairs.append(np.stack([a + i, a + j]))
     i, j = np.concatenate(pairs, 1)
-    cosines = 1 - np.square(points[i] - points[j]).sum(1) / 2
+    cosines, size = np.empty(len(i)), max(1, 16 * _PAIRS // d)
+    for a in range(0, len(i), size):
+        part = slice(a, a + size)
+        cosines[part] = 1 - np.square(points[i[part]] - points[j[part]]).sum(1) / 2
     near = cosines >= cosines.max() - slack
     return i[near], j[near], cosines[near]
 
@@ -607,14 +610,17 @@ class Packing(_Points):
 # %% ../nbs/theory/03_packing.ipynb #f87e5b9g
 def _balances(points, slack=1e-9):
     "Whether the pushes of the contacts balance, to `slack` of the sum of all pushes."
-    i, j, _ = _close_pairs(points, slack)
     k, d = points.shape
-    if len(i) > 3 * _MANY or k * d > 3 * _MANY: return False
+    if k * d > 3 * _MANY: return False
+    i, j, _ = _close_pairs(points, slack)
+    if len(i) > 3 * _MANY: return False
+    if _in_balance(points, i, j, slack): return True
     c = (points[i] * points[j]).sum(1, keepdims=True)
     pushes = _rows_of(i, j, points[j] - c * points[i], points[i] - c * points[j], k * d)
     solution = linprog(np.zeros(len(i)), A_eq=vstack([pushes.T, np.ones((1, len(i)))]),
                        b_eq=np.append(np.zeros(k * d), 1), method='highs',
-                       options={'primal_feasibility_tolerance': slack})
+                       options={'primal_feasibility_tolerance': slack,
+                                'time_limit': _PATIENCE})
     return solution.status == 0
 
 # %% ../nbs/theory/03_packing.ipynb #09bf06b4
@@ -639,11 +645,11 @@ def best_packing(
     progress: Callable[[int, int, float], None] | None = None,
 ) -> Packing:  # the points, their class margin, a rigorous bound, and the gap
     "The best packing of `k` points on the unit sphere that is known or found."
+    k, d = integer('k', k, at_least=2), integer('d', d, at_least=2)
+    seed = integer('seed', seed, at_least=0)
+    if starts is not None: starts = integer('starts', starts, at_least=1)
+    if seconds is not None: seconds = number('seconds', seconds, above=0)
     bound = class_margin_bound(k, d).radians
-    if starts is not None and not (_is(starts, Integral) and starts >= 1):
-        raise ValueError(f'starts must be an int ≥ 1 or None, got {starts!r}')
-    if seconds is not None and not (_is(seconds, Real) and seconds > 0):
-        raise ValueError(f'seconds must be > 0 or None, got {seconds!r}')
     if known := _closed_form(k, d) or known_packing(k, d):
         known = Packing(known[0], bound, known[1])
         if k <= 2 * d or d == 2 or known.gap <= _RESOLUTION: return known
@@ -660,9 +666,6 @@ def best_packing(
 
 # %% ../nbs/theory/03_packing.ipynb #7ed9e1ea
 _SMALL = 10**7  # multiplications for all pairs, up to which one thread is best
-
-
-def _is(value, kind): return isinstance(value, kind) and not isinstance(value, bool)
 
 # %% ../nbs/theory/03_packing.ipynb #2fbb860g
 def _closed_form(k, d):

@@ -265,14 +265,19 @@ def test_a_loss_bounds_the_distance_from_the_simplex():
     exact = gm.distance_from_simplex(math.log(1 + 9 * math.exp(-16 * 10 / 9)), 10, 16.)
     assert exact[:3] == pytest.approx((0, 0, 0), abs=1e-6) and exact.class_margin == pytest.approx(math.acos(-1 / 9))
     assert gm.distance_from_simplex(800., 10, 16.) == (1, 2, 1, 0)
-    for wrong in (dict(k=1), dict(scale=0.), dict(slope=.4), dict(loss=0.), dict(loss=-1., target_in_sum=False)):
-        with pytest.raises(ValueError): gm.distance_from_simplex(**{'loss': 1., 'k': 6, 'scale': 8.} | wrong)
+    for wrong in (dict(k=1), dict(scale=0.), dict(slope=.4), dict(loss=0.), dict(loss=-1., target_in_sum=False),
+                  dict(loss=math.nan), dict(loss=math.inf), dict(scale=math.inf), dict(scale=1e-20), dict(k=True),
+                  dict(offset=math.nan), dict(slope='1'), dict(k=2.5)):
+        with pytest.raises((TypeError, ValueError)): gm.distance_from_simplex(**{'loss': 1., 'k': 6, 'scale': 8.} | wrong)
 
 
 def test_the_largest_angular_margin():
+    import torch
     assert math.cos(gm.largest_angular_margin(6)) == pytest.approx(.4)
     assert gm.largest_angular_margin(2) == math.pi / 2 > gm.largest_angular_margin(3) > math.pi / 3
-    with pytest.raises(ValueError): gm.largest_angular_margin(1)
+    assert gm.largest_angular_margin(torch.tensor(6)) == gm.largest_angular_margin(6)
+    for wrong in (1, 2.5, True, '5'):
+        with pytest.raises((TypeError, ValueError)): gm.largest_angular_margin(wrong)
 
 
 def test_the_least_class_margin_at_a_scale():
@@ -286,10 +291,14 @@ def test_the_least_class_margin_at_a_scale():
     bounds = [energy.least_class_margin(points, s) for s in (1., 10., 100., 1e4, 1e6)]
     assert bounds == sorted(bounds) and bounds[0] == 0
     assert best_packing(8, 3).class_margin - 1e-4 < bounds[-1] <= best_packing(8, 3).class_margin
-    with pytest.raises(ValueError): energy.least_class_margin(torch.eye(3), 0.)
+    for wrong in ((torch.eye(3), 0.), (torch.eye(3), math.inf), (torch.eye(3), '5'), (points[:1], 5.), (0 * points, 5.),
+                  (math.nan * points, 5.)):
+        with pytest.raises((TypeError, ValueError)): energy.least_class_margin(*wrong)
 
 
 def test_universally_optimal_codes_have_the_best_class_margin_that_is_proved():
+    import torch
+
     from largest_margins.bounds import class_margin_bound
     from largest_margins.codes import best_packing
     for k, d in ((6, 3), (12, 3), (5, 2), (8, 4), (16, 5), (27, 6)):
@@ -297,7 +306,9 @@ def test_universally_optimal_codes_have_the_best_class_margin_that_is_proved():
         best = best_packing(k, d, seconds=20).class_margin
         assert best == pytest.approx(class_margin_bound(k, d).radians, abs=1e-5)
     assert not any(energy.universally_optimal(k, 3) for k in (5, 7, 8, 9, 24))
-    with pytest.raises(ValueError): energy.universally_optimal(1, 3)
+    assert energy.universally_optimal(torch.tensor(12), torch.tensor(3))
+    for wrong in ((1, 3), (12., 3), (2, True)):
+        with pytest.raises((TypeError, ValueError)): energy.universally_optimal(*wrong)
 
 
 # --- the tools ---

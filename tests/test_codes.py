@@ -1,6 +1,7 @@
 "The simplex and Riesz energy against loops and closed forms."
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,9 +24,13 @@ def test_simplex_to_rounding(k, d):
 
 
 @pytest.mark.parametrize('k,d,message', [(5, 3, 'd \\+ 1 = 4'), (1, 3, 'k must be'), (2, 0, 'd must be'),
-                                         (2.5, 3, 'k must be'), (3, '3', 'd must be')])
+                                         (2.5, 3, 'k must be'), (3, '3', 'd must be'), (True, 3, 'k must be')])
 def test_simplex_refuses(k, d, message):
-    with pytest.raises(ValueError, match=message): simplex(k, d)
+    with pytest.raises((TypeError, ValueError), match=message): simplex(k, d)
+
+
+def test_sizes_may_be_those_of_other_libraries():
+    assert torch.equal(simplex(torch.tensor(4), np.int64(3)), simplex(4, 3))
 
 
 def by_loops(points, t):
@@ -63,6 +68,9 @@ def test_energy_in_blocks_is_the_same_with_its_gradient(monkeypatch):
 
 
 @pytest.mark.parametrize('points,t,message', [(simplex(3, 2), 0, 't must be'), (simplex(3, 2), -1, 't must be'),
-                                              (torch.ones(3), 1, 'points'), (torch.ones(1, 3), 1, 'points')])
+                                              (torch.ones(3), 1, 'points'), (torch.ones(1, 3), 1, 'points'),
+                                              (simplex(3, 2), math.inf, 't must'), (simplex(3, 2), '2', 't must'),
+                                              (simplex(3, 2) * math.nan, 1, 'points'), ([[1.], [2.]], 1, 'points'),
+                                              (torch.eye(3).long(), 1, 'points')])
 def test_energy_refuses(points, t, message):
-    with pytest.raises(ValueError, match=message): riesz_energy(points, t)
+    with pytest.raises((TypeError, ValueError), match=message): riesz_energy(points, t)

@@ -99,6 +99,9 @@ def test_a_deep_list_is_refused():
 
 
 def test_huge_certificates_are_refused_at_once():
+    poles = [[2**60] + [0] * 1999, [-2**60] + [0] * 1999]  # few numbers, but two million turns
+    assert not verify_jammed(forged(points=poles, contacts=[[0, 1]], stress=[1], cosine=1 - 2**60))
+    assert jammed_certificate(np.eye(2000)[:2], np.array([[0, 1]])) is None
     assert not verify_jammed(forged(points=[[1] * 3] * 10_000))
     assert not verify_jammed(forged(stress=[1] * 10_000, contacts=[[0, 1]] * 10_000))
     assert not verify_jammed(forged(radius='9' * 10**6))

@@ -142,6 +142,19 @@ def test_optima_merge_above_the_ratio_and_not_below(loss, A, B):
     assert angles[0] > 1 and angles[1] < .05
 
 
+def test_weights_do_not_count_and_classes_of_one_size_must_be_alike():
+    plain = collapse_ratio(LMSoftmaxLoss(1.), 1, 2)
+    for reduction in ('mean', 'sum'):
+        loss = LMSoftmaxLoss(1., weight=torch.tensor([9., 1, 1]), reduction=reduction)
+        assert collapse_ratio(loss, 1, 2) == plain and len(loss.weight) == 3
+    assert collapse_ratio(LDAMLoss([9, 9, 1, 1], 5.), 2, 2) > 1
+    for loss in (LDAMLoss([9, 1, 1, 1], 5.), NormFaceLoss(5., prior=[9, 1, 1, 1]), NormFaceLoss(5., sample_margin=.5),
+                 NormFaceLoss(5., reduction='none')):
+        with pytest.raises(ValueError, match='loss must'): collapse_ratio(loss, 2, 2)
+    with pytest.raises(ValueError, match='one number'):
+        certify_optimum(NormFaceLoss(6., reduction='none'), rows(0, 5, 6), rows(1, 5, 6))
+
+
 def test_ratios_rise_with_the_scale():
     for A, B in ((2, 2), (9, 2)):
         ratios = [collapse_ratio(LMSoftmaxLoss(s), A, B) for s in (.5, 1., 4.)]
@@ -215,14 +228,17 @@ def test_admissible_margins_are_reached_and_bounded():
 
 def test_a_greedy_choice_finds_as_many_points_as_the_caps_say():
     low, _ = admissible_margin(1001, 3)
-    assert low == pytest.approx(2 / 1000, rel=1e-9)    # in 3 dimensions a cap of angle δ has the share (1 − cos δ)/2
+    assert low == pytest.approx(2 / 1000, rel=1e-9) and type(low) is float
+    assert admissible_margin(10**18, 3)[0] == pytest.approx(2e-18, rel=1e-9)
+    # in 3 dimensions a cap of angle δ has the share (1 − cos δ)/2
 
 
 @pytest.mark.parametrize('call', [admissible_margin, lambda k, d: guaranteed_margin(k, d, 20.), scale_for_margin])
 def test_sizes_are_checked(call):
     for wrong in ((1, 3), (3, 1), (0, 3)):
         with pytest.raises(ValueError): call(*wrong)
-    for wrong in ((2., 3), (True, 3), ('3', 3)):
+    assert type(call(torch.tensor(2), np.int64(3))) is type(call(2, 3))
+    for wrong in ((2., 3), (True, 3), ('3', 3), ([2], 3)):  # 2.0 also after 2
         with pytest.raises(TypeError): call(*wrong)
 
 
@@ -247,6 +263,16 @@ def test_the_centroid_that_a_large_weight_leaves(loss, counts):
     _, W, _ = descend(lambda W, Z: weighted(Z @ W.T, targets) + strength * zero_centroid(W), start.clone(),
                       start.clone(), iterations=3000)
     assert strength * W.mean(0).norm().item() == pytest.approx(residual_centroid(loss, counts), rel=2e-3)
+
+
+def test_the_centroid_is_that_of_a_mean_over_samples_of_a_loss_that_treats_classes_alike():
+    plain = residual_centroid(LMSoftmaxLoss(9.), [9, 1, 1])
+    for options in (dict(aggregation='logsumexp'), dict(weight=torch.tensor([5., 2, 3]), reduction='sum')):
+        assert residual_centroid(LMSoftmaxLoss(9., **options), [9, 1, 1]) == pytest.approx(plain, rel=1e-9)
+    assert residual_centroid(LMSoftmaxLoss(9., reduction='class-mean'), [9, 1, 1]) == 0
+    for loss in (ArcFaceLoss(9., .5), SphereFaceLoss(9., 1.35), LDAMLoss([9, 1, 1], 9.), SampleMarginLoss(),
+                 NormFaceLoss(9., prior=[9, 1, 1]), GMSoftmaxLoss(9., .7, .5), NormFaceLoss(9., sample_margin=.5)):
+        with pytest.raises(ValueError, match='loss must'): residual_centroid(loss, [9, 1, 1])
 
 
 def test_equal_shares_and_two_classes_leave_nothing():

@@ -5,6 +5,7 @@ import tracemalloc
 from functools import cache, partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from threadpoolctl import threadpool_info, threadpool_limits
@@ -173,6 +174,18 @@ def test_small_problems_have_one_thread_and_the_setting_comes_back():
     finally: torch.set_num_threads(before)
 
 
+def test_millions_of_contacts_take_little_memory():
+    points = torch.cat([torch.eye(2000), -torch.eye(2000)]).double()[:3000]  # nearly all pairs touch
+    packing = Packing(points, 3.)
+    assert packing.optimum == 'none'  # at once
+    tracemalloc.start()
+    try:
+        contacts = packing.contacts()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally: tracemalloc.stop()
+    assert len(contacts) == 3000 * 2999 // 2 - 1000 and peak < len(contacts) * 200
+
+
 def test_repr_and_margin_measure_once(monkeypatch):
     measured = []
     monkeypatch.setattr(codes, 'class_margin', lambda points: measured.append(1) or torch.tensor(1.))
@@ -215,15 +228,22 @@ def test_large_ones_in_little_time_and_far_below_k_squared_numbers(monkeypatch):
 
 @pytest.mark.parametrize('kwargs,message', [(dict(starts=0), 'starts'), (dict(starts=1.5), 'starts'),
                                             (dict(starts=True), 'starts'), (dict(seconds=0), 'seconds'),
+                                            (dict(seconds=math.inf), 'seconds'), (dict(seed=-1), 'seed'),
+                                            (dict(seed=1.5), 'seed'), (dict(seed=True), 'seed'),
                                             (dict(seconds=-1), 'seconds'), (dict(seconds=True), 'seconds'),
                                             (dict(seconds=math.nan), 'seconds'), (dict(seconds='1'), 'seconds')])
 def test_refuses(kwargs, message):
-    with pytest.raises(ValueError, match=message): best_packing(7, 3, **kwargs)
+    with pytest.raises((TypeError, ValueError), match=message): best_packing(7, 3, **kwargs)
 
 
-@pytest.mark.parametrize('k,d', [(1, 3), (2.5, 3), ('7', 3), (7, 0)])
+@pytest.mark.parametrize('k,d', [(1, 3), (2.5, 3), ('7', 3), (7, 0), (3, 1), (True, 3)])
 def test_refuses_sizes(k, d):
-    with pytest.raises(ValueError, match='must be an int'): best_packing(k, d)
+    with pytest.raises((TypeError, ValueError), match='must be'): best_packing(k, d)
+
+
+def test_numbers_of_other_libraries_are_welcome():
+    packing = best_packing(torch.tensor(7), np.int64(3), seed=np.int32(0), starts=torch.tensor(1))
+    assert torch.equal(packing.points, best_packing(7, 3, starts=1).points)
 
 
 def test_repr_is_in_degrees_and_says_what_is_open():

@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..checks import check_prototypes, integer, number
 from ..claims import (
     Check, Claim, descend, dot, endpoints, rational_points, register)
 from ..codes import best_packing
@@ -79,7 +80,7 @@ def universally_optimal(
     d: int,  # dimension, ≥ 2
 ) -> bool:
     "Whether a code is known with the least energy at every scale (Cohn and Kumar)."
-    if k < 2 or d < 2: raise ValueError(f'needs k ≥ 2 and d ≥ 2, got k = {k}, d = {d}')
+    k, d = integer('k', k, at_least=2), integer('d', d, at_least=2)
     return d == 2 or k <= d + 1 or k == 2 * d or (k, d) in _UNIVERSAL
 
 # %% ../../nbs/theory/10b_energy.ipynb #e50c7a39
@@ -88,7 +89,8 @@ def least_class_margin(
     scale: float,  # s > 0
 ) -> float:  # radians; 0: no bound
     "Bound from below the class margin of all minimizers of the log-sum-exp form."
-    if not scale > 0: raise ValueError(f'scale must be > 0, got {scale}')
+    check_prototypes(points, 'points')
+    scale = number('scale', scale, above=0)
     energy = log_gaussian_energy(points.detach().double(), scale).item()
     return math.acos(max(-1., min(1., 1 + (energy - math.log(2)) / scale)))
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..checks import integer, number
 from ..claims import (
     Check, Claim, descend, dot, endpoints, rational_frame, rational_points, register)
 from ..codes import simplex
@@ -27,7 +28,7 @@ def largest_angular_margin(
     k: int,  # number of classes, ≥ 2
 ) -> float:  # radians, above π/3 and at most π/2
     "Return the largest m2 at which ArcFace's optimum is the simplex."
-    if k < 2: raise ValueError(f'k must be at least 2, got {k}')
+    k = integer('k', k, at_least=2)
     return math.acos((k - 2) / (2 * (k - 1)))
 
 # %% ../../nbs/theory/08_gm_softmax.ipynb #08d4e6b1
@@ -42,16 +43,17 @@ class SimplexDistance(NamedTuple):
 def distance_from_simplex(
     loss: float,  # training loss, averaged per class, then over classes
     k: int,  # number of classes, ≥ 2
-    scale: float,  # s > 0
+    scale: float,  # s ≥ 0.001
     *,
-    slope: float = 1.,  # α: cos m2 for ArcFace, 1 for the others
+    slope: float = 1.,  # α > (k−2)/(2(k−1)): cos m2 for ArcFace, 1 for the others
     offset: float = 0.,  # β: −margin for CosFace, 0 for the others
     target_in_sum: bool = True,  # False for LM-Softmax
 ) -> SimplexDistance:
     "Bound the distance from the simplex by the loss, equation (eq-stability)."
-    if k < 2 or not scale > 0 or not slope > (k - 2) / (2 * (k - 1)):
-        raise ValueError('needs k ≥ 2, scale > 0 and slope > (k − 2)/(2(k − 1)), '
-                         f'got k = {k}, scale = {scale}, slope = {slope}')
+    k, loss = integer('k', k, at_least=2, at_most=10**18), number('loss', loss)
+    scale = number('scale', scale, at_least=1e-3)
+    slope = number('slope', slope, above=(k - 2) / (2 * (k - 1)))
+    offset = number('offset', offset)
     b = 1 / (k - 1)
     a = slope + b
     room = 2 * a / k - b

@@ -18,6 +18,7 @@ from scipy.special import betaincinv
 from ..bounds import min_sample_margin_bound
 from ..checks import integer, number, per_class
 from ..codes import best_packing, simplex
+from .optima import unweighted_loss
 
 # %% ../../nbs/theory/11c_finite_scales.ipynb #24864090
 def _smallest_share(num_classes, class_counts):
@@ -30,19 +31,23 @@ def _smallest_share(num_classes, class_counts):
     return (counts.min() / counts.sum()).item()
 
 # %% ../../nbs/theory/11c_finite_scales.ipynb #6b7b6941
-@cache
 def admissible_margin(
-    num_classes: int,  # number of classes, k ≥ 2
-    dimension: int,  # dimension of the features, d ≥ 2
+    num_classes: int,  # number of classes, k, 2 … 10¹⁸
+    dimension: int,  # dimension of the features, d, 2 … 10¹⁸
 ) -> tuple[float, float]:  # lower and upper bound of the largest margin
     "Bound the largest margin m that CosFace can reach, 1 − cos δ*."
-    k = integer('num_classes', num_classes, at_least=2)
-    d = integer('dimension', dimension, at_least=2)
+    return _admissible(integer('num_classes', num_classes, at_least=2, at_most=10**18),
+                       integer('dimension', dimension, at_least=2, at_most=10**18))
+
+
+@cache
+def _admissible(k, d):
     if k <= 2 * d or d == 2 or k * d <= 2000:  # closed, or a search of seconds
         packing = best_packing(k, d, starts=None if k * d <= 500 else 1)
-        reached = 1 - math.cos(packing.class_margin)
+        reached = 2 * math.sin(packing.class_margin / 2)**2
     else:  # (k − 1) caps of radius δ do not cover the sphere
-        reached = 1 - math.sqrt(1 - betaincinv((d - 1) / 2, .5, 2 / (k - 1)))
+        square = betaincinv((d - 1) / 2, .5, 2 / (k - 1))  # sin² δ
+        reached = float(square / (1 + math.sqrt(1 - square)))
     return reached, max(reached, min_sample_margin_bound(k, d))
 
 # %% ../../nbs/theory/11c_finite_scales.ipynb #498109e8
@@ -55,9 +60,10 @@ def guaranteed_margin(
     class_counts=None,  # samples of each class, [k]; None: equally many
 ) -> float:  # difference of cosines; below 0: no guarantee
     "Bound γ_min from below for all minimizers of NormFace or CosFace, (eq-guarantee)."
-    best, _ = admissible_margin(num_classes, dimension)
+    k = integer('num_classes', num_classes)
+    best, _ = admissible_margin(k, dimension)
     s, m = number('scale', scale, above=0), number('margin', margin)
-    k, p = int(num_classes), _smallest_share(num_classes, class_counts)
+    p = _smallest_share(k, class_counts)
     log_x = math.log(k - 1) - s * (best - m)
     power = float(np.logaddexp(0, log_x)) / p  # the logarithm of (1 + x)^{1/p}
     if power > 1e-300: log_grown = power + math.log(-math.expm1(-power))
@@ -91,13 +97,14 @@ def scale_for_margin(
 
 # %% ../../nbs/theory/11c_finite_scales.ipynb #b3485746
 def residual_centroid(
-    loss: torch.nn.Module,  # NormFace, CosFace or LM-Softmax, without weights
+    loss: torch.nn.Module,  # NormFace, CosFace or LM-Softmax; its weights are ignored
     class_counts,  # samples of each class, [k]
 ) -> float:  # λ·‖centroid‖; divide by λ for the norm
     "Return λ times the norm of the centroid that a large λ leaves, (eq-residual)."
     counts = per_class('class_counts', class_counts, above=0).double()
     k, p = len(counts), counts / counts.sum()
-    if k == 2: return 0.
+    loss = unweighted_loss(loss, (k,))
+    if k == 2 or getattr(loss, 'reduction', 'mean') == 'class-mean': return 0.
     cosines = (simplex(k, k) @ simplex(k, k)[0])[None].requires_grad_()
     slope, = torch.autograd.grad(loss(cosines, torch.tensor([0])), cosines)
     spread = max(0., (k * p.square().sum().item() - 1) / (k - 1))

@@ -21,7 +21,8 @@ from ..certificates import _MALFORMED, checksum
 
 # %% ../../nbs/theory/03b_jammed.ipynb #c46e7702
 _UNIT = 2**60  # numbers of a certificate are multiples of 1/_UNIT
-_MOST = 4000, 10_000  # coordinates, and contacts, that the verifier looks at
+_MOST = 4000, 10_000  # coordinates, and contacts or turns, that the verifier looks at
+_PATIENCE = 60  # seconds that a linear program may take
 _ROUNDED = 1 + 2.**-20  # more than the rounding of a norm of that many numbers
 
 # %% ../../nbs/theory/03b_jammed.ipynb #2bc7cb62
@@ -130,7 +131,8 @@ def _proved(certificate):
     points, contacts, stress = (certificate[key] for key in lists)
     k, d, m = len(points), len(points[0]), len(contacts)
     numbers = [x for row in points for x in row] + stress + [certificate['cosine']]
-    if not (k * d <= _MOST[0] and len(stress) == m <= _MOST[1]
+    turns = d * (d - 1) // 2
+    if not (k * d <= _MOST[0] and len(stress) == m <= _MOST[1] and turns <= _MOST[1]
             and {len(row) for row in points} == {d}
             and all(type(x) is int and abs(x) <= 2 * _UNIT for x in numbers)
             and min(stress) > 0 and abs(certificate['cosine']) < _UNIT): return False
@@ -148,7 +150,16 @@ def _stress(points, contacts):
     "Weights of the contacts that balance, with the smallest as large as possible."
     (k, d), m = points.shape, len(contacts)
     B = _rows(points, contacts, np.ones(m))
-    rows = B[:m + k]
+    rows, square = B[:m + k], (B.T @ B).toarray()
+    square[np.diag_indices_from(square)] += 1e-13 * square.diagonal().max()
+    factor = cho_factor(square, check_finite=False)  # singular where points can move
+
+    def balanced(weights):
+        for _ in range(2):
+            weights = weights - rows @ cho_solve(factor, rows.T @ weights)
+        return weights[:m] / weights[:m].sum()
+    even = balanced(np.append(np.full(m, 1 / m), np.zeros(k)))
+    if even.min() > .01 / m: return even
     balance = hstack([rows.T, csr_array((k * d, 1))])
     total = np.append(np.ones(m), np.zeros(k + 1))
     below = hstack([-identity(m), csr_array((m, k)), np.ones((m, 1))])
@@ -156,14 +167,8 @@ def _stress(points, contacts):
                        A_eq=vstack([balance, total[None]]),
                        b_eq=np.append(np.zeros(k * d), 1),
                        bounds=[(0, None)] * m + [(None, None)] * k + [(0, None)],
-                       method='highs')
-    if solution.x is None: return None
-    weights = solution.x[:-1]
-    square = (B.T @ B).toarray()  # singular where points can move
-    square[np.diag_indices_from(square)] += 1e-14 * square.diagonal().max()
-    for _ in range(2):
-        weights = weights - rows @ np.linalg.solve(square, rows.T @ weights)
-    return weights[:m] / weights[:m].sum()
+                       method='highs', options=dict(time_limit=_PATIENCE))
+    return None if solution.x is None else balanced(solution.x[:-1])
 
 # %% ../../nbs/theory/03b_jammed.ipynb #590a7b26
 def jammed_certificate(
@@ -171,7 +176,8 @@ def jammed_certificate(
     contacts: np.ndarray,  # pairs i < j at the smallest angle, [m, 2]
 ) -> dict | None:  # for `verify_jammed`; JSON-able; None if none was found
     "A proof that no small change of the points makes the smallest angle larger."
-    if points.size > _MOST[0] or not 0 < len(contacts) <= _MOST[1]: return None
+    turns = points.shape[1] * (points.shape[1] - 1) // 2
+    if points.size > _MOST[0] or not 0 < len(contacts) <= _MOST[1] >= turns: return None
     cosine = max(points[i] @ points[j] for i, j in contacts)
     for _ in range(3):  # all contacts; then those with weight
         held, pairs = np.unique(contacts, return_inverse=True)

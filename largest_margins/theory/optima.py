@@ -8,6 +8,7 @@ Docs: https://largest-margins.github.io/largest-margins/theory/optima.html.md"""
 __all__ = ['Optimality', 'certify_optimum', 'collapse_ratio']
 
 # %% ../../nbs/theory/11b_optima.ipynb #667aca77
+import copy
 import math
 from dataclasses import dataclass
 
@@ -78,6 +79,8 @@ def _refuse_unless_convex(loss, k, trials=24):
         if trial % 2: pair = torch.where(own, pair, 1.)  # only own cosines differ
         with torch.no_grad():
             left, right, middle = (loss(x, targets) for x in (*pair, pair.mean(0)))
+        if middle.ndim:
+            raise ValueError(f'loss must return one number, {loss} does not')
         if middle > (left + right) / 2 + 1e-9 * (1 + middle.abs()):
             raise ValueError(f'loss must be convex in the cosines, {loss} is not')
 
@@ -141,27 +144,50 @@ def _needed_ratio(problem, ratio):
     return ((other - own)**2 / held - toward) / (pull * -p)
 
 # %% ../../nbs/theory/11b_optima.ipynb #a05abfb2
-def _refuse_unless_merging_is_defined(loss, k):
-    "Raise an error unless the loss is a convex mean over samples of differences."
+def unweighted_loss(
+    loss: torch.nn.Module,  # smooth and convex, of differences of cosines
+    groups: tuple[int, ...],  # numbers of classes that are alike, with sum k
+) -> torch.nn.Module:
+    "A copy without weights; an error if it tells classes of a group apart."
+    k = sum(groups)
     _refuse_unless_convex(loss, k)
-    if getattr(loss, 'aggregation', 'mean') != 'mean':
-        raise ValueError(f'loss must be a mean over samples, got {loss}')
+    if getattr(loss, 'sample_margin', 0):
+        raise ValueError('loss must be smooth, with R_sm it is not')
+    if isinstance(loss, torch.nn.Module):
+        loss = copy.deepcopy(loss).cpu()
+        if getattr(loss, 'weight', None) is not None: loss.weight = None
     row = torch.linspace(-.5, .4, k, dtype=torch.float64)[None]
-    first = torch.tensor([0])
-    if not torch.isclose(loss(row, first), loss(row + .1, first)):
-        raise ValueError('loss must depend on differences of cosines only, '
-                         f'{loss} does not')
+    alike = torch.cat([group.roll(1) for group in torch.arange(k).split(groups)])
+    for y in range(k):
+        value = loss(row, torch.tensor([y]))
+        if not torch.isclose(value, loss(row + .1, torch.tensor([y]))):
+            raise ValueError('loss must depend on differences of cosines only, '
+                             f'{loss} does not')
+        if not torch.isclose(value, loss(row[:, alike], (alike == y).nonzero()[0])):
+            raise ValueError(f'loss must treat classes of one size alike, {loss} does '
+                             f'not, see class {y}')
+    return loss
 
 # %% ../../nbs/theory/11b_optima.ipynb #46cdefa8
+def _is_sample_margin(loss, k):
+    "Whether the loss is a multiple of R_sm, by its values at half of the cosines."
+    row, first = torch.linspace(-.5, .4, k, dtype=torch.float64)[None], torch.tensor([0])
+    return bool(getattr(loss, 'sample_margin', 0)
+                and torch.isclose(loss(row, first), 2 * loss(row / 2, first)))
+
+
 def collapse_ratio(
-    loss: torch.nn.Module,  # of cosines [N, k] and targets [N], convex in the cosines
+    loss: torch.nn.Module,  # convex in the cosines; its weights are ignored
     num_frequent: int,  # A ≥ 1 frequent classes; labels 0 … A − 1
     num_rare: int,  # B ≥ 2 rare classes; labels A … A + B − 1
 ) -> float:  # ratio of class sizes, frequent over rare; inf: they never merge
     "Return the ratio beyond which rare prototypes coincide at the optimum (d > k)."
     A = integer('num_frequent', num_frequent, at_least=1)
     B = integer('num_rare', num_rare, at_least=2)
-    _refuse_unless_merging_is_defined(loss, A + B)
+    if getattr(loss, 'aggregation', 'mean') != 'mean':
+        raise ValueError(f'loss must be a mean over samples, got {loss}')
+    if _is_sample_margin(loss, A + B): return math.inf
+    loss = unweighted_loss(loss, (A, B))
     if getattr(loss, 'reduction', 'mean') == 'class-mean': return math.inf
     problem = _MergedProblem(loss, A, B)
     if A == 1: return max(0., _needed_ratio(problem, 1.))

@@ -17,7 +17,7 @@ from scipy.optimize import nnls
 from torch import Tensor
 
 from ..certificates import checksum
-from ..checks import check_prototypes
+from ..checks import check_prototypes, integer
 from ..margins import unit_rows
 
 # %% ../../nbs/theory/06_sample_margins.ipynb #e3417d71
@@ -50,8 +50,7 @@ def sample_margin_certificate(
     "Prove that a class's largest sample margin lies between two rational numbers."
     check_prototypes(prototypes)
     points = unit_rows(prototypes.detach().cpu().double()).numpy()
-    if not isinstance(target, int) or not 0 <= target < len(points):
-        raise ValueError(f'target must be in 0..{len(points) - 1}, got {target!r}')
+    target = integer('target', target, at_least=0, at_most=len(points) - 1)
     weights = [Fraction(round(x * 2**60), 2**60) for x in _hull_weights(points, target)]
     weights[weights.index(max(weights))] += 1 - sum(weights)
     exact = [[Fraction(x) for x in row] for row in points.tolist()]

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ..checks import check_finite, check_matrix, integer, number
+
 # %% ../../nbs/theory/02_codes.ipynb #caa1d392
 def simplex(
     k: int,  # number of points, 2 ≤ k ≤ d + 1
     d: int,  # dimension, ≥ k − 1
 ) -> Tensor:  # unit rows with all inner products −1/(k−1), float64, [k, d]
     "The regular simplex, the best prototypes whenever they fit."
-    for name, value, least in (('k', k, 2), ('d', d, 1)):
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f'{name} must be an int ≥ {least}, got {value!r}')
+    k, d = integer('k', k, at_least=2), integer('d', d, at_least=1)
     if k > d + 1:
         raise ValueError(f'k must be ≤ d + 1 = {d + 1} for a simplex in {d} '
                          f'dimensions, got {k}')
@@ -40,10 +40,9 @@ def log_riesz_energy(
     t: float,  # exponent t > 0; a large one counts the closest pairs
 ) -> Tensor:  # log Σ_{i≠j} ‖x_i − x_j‖^−t over ordered pairs, []; +inf if two coincide
     "The logarithm of the Riesz energy, which does not overflow."
-    if not t > 0: raise ValueError(f't must be > 0, got {t!r}')
-    if not isinstance(points, Tensor) or points.ndim != 2 or len(points) < 2:
-        shape = tuple(getattr(points, 'shape', ()))
-        raise ValueError(f'points must be a tensor [k, d] with k ≥ 2, got {shape}')
+    t = number('t', t, above=0)
+    check_matrix('points', points, k=2, d=1)
+    check_finite('points', points)
     size = max(1, 2**21 // len(points))
     blocks = partial(checkpoint, _log_energies, use_reentrant=False)
     logs = [blocks(points[a:a + size], points, a, t)
