@@ -27,7 +27,7 @@ from ..margins import class_margin, unit_rows
 def largest_angular_margin(
     k: int,  # number of classes, ≥ 2
 ) -> float:  # radians, above π/3 and at most π/2
-    "Return the largest m2 at which ArcFace's optimum is the simplex."
+    "Return the largest m2 at which the printed ArcFace has its optimum at the simplex."
     k = integer('k', k, at_least=2)
     return math.acos((k - 2) / (2 * (k - 1)))
 
