@@ -257,7 +257,7 @@ def _certify(k, d, s, polynomial):
         cosine = Fraction(math.floor((s - room) * 10**12), 10**12)
         if not -1 < cosine < 1 or (c := polynomial(cosine)) is None: continue
         c = [Fraction(round(x / c[0] * 10**15), 10**15) for x in c]
-        n = min(k, math.floor(sum(c)) + 1)  # points that are too many; fewer if k is huge
+        n = min(k, math.floor(sum(c)) + 1)  # too many points; less than a huge k
         c[0] = 1 - Fraction(round((n - sum(c)) / (n - 1) * 9 * 10**17), 10**18)
         certificate = dict(kind='delsarte', k=n, d=d, cosine=str(cosine),
                            radians=str(Fraction(_angle_with(cosine))),

@@ -333,7 +333,7 @@ _LAMBDA = dict(at_least=0, at_most=1e6)
 @dataclass(eq=False, repr=False, kw_only=True)
 class CosineLoss(_OnCosines):
     "A loss of each sample's own cosine and one reduction over the others."
-    # λ ≥ 0: λ·R_sm is added; the paper uses 0.5
+    # λ ≥ 0: λ·R_sm is added; the slides use 0.5
     sample_margin: float = Number(0., **_LAMBDA)
 
     def linear(

@@ -268,7 +268,8 @@ def test_a_loss_bounds_the_distance_from_the_simplex():
     for wrong in (dict(k=1), dict(scale=0.), dict(slope=.4), dict(loss=0.), dict(loss=-1., target_in_sum=False),
                   dict(loss=math.nan), dict(loss=math.inf), dict(scale=math.inf), dict(scale=1e-20), dict(k=True),
                   dict(offset=math.nan), dict(slope='1'), dict(k=2.5)):
-        with pytest.raises((TypeError, ValueError)): gm.distance_from_simplex(**{'loss': 1., 'k': 6, 'scale': 8.} | wrong)
+        with pytest.raises((TypeError, ValueError)):
+            gm.distance_from_simplex(**{'loss': 1., 'k': 6, 'scale': 8.} | wrong)
 
 
 def test_the_largest_angular_margin():

@@ -73,7 +73,8 @@ def test_refuses(wrong, error):
 
 @pytest.mark.parametrize('target', [-1, 5, 1.0, None, True])
 def test_refuses_targets(target):
-    with pytest.raises((TypeError, ValueError), match='target must be'): sample_margin_certificate(prototypes(5, 3, 0), target)
+    with pytest.raises((TypeError, ValueError), match='target must be'):
+        sample_margin_certificate(prototypes(5, 3, 0), target)
 
 
 @pytest.mark.parametrize('k,d,dtype', [(2, 2, torch.float64), (8, 3, torch.float32), (40, 10, torch.float64),

@@ -22,7 +22,7 @@ from ..certificates import _MALFORMED, checksum
 # %% ../../nbs/theory/03b_jammed.ipynb #c46e7702
 _UNIT = 2**60  # numbers of a certificate are multiples of 1/_UNIT
 _MOST = 4000, 10_000  # coordinates, and contacts or turns, that the verifier looks at
-_PATIENCE = 60  # seconds that a linear program may take
+_PATIENCE = 20  # seconds that a linear program may take
 _ROUNDED = 1 + 2.**-20  # more than the rounding of a norm of that many numbers
 
 # %% ../../nbs/theory/03b_jammed.ipynb #2bc7cb62
