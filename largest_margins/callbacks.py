@@ -329,7 +329,7 @@ class SampleMarginRegularizer(HeadCallback):
 
     def __init__(
         self,
-        weight: float = 0.5,  # λ ≥ 0, factor of R_sm; the paper uses 0.5
+        weight: float = 0.5,  # λ ≥ 0, factor of R_sm; the slides use 0.5
         reduction: str = 'mean',  # of R_sm over the batch: 'mean' or 'class-mean'
         head: nn.Module | None = None,  # the classifier; None: find it in the model
     ):

@@ -59,7 +59,8 @@ def _in_range(name, value, bounds):
     "The value, if it keeps to its bounds; else an error that shows them."
     if all(_BOUNDS[kind][1](value, b) for kind, b in bounds.items()): return value
     allowed = ' and '.join(f'{_BOUNDS[kind][0]} {b:g}' for kind, b in bounds.items())
-    raise ValueError(f'{name} must be {allowed}, got {value:g}')
+    shown = f'{value:g}' if isinstance(value, float) else value
+    raise ValueError(f'{name} must be {allowed}, got {shown}')
 
 # %% ../nbs/losses/10_checks.ipynb #56242781
 def number(name: str, value, **bounds: float) -> float:

@@ -179,7 +179,7 @@ class TrainingFields(LossFields):
 class _ClassifierFields(TrainingFields):
     "What a training of a classifier has more."
     dataset: str = 'digits'  # a name in `data.DATASETS`, or the path of an image folder
-    sample_margin: float = _field(0., at_least=0)  # weight of R_sm; the paper adds 0.5
+    sample_margin: float = _field(0., at_least=0)  # weight of R_sm; the slides add 0.5
     zero_centroid: float = _field(0., at_least=0)  # weight λ of the zero centroid, ≥ 0
     ratio: float = _field(1., at_least=1)  # most over least frequent class, ≥ 1
     kind: str = _field('long-tailed', ('long-tailed', 'step'))  # kind of imbalance
