@@ -9,6 +9,7 @@ __all__ = []
 
 # %% ../nbs/study/33_cli.ipynb #d648674f
 import argparse
+import ast
 import json
 import os
 import re
@@ -225,7 +226,7 @@ def _evidence_json(evidence):
 # %% ../nbs/study/33_cli.ipynb #3ce4abb0
 def _prove_arguments(p):
     p.add_argument('ids', nargs='*', metavar='ID', help='claims like L1; default: all')
-    p.add_argument('--quick', action='store_true', help='only checks that take seconds')
+    _arguments_of(p, 'claims', 'prove', 'quick')
     p.add_argument('--json', metavar='FILE', help='also write the evidence to a file')
 
 
@@ -269,19 +270,57 @@ def _field_arguments(p, kind, names=None):
     lines = field_lines(kind)
     for f in fields(kind):
         if names and f.name not in names: continue
-        name, parts = f'--{f.name.replace("_", "-")}', [lines[f.name]]
-        if choices := f.metadata.get('choices'):
-            parts.append(f'one of {", ".join(choices)}')
-        kinds = get_args(f.type) or (f.type,)
-        if bool in kinds:
-            action = 'store_true' if f.default is False else (
-                argparse.BooleanOptionalAction)
-            p.add_argument(name, action=action, help=parts[0])
-            continue
-        if f.default is not None: parts.append(f'default {f.default}')
-        p.add_argument(name, type=_seed if f.name == 'seed' else kinds[0],
-                       default=f.default, metavar=f.name.rsplit('_', 1)[-1].upper(),
-                       help='; '.join(parts).replace('%', '%%'))
+        choices = ', '.join(f.metadata.get('choices', ()))
+        line = lines[f.name] + (f'; one of {choices}' if choices else '')
+        _option(p, f.name, (get_args(f.type) or (f.type,))[0], f.default, line)
+
+# %% ../nbs/study/33_cli.ipynb #d46706ea
+def _option(p, name, kind, default, line, of_recipe=False):
+    "An option, or an argument if it has no default, as the comment beside it says."
+    needed, off, line = default is ..., default is False, line.partition('; False')[0]
+    if of_recipe:
+        default, line = None, f'{line.partition("; None")[0]}; default: the recipe’s'
+    elif default is None: line = re.sub('; None( takes|:) ', '; default: ', line)
+    elif not needed and not off: line = f'{line}; default {default}'
+    options = dict(help=line.replace('%', '%%'))
+    if not needed: options['default'] = default
+    if kind is bool:
+        options['action'] = 'store_true' if off else argparse.BooleanOptionalAction
+    else:
+        if kind == list[str]: options['nargs'], kind = '+', str
+        options['type'] = _seed if name == 'seed' else kind
+        options['metavar'] = name.rsplit('_', 1)[-1].upper()
+    p.add_argument(name if needed else f'--{name.replace("_", "-")}', **options)
+
+# %% ../nbs/study/33_cli.ipynb #890c235b
+def _declared(module, name):
+    "Type, default and line of each parameter or field, as the source says."
+    text = (resources.files('largest_margins')/f'{module}.py').read_text('utf-8')
+    node = next(x for x in ast.parse(text).body if getattr(x, 'name', '') == name)
+    if isinstance(node, ast.ClassDef):
+        rows = [(x.target.id, x.annotation, x.value) for x in node.body
+                if isinstance(x, ast.AnnAssign)]
+    else:
+        args = [*node.args.args, *node.args.kwonlyargs]
+        some = [*node.args.defaults, *node.args.kw_defaults]
+        rows = [(a.arg, a.annotation, value) for a, value in zip(
+            args, [None] * (len(args) - len(some)) + some, strict=True)]
+    for name, kind, value in rows:
+        line = text.split('\n')[(value or kind).end_lineno - 1]
+        kind = re.match(r'list\[str\]|\w+', ast.unparse(kind))[0]
+        if isinstance(value, ast.Call): value = value.args[0]  # of `_field`
+        yield name, kind, ... if value is None else value, line.partition('  # ')[2]
+
+# %% ../nbs/study/33_cli.ipynb #6991dee5
+_KINDS = {'int': int, 'float': float, 'str': str, 'bool': bool, 'list[str]': list[str]}
+
+
+def _arguments_of(p, module, name, *wanted, **options):
+    "Add the wanted parameters of a function, or fields of a class."
+    for key, kind, value, line in _declared(module, name):
+        if key not in wanted: continue
+        default = value if value is ... else ast.literal_eval(value)
+        _option(p, key, _KINDS[kind], default, line, **options)
 
 # %% ../nbs/study/33_cli.ipynb #5a3d5cf6
 def _run_arguments(p, out, threads):
@@ -338,37 +377,13 @@ def _table_arguments(p):
                    'cifar100, or the directory of an image folder. Tables 3 and '
                    'verification: glyphs (default) or the directory of a folder; table '
                    '3 also market1501, dukemtmc')
-    p.add_argument('--data', metavar='DIR', help='directory of the data set’s files')
-    p.add_argument('--download', action='store_true', default=None,
-                   help='allow a download into --data')
-    p.add_argument('--strict', action='store_true', default=None, help='refuse CIFAR '
-                   'files without the published checksum, instead of a warning')
-    _training_arguments(p)
+    for kind in ('LossFields', 'TrainingFields', '_ClassifierFields'):
+        _arguments_of(p, 'study/configurations', kind, *_CHANGES, of_recipe=True)
+    _arguments_of(p, 'study/identities', '_IdentityFields', 'weights',
+                  'despite_withdrawal', of_recipe=True)
     _run_arguments(p, None, threads=1)
-    p.add_argument('--rows', nargs='+', metavar='ROW',
-                   help='names like cosface-20, or patterns like "cosface*"; '
-                   '"printed": as the slides have them; default: all of ours; a dry '
-                   'run lists them')
-    p.add_argument('--settings', nargs='+', metavar='NAME',
-                   help='parts of the table, such as step-100 or "long*"; default: all')
-    p.add_argument('--seeds', type=int, default=1, metavar='N',
-                   help='trainings of each row: seeds 0 to N−1; default 1')
-    p.add_argument('--weights', metavar='FILE', help='table 3 on persons: weights of '
-                   'torchvision’s resnet50 to start from')
-    p.add_argument('--despite-withdrawal', action='store_true', default=None,
-                   help='table 3: read dukemtmc, which its authors withdrew')
-    _plan_arguments(p)
-
-# %% ../nbs/study/33_cli.ipynb #5570d84a
-def _plan_arguments(p):
-    p.add_argument('--jobs', type=int, default=1, metavar='N',
-                   help='runs at the same time, −1 for one a core; default 1')
-    p.add_argument('--resume', action='store_true',
-                   help='keep the finished runs in --out, go on with those that have '
-                   'begun, and train the others')
-    p.add_argument('--dry-run', action='store_true', help='only print the plan and, '
-                   'where the data are there, how long it will take, from one timed '
-                   'epoch')
+    _arguments_of(p, 'study/tables', 'make_table', 'rows', 'settings', 'seeds', 'jobs',
+                  'resume', 'dry_run')
     p.add_argument('--predicted', action='store_true', help='table 2: print the class '
                    'margins of the losses’ optima, beside the printed ones, and train '
                    'nothing')
@@ -376,24 +391,6 @@ def _plan_arguments(p):
 # %% ../nbs/study/33_cli.ipynb #33c0de01
 _CHANGES = ('weights', 'data', 'download', 'strict', 'despite_withdrawal', 'epochs',
             'body', 'scale', 'batch_size', 'learning_rate', 'size', 'noise', 'bf16')
-
-# %% ../nbs/study/33_cli.ipynb #11d7fd57
-def _training_arguments(p):
-    "What a table can train in another way than its recipe says."
-    def option(name, kind, metavar, text):
-        p.add_argument(name, type=kind, metavar=metavar,
-                       help=f'{text}; default: what the recipe says')
-    option('--epochs', int, 'N', 'passes through the images')
-    option('--body', str, 'NAME', 'network: conv3, resnet18, … or a timm model')
-    option('--scale', float, 'S', 'scale of all losses that have one')
-    option('--batch-size', int, 'N', 'images in a batch')
-    option('--learning-rate', float, 'RATE', 'the largest of the schedule')
-    option('--size', int, 'PIXELS', 'height and width of the images of a folder; not '
-           'for tables 3 and verification, whose recipes set them')
-    option('--noise', float, 'SHARE', 'share of the training labels that are wrong')
-    p.add_argument('--bf16', action=argparse.BooleanOptionalAction,
-                   help='train all but the head in bfloat16; default: if the machine '
-                   'multiplies in it')
 
 # %% ../nbs/study/33_cli.ipynb #2ea995e0
 def _titles():
@@ -469,14 +466,8 @@ def _inspect_arguments(p):
                    'fastai or timm, a run of ours; an index of parts, or a folder; '
                    'several files are parts of one classifier, in the order of their '
                    'numbers')
-    p.add_argument('--key', metavar='NAME', help='the classifier’s weight, such as '
-                   'fc.weight; default: the obvious one')
-    p.add_argument('--transposed', action=argparse.BooleanOptionalAction,
-                   help='the weight is [d, k]: its columns are the classes; default: '
-                   'as its name, its bias and the layer before say; --no-transposed: '
-                   'it is [k, d]')
-    p.add_argument('--pairs', type=int, default=5, metavar='N',
-                   help='how many of the closest pairs to name; default 5')
+    _arguments_of(p, 'inspection', 'choose_classifier', 'key', 'transposed')
+    _arguments_of(p, 'inspection', 'inspect_prototypes', 'pairs')
     p.add_argument('--classes', metavar='FILE', help='names of the classes, one a line')
     p.add_argument('--json', metavar='FILE', help='also write the numbers to a file')
     p.add_argument('--html', metavar='FILE', help='also write a page with histograms')
@@ -502,16 +493,11 @@ def _prototypes(args):
 
 # %% ../nbs/study/33_cli.ipynb #65b49812
 def _prototypes_arguments(p):
-    p.add_argument('k', type=int, metavar='K', help='how many prototypes, 2 or more')
-    p.add_argument('d', type=int, metavar='D', help='dimension, 2 or more')
+    _arguments_of(p, 'inspection', 'write_prototypes', 'k', 'd', 'seed', 'seconds',
+                  'force')
     p.add_argument('--out', required=True, metavar='FILE.safetensors',
                    help='where they go, as “weight”, float64, [K, D]; the certificate '
                    'of the bound, where there is one, goes beside it as .json')
-    p.add_argument('--seed', type=_seed, default=0, metavar='N',
-                   help='of the search; default 0')
-    p.add_argument('--seconds', type=float, metavar='S',
-                   help='stop the search after about so long; default: when it is done')
-    p.add_argument('--force', action='store_true', help='replace files that are there')
 
 # %% ../nbs/study/33_cli.ipynb #70b1c170
 _COMMANDS['prototypes'] = _Command('the best packing as fixed prototypes',

@@ -818,7 +818,7 @@ def write_prototypes(
     d: int,  # dimension, ≥ 2
     *,
     seed: int = 0,  # random seed of the search
-    seconds: float | None = None,  # time for the search; None: no limit
+    seconds: float | None = None,  # stop the search after so long; None: no limit
     force: bool = False,  # whether to replace existing files
     progress: Callable[[int, int, float], None] | None = None,  # as in `best_packing`
 ) -> Packing:  # the packing that was written

@@ -63,7 +63,7 @@ class _IdentityFields(TrainingFields):
     label_smoothing: float = _field(0., at_least=0, below=1)  # ε
     images_each: int = _field(0, at_least=0)  # of a person in a batch; 0: as they come
     triplet: float = _field(0., at_least=0)  # weight of the triplet loss
-    despite_withdrawal: bool = _field(False)  # see `duke_folder`
+    despite_withdrawal: bool = _field(False)  # read dukemtmc, although withdrawn
     class_sizes = (1,)  # a dry run takes all rows to last as long
 
     @classmethod
