@@ -305,7 +305,7 @@ class RandomAffine:
         flip: bool = False,  # also mirror half of the images
         rotate: float = 0.,  # the largest angle to both sides, in degrees, ≥ 0
     ):
-        self.shift, self.flip = integer('shift', shift, at_least=0), flip
+        self.shift, self.flip = integer('shift', shift, at_least=0, at_most=999), flip
         self.rotate = number('rotate', rotate, at_least=0)
 
     def __call__(
@@ -795,7 +795,7 @@ def imbalanced_counts(
 ) -> list[int]:  # images of each class, in label order, [k]
     "Count the images of each class that remain (Cao et al. 2019, rounded down)."
     n_max = integer('n_max', n_max, at_least=1)
-    k = integer('num_classes', num_classes, at_least=2)
+    k = integer('num_classes', num_classes, at_least=2, at_most=10**8)
     factor = 1 / number('ratio', ratio, at_least=1)
     if choice('kind', kind, ('long-tailed', 'step')) == 'long-tailed':
         return [int(n_max * factor**(c / (k - 1))) for c in range(k)]

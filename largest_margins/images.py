@@ -22,6 +22,8 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from .checks import integer
+
 # %% ../nbs/training/20_images.ipynb #e44e185a
 FORMATS = 'JPEG', 'PNG', 'BMP', 'PPM', 'WEBP', 'GIF', 'TIFF'
 MOST_PIXELS = 2**26  # of one image, about 67 million; Pillow uses 4 bytes each
@@ -108,7 +110,8 @@ class ImageFiles:
     ):
         if channels not in (1, 3):
             raise ValueError(f'channels must be 1 or 3, got {channels!r}')
-        height, width = (size, size) if isinstance(size, int) else size
+        sides = size if isinstance(size, tuple | list) else (size, size)
+        height, width = (integer('size', n, at_least=1, at_most=10**4) for n in sides)
         self.paths, self.crop = list(paths), crop
         self.shape = torch.Size([len(self.paths), channels, height, width])
         self.ndim = 4

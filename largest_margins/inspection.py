@@ -733,7 +733,7 @@ def inspect_prototypes(
     "Measure how far apart classes are and how far apart they could be."
     check_prototypes(weight, 'weight')
     weight, (k, d) = weight.detach().cpu(), weight.shape
-    pairs = integer('pairs', pairs, at_least=1)
+    pairs = integer('pairs', pairs, at_least=1, at_most=10**4)
     if classes is not None and len(classes) != k:
         raise ValueError(f'classes must be {k} names, got {len(classes)}')
     largest, indices = _closest(weight, min(pairs, k * (k - 1) // 2), progress)
@@ -828,6 +828,7 @@ def write_prototypes(
     if not stream and path.suffix != '.safetensors':
         raise ValueError(f'path must end in .safetensors, got {path}')
     k, d = integer('k', k, at_least=2), integer('d', d, at_least=2)
+    if k * d > 2**30: raise ValueError(f'k·d must be at most 2**30, got {k * d}')
     beside = path.with_suffix('.json')
     there = [str(p) for p in (path, beside) if p.exists() and not stream]
     if there and not force:

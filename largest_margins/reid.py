@@ -312,7 +312,7 @@ def evaluate(
                                ('unmatched', unmatched, ('skip', 'zero'))):
         if value not in known:
             raise ValueError(f'{name} must be one of {known}, got {value!r}')
-    max_rank = integer('max_rank', max_rank, at_least=1)
+    max_rank = integer('max_rank', max_rank, at_least=1, at_most=10**6)
     rows, ranks = _match_ranks(distances, labels, _junk(junk))
     return _judge(rows, ranks.double(), len(distances), ap, unmatched, max_rank)
 
@@ -411,7 +411,7 @@ class PKSampler(Sampler):
         if persons.ndim != 1:
             raise ValueError(f'persons must be [N], got shape {persons.shape}')
         people = integer('people', people, at_least=1)
-        images = integer('images', images, at_least=1)
+        images = integer('images', images, at_least=1, at_most=10**4)
         _, counts = np.unique(persons, return_counts=True)
         rows = np.argsort(persons, kind='stable')
         self.rows = np.split(rows, counts.cumsum()[:-1])

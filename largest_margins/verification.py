@@ -469,8 +469,8 @@ def decode_image(
     size: tuple[int, int] | None = (112, 112),  # height and width, pixels; None: keep
 ) -> Tensor:  # RGB in [−1, 1], float32, [3, h, w]
     "Decode an image for a face network."
-    if size is not None and (len(size) != 2 or min(size) < 1):
-        raise ValueError(f'size must be (height, width), each ≥ 1, got {size}')
+    if size is not None and (len(size) != 2 or not 1 <= min(size) <= max(size) <= 10**4):
+        raise ValueError(f'size must be (height, width), 1 to 10,000, got {size}')
     picture = read_image(image if isinstance(image, bytes) else _file(image, root))
     if size is not None and picture.size != (size[1], size[0]):
         picture = picture.resize((size[1], size[0]), Image.Resampling.BILINEAR)
@@ -589,6 +589,7 @@ def pair_distances(
     chunk_size: int = 4096,  # pairs in a chunk, ≥ 1
 ) -> Tensor:  # squared distances of unit features, in [0, 4], [N]
     "Compute squared distances of pairs, chunk by chunk; 2 if a feature is zero."
+    chunk_size = integer('chunk_size', chunk_size, at_least=1)
     z = unit_features(features)
     rows = [torch.from_numpy(as_int64(name, x)).to(z.device)
             for name, x in (('first', first), ('second', second))]

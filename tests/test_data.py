@@ -37,7 +37,8 @@ from largest_margins.data import (
     rotate_images,
 )
 from largest_margins.images import ImageFiles, read_image
-from largest_margins.reid import ReIDData, ReIDImages, plot_ranked_gallery
+from largest_margins.inspection import inspect_prototypes, write_prototypes
+from largest_margins.reid import PKSampler, ReIDData, ReIDImages, evaluate, plot_ranked_gallery
 from largest_margins.verification import decode_image, embed_images
 
 LONG_100 = [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]
@@ -505,6 +506,18 @@ def test_lists_of_paths_and_labels(lists):
 def test_bad_lists(lists, text, message):
     (lists/'X_LT_train.txt').write_text(text)
     with pytest.raises(ValueError, match=message): load(lists/'X_LT_train.txt')
+
+
+@pytest.mark.parametrize('call,name', [
+    (lambda n: imbalanced_counts(10, n, 2), 'num_classes'), (lambda n: RandomAffine(n), 'shift'),
+    (lambda n: ImageFiles([], n), 'size'), (lambda n: ImageFiles([], (8, n)), 'size'),
+    (lambda n: decode_image(b'', size=(n, 8)), 'size'), (lambda n: PKSampler([0, 1], 2, n), 'images'),
+    (lambda n: evaluate(torch.zeros(1, 1), *torch.ones(3, 1).long(), torch.zeros(1).long(), max_rank=n), 'max_rank'),
+    (lambda n: inspect_prototypes(torch.eye(3), pairs=n), 'pairs'),
+    (lambda n: write_prototypes('p.safetensors', n, n), 'k')])
+def test_what_would_fill_the_memory_is_refused(call, name):
+    for n in (10**9, 10**30):
+        with pytest.raises(ValueError, match=rf'^{name}.* must be'): call(n)
 
 
 # What strangers call an image
