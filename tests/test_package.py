@@ -26,7 +26,7 @@ WINGS = {
     'ground': ('checks files images', ''),
     'theory': ('theory.* margins certificates bounds codes claims', 'ground'),
     'losses': ('losses heads regularizers engine.*', 'ground theory'),
-    'ledger': ('ledger.*', 'theory losses'),
+    'ledger': ('ledger.*', 'ground theory losses'),
     'training': ('data plots callbacks learner training.*', 'ground theory losses'),
     'evaluation': ('reid verification reliability', 'ground theory losses training'),
     'study': ('study.* inspection', 'ground theory losses ledger training evaluation'),
