@@ -168,7 +168,7 @@ class Count(TorchDispatchMode):
 
 def rounds_for(k):
     "Short steps are timed more often."
-    return 15 if k <= 1000 else 5 if k <= 10_000 else 3
+    return 15 if k <= 1000 else 5 if k <= 10_000 else 2
 
 
 def profiled(step):
@@ -231,7 +231,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--shapes', default=','.join(SHAPES), help='N x d x k, comma-separated')
     parser.add_argument('--rows', help='parts of row names, comma-separated; default: all')
-    parser.add_argument('--rounds', type=int, help='steps are timed this many times; default: 15, 5, 3 by size')
+    parser.add_argument('--rounds', type=int, help='steps are timed this many times; default: 15, 5, 2 by size')
     parser.add_argument('--out', type=Path, default=RESULTS/'losses.json', help='where the JSON goes')
     parser.add_argument('--peak', help=argparse.SUPPRESS)
     options = parser.parse_args()

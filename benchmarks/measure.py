@@ -20,7 +20,9 @@ def medians(steps, rounds, least=.05):
         step()
         start = process_time()
         step()
-        repeats[name] = max(1, int(least / (process_time() - start + 1e-6)))
+        took = process_time() - start
+        repeats[name] = max(1, int(least / (took + 1e-6)))
+        if repeats[name] == 1: times[name].append(took)  # a long step counts from the first one that is warm
     for _ in range(rounds):
         for name, step in steps.items():
             start = process_time()
