@@ -38,6 +38,11 @@ def test_a_fit_finds_the_scale_that_made_the_angles():
     with pytest.raises(ValueError, match='two or more'): fit_scale(made[:1])
 
 
+def test_no_scale_fits_angles_that_do_not_depend_on_it():
+    even = [(NormFaceLoss(5.), [1, 1, 1], degrees) for degrees in (100., 110.)]
+    with pytest.raises(ArithmeticError, match='no scale'): fit_scale(even)
+
+
 def test_only_ratios_of_counts_matter_and_the_loss_is_left_alone():
     loss = LMSoftmaxLoss(5., weight=torch.ones(4))
     one, ten = (free_optimum(loss, [f * n for n in (8, 4, 2, 1)]).class_margin for f in (1, 10))

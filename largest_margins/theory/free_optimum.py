@@ -110,13 +110,15 @@ def fit_scale(
             degrees.append(math.degrees(free_optimum(loss, counts).class_margin))
         return torch.tensor(degrees, dtype=torch.float64)
     s, step = number('first', first, above=0), math.inf
-    while abs(step) > 1e-4 * s:
+    for _ in range(20):
+        if abs(step) <= 1e-4 * s: break
         residuals = printed - angles(s)
         if abs(step) > .05 * s:  # at first, and after a long step
             slopes = (angles(1.01 * s) - angles(.99 * s)) / (.02 * s)
         step = (slopes @ residuals / slopes.square().sum()).item()
         step = max(-.3 * s, min(.3 * s, step))
         s += step
+    else: raise ArithmeticError('no scale was found: do the angles depend on it?')
     residuals, n = printed - angles(s), len(cases)
     error = (residuals.square().sum() / (n - 1) / slopes.square().sum()).sqrt().item()
     half = float(t.ppf(.975, n - 1)) * error
