@@ -763,7 +763,7 @@ def plot_angles(
     "Draw histograms of the angles, with the class margin and its bound."
     import matplotlib.pyplot as plt
 
-    from largest_margins.plots import BLUE, GREEN, GREY, ORANGE, axes_for
+    from largest_margins.plots import BLUE, GREEN, GREY, ORANGE, axes_for, legend
     if axes is None:
         figure = plt.figure(figsize=(9.5, 2.8), facecolor='none', layout='tight')
         axes = figure.subplots(1, 2)
@@ -780,8 +780,7 @@ def plot_angles(
         ax.axvline(bound, color=GREY, ls=':', label=f'best possible {bound:.1f}°')
         ax.set(xlabel=f'{label} (degrees)', ylabel=counted)
         ax.yaxis.get_major_locator().set_params(integer=True)
-        axes_for(ax).legend(frameon=False, labelcolor=GREY, fontsize=8, ncols=2,
-                            loc='lower center', bbox_to_anchor=(.5, 1))
+        legend(axes_for(ax), ncols=2, loc='lower center', bbox_to_anchor=(.5, 1))
     return axes
 
 # %% ../nbs/study/40_inspect.ipynb #d182b055

@@ -48,7 +48,11 @@ def axes_for(
     return ax
 
 # %% ../nbs/training/22_plots.ipynb #fb6b4eb7
-def _legend(ax, **where):
+def legend(
+    ax: Axes,  # axes with labels
+    **where,  # options of `Axes.legend`
+):
+    "Add a legend without a frame if anything has a label."
     if ax.get_legend_handles_labels()[0]:
         ax.legend(frameon=False, labelcolor=GREY, fontsize=8, **where)
 
@@ -154,7 +158,7 @@ def plot_similarities(
                 label=label)
     ax.set(xlabel='cosine', ylabel='density', xlim=(-1, 1),
            xticks=np.linspace(-1, 1, 5))
-    _legend(ax)
+    legend(ax)
     return ax
 
 # %% ../nbs/training/22_plots.ipynb #376cf036
@@ -172,7 +176,7 @@ def plot_sample_margins(
     ax.axvline(mean, color=GREY, ls='--', lw=1, label=f'mean {mean:.3f}')
     ax.set(xlabel='sample margin', ylabel='samples', xlim=(-1, 1.2),
            xticks=np.linspace(-1, 1, 5))
-    _legend(ax)
+    legend(ax)
     return ax
 
 # %% ../nbs/training/22_plots.ipynb #b3c8fc53
@@ -221,7 +225,7 @@ def _by_epoch(ax, label):
     "Label axes over the epochs."
     ax.set(xlabel='epoch', ylabel=label)
     ax.xaxis.get_major_locator().set_params(integer=True)
-    _legend(axes_for(ax))
+    legend(axes_for(ax))
     return ax
 
 # %% ../nbs/training/22_plots.ipynb #081452eb
@@ -275,7 +279,7 @@ def plot_class_accuracies(
     ax.set(ylim=(0, 105), ylabel='accuracy (%)', xlabel='class, from frequent to rare')
     ax.set_xticks(*(places, [names[c] for c in order]) if k <= 20 else ([],))
     _counts_beside(ax, places, counts[order])
-    _legend(ax, loc='lower center', bbox_to_anchor=(.5, 1), ncols=3)
+    legend(ax, loc='lower center', bbox_to_anchor=(.5, 1), ncols=3)
     return ax
 
 # %% ../nbs/training/22_plots.ipynb #57b5f003
@@ -332,7 +336,7 @@ def plot_target_logits(
         ax.plot(theta.rad2deg(), num.detach(), label=name)
     ax.set(xlabel='angle to the own prototype (degrees)', ylabel='logit / s',
            xlim=(0, 180))
-    _legend(ax)
+    legend(ax)
     return ax
 
 # %% ../nbs/training/22_plots.ipynb #00889a22
@@ -356,5 +360,5 @@ def plot_loss_curves(
         ax.plot(theta.rad2deg(), values.detach(), label=name)
     ax.axvline(math.degrees(math.acos(others)), color=GREY, ls=':', lw=1)
     ax.set(xlabel='angle to the own prototype (degrees)', ylabel='loss', xlim=(0, 180))
-    _legend(ax)
+    legend(ax)
     return ax

@@ -36,7 +36,7 @@ from .engine.cosines import cosine_matrix
 from .files import read_lines, read_torch
 from .images import ImageFiles, is_clutter, read_image
 from .learner import margin_learner
-from .plots import BLUE, GREEN, GREY, ORANGE, axes_for
+from .plots import BLUE, GREEN, GREY, ORANGE, axes_for, legend
 from .verification import as_int64, check_alive, unit_features
 
 # %% ../nbs/evaluation/34_reid.ipynb #43ff2573
@@ -579,7 +579,7 @@ def plot_cmc(
                 marker=marker, ms=4, label=name)
     ax.set(xlabel='rank', ylabel='queries with a match (%)')
     ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.legend(frameon=False, labelcolor=GREY, fontsize=8)
+    legend(ax)
     return ax
 
 # %% ../nbs/evaluation/34_reid.ipynb #e9a3e5fa

@@ -660,7 +660,7 @@ def plot_pair_distances(
     ax=None,  # matplotlib axes; None: a new figure
 ):  # the axes
     "Draw histograms of the distances of genuine pairs and impostors."
-    from largest_margins.plots import BLUE, GREY, ORANGE, axes_for
+    from largest_margins.plots import BLUE, GREY, ORANGE, axes_for, legend
     genuine, impostors = _genuine_and_impostors(_numbers('distances', distances), same)
     ax, bins = axes_for(ax), np.linspace(0, 4, 81)
     for values, label, color in ((genuine, 'genuine', BLUE),
@@ -669,7 +669,7 @@ def plot_pair_distances(
     if threshold is not None:
         ax.axvline(threshold, color=GREY, ls='--', lw=1, label=f't = {threshold:.2f}')
     ax.set(xlabel='squared distance', ylabel='density', xlim=(0, 4))
-    ax.legend(frameon=False, labelcolor=GREY, fontsize=8)
+    legend(ax)
     return ax
 
 # %% ../nbs/evaluation/35_verification.ipynb #a4a3c8e8
