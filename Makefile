@@ -82,6 +82,8 @@ study: .venv/.demo  ## the study with few-shot tails, what is missing of it: hou
 	  --settings long-tailed-100 --noise 0.2 --rows $(NOISY) --jobs $(JOBS) --resume --out noisy_tail
 	cd results/digits && OMP_NUM_THREADS=1 nice $(BIN)/largest-margins table tails --dataset digits --seeds 5 \
 	  --settings natural --epochs 80 --rows $(LONGER) --jobs $(JOBS) --resume --out converged
+	cd results/glyphs && OMP_NUM_THREADS=1 nice $(BIN)/largest-margins table 3 --dataset glyphs --seeds 5 \
+	  --jobs $(JOBS) --resume --out table3
 
 gpu-check: .venv/.test  ## everything that needs a GPU, measured and stored, in at most 8 minutes; says so without one
 	$(BIN)/python benchmarks/gpu.py

@@ -45,7 +45,7 @@ prf_realtyp_to_countertyp = {k: 'theorem' for k in ('lemma', 'proposition', 'cor
 
 # pages with wide tables: they take the whole width, without the list of what is on the page
 wide = ['start/choose_a_loss', 'study/tables',
-        'results/balanced', 'results/glyphs', 'results/imbalanced', 'results/sphere']
+        'results/balanced', 'results/glyphs', 'results/imbalanced', 'results/sphere', 'results/tails']
 navigation = json.loads((Path(__file__).parent/'navigation.json').read_text(encoding='utf-8'))
 html_context = {'default_mode': 'auto',     # light or dark as the reader's machine is
                 'navigation': navigation, 'wide': wide,

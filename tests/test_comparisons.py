@@ -1,4 +1,5 @@
 "Comparisons of rows against SciPy's own tests, and where there is nothing to compare."
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -69,7 +70,9 @@ def test_adjusting_is_holm_s_procedure():
 
 def test_without_a_spread_only_a_difference_of_zero_is_none():
     assert Comparison({('s', 'a', 'b'): cell(0., 0.)}).verdict == 'no difference found'
-    assert Comparison({('s', 'a', 'b'): cell(-1., -1.)}).verdict == 'lowers'
+    for n, verdict in ((2, 'no difference found'), (5, 'no difference found'), (6, 'lowers')):  # p = 2^(1−n)
+        found = Comparison({('s', 'a', 'b'): cell(*[-1.] * n)})
+        assert (found.p, found.verdict, found.interval()[1]) == (2**(1 - n), verdict, math.inf)
 
 
 def test_rounding_is_no_rise_and_a_minus_is_a_minus():

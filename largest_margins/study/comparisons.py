@@ -65,16 +65,22 @@ class _MeanDifference(_Differences):
         confidence: float = .95,  # confidence of the interval, in (0, 1)
     ) -> tuple[float, float]:  # its lower and upper end
         "Return the interval of the mean difference."
-        se, df = self.standard_error, len(self.by_seed) - 1
-        half = se * t.ppf((1 + confidence) / 2, df) if se else 0.
+        df = len(self.by_seed) - 1
+        half = self.standard_error * t.ppf((1 + confidence) / 2, df)
+        if self._agree: half = 0. if abs(self.mean) <= _ROUNDING else math.inf
         return self.mean - half, self.mean + half
 
     @property
     def p(self) -> float:
         "Return the two-sided p-value of no difference."
-        se, df = self.standard_error, len(self.by_seed) - 1
-        if not se: return float(not self.mean)
-        return float(2 * t.sf(abs(self.mean) / se, df))
+        n = len(self.by_seed)
+        if self._agree: return 1. if abs(self.mean) <= _ROUNDING else 2.**(1 - n)
+        return float(2 * t.sf(abs(self.mean) / self.standard_error, n - 1))
+
+    @property
+    def _agree(self):
+        "Whether all seeds have the same difference, up to rounding."
+        return max(self.by_seed.values()) - min(self.by_seed.values()) <= _ROUNDING
 
 # %% ../../nbs/study/42_comparisons.ipynb #d818262e
 class Comparison(_MeanDifference):
