@@ -20,18 +20,10 @@ const markup = `
   proved, the lower one can be had. The dot is your number of classes.</figcaption></figure>`;
 
 // A bound for fewer classes or more dimensions holds here too; of those in the table take the smallest.
-function tableBound({classes, bounds}, k, d) {
-  let least = null;
-  for (const [dimension, row] of Object.entries(bounds)) {
-    if (+dimension < d) continue;
-    const first = classes.findIndex(n => n > 2 * dimension);
-    row.forEach((bound, n) => {
-      const fewer = classes[first + n];
-      if (fewer <= k && (!least || bound < least.degrees)) least = {degrees: bound, k: fewer, d: +dimension};
-    });
-  }
-  return least;
-}
+const tableBound = ({bounds}, k, d) => bounds
+  .map(([classes, dimensions, bound]) => ({k: classes, d: dimensions, degrees: bound}))
+  .filter(bound => bound.k <= k && bound.d >= d)
+  .reduce((least, bound) => least && least.degrees <= bound.degrees ? least : bound, null);
 
 // What was found for more classes or fewer dimensions can be had here too; of those take the largest.
 const tablePacking = ({best}, k, d) => best
