@@ -16,10 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..checks import integer, number
+from ..checks import number
 from ..claims import descend
 from ..margins import class_margin, unit_rows
 from .optima import certify_optimum
+from .simplex import simplex
 
 # %% ../../nbs/theory/11e_free_optimum.ipynb #a8e0ac92
 @dataclass(frozen=True, eq=False)
@@ -36,15 +37,19 @@ class FreeOptimum:
         return class_margin(self.prototypes).item()
 
 # %% ../../nbs/theory/11e_free_optimum.ipynb #5e1d0c77
-def _descend_in_stages(loss, W, Z, centroid):
-    "Descend while the scale doubles up to the loss's own, in units of the loss."
-    targets, last = torch.arange(len(W)), loss.scale
+def _descend(loss, k, centroid):
+    "Descend from near the simplex in k + 1 dimensions: the loss, prototypes, features."
+    noise = torch.randn(2, k, k + 1, generator=torch.Generator().manual_seed(0),
+                        dtype=torch.float64)
+    W, Z = simplex(k, k + 1) + .1 * unit_rows(noise)
+    targets, last = torch.arange(k), loss.scale
 
     def objective(W, Z):
         value = loss(Z @ W.T, targets)
         return value + centroid * W.mean(0).square().sum() if centroid else value
-    for halvings in reversed(range(max(1, math.ceil(math.log2(last / 8)) + 1))):
-        loss.scale = last / 2**halvings
+    doublings = max(1, math.ceil(math.log2(last / 8))) if centroid else 0
+    for left in reversed(range(doublings + 1)):
+        loss.scale = last / 2**left
         for _ in range(3):
             with torch.no_grad(): before = objective(unit_rows(W), unit_rows(Z)).abs()
             ratio, W, Z = descend(lambda *x, unit=before: objective(*x) / unit, W, Z,
@@ -56,30 +61,22 @@ def _descend_in_stages(loss, W, Z, centroid):
 def free_optimum(
     loss: nn.Module,  # smooth, of cosines [N, k] and targets [N]; its weight is ignored
     class_counts: Iterable[float],  # samples of each class, > 0, [k]
-    d: int | None = None,  # dimension; None: k + 1, where no descent gets stuck
     *,
     centroid: float = 0.,  # λ ≥ 0 of the zero-centroid regularizer
-    starts: int = 1,  # random starts, ≥ 1; the lowest loss counts
-) -> FreeOptimum:
+) -> FreeOptimum:  # in k + 1 dimensions, where no descent gets stuck
     "Minimize a loss over free prototypes and features, one for each class."
     counts = torch.as_tensor(list(class_counts), dtype=torch.float64)
     k = len(counts)
     if k < 2 or not (counts > 0).all() or not counts.isfinite().all():
         raise ValueError('class_counts must be two numbers > 0 or more, got '
                          f'{counts.tolist()}')
-    d = k + 1 if d is None else integer('d', d, at_least=2)
     centroid = number('centroid', centroid, at_least=0)
     if getattr(loss, 'sample_margin', 0):
         raise ValueError('loss must be smooth, with R_sm it is not')
     loss = copy.deepcopy(loss).cpu()
     balanced = getattr(loss, 'reduction', 'mean') == 'class-mean'
     loss.weight = None if balanced else counts / counts.max()
-    optima = []
-    for seed in range(integer('starts', starts, at_least=1)):
-        generator = torch.Generator().manual_seed(seed)
-        W, Z = torch.randn(2, k, d, generator=generator, dtype=torch.float64)
-        optima.append(_descend_in_stages(loss, W, Z, centroid))
-    value, W, Z = min(optima, key=lambda ended: ended[0])
+    value, W, Z = _descend(loss, k, centroid)
     try: gap = certify_optimum(loss, W, Z, centroid=centroid).gap
     except ValueError: gap = None  # not convex in the cosines
     return FreeOptimum(W, Z, value, gap)
