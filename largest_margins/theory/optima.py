@@ -171,7 +171,7 @@ def unweighted_loss(
 # %% ../../nbs/theory/11b_optima.ipynb #46cdefa8
 def _is_sample_margin(loss, k):
     "Whether the loss is a multiple of R_sm, by its values at half of the cosines."
-    row, first = torch.linspace(-.5, .4, k, dtype=torch.float64)[None], torch.tensor([0])
+    row, first = torch.linspace(-.5, .4, k)[None].double(), torch.tensor([0])
     return bool(getattr(loss, 'sample_margin', 0)
                 and torch.isclose(loss(row, first), 2 * loss(row / 2, first)))
 
