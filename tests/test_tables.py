@@ -22,6 +22,7 @@ from largest_margins.cli import main
 from largest_margins.data import imbalanced_indices, load
 from largest_margins.study.configurations import LOSSES
 from largest_margins.study.experiments import Configuration, train
+from largest_margins.study.identities import ReIDConfiguration
 from largest_margins.study.pages import comma_separated, html_page, latex, markdown
 from largest_margins.study.recipes import TABLES, choose, printed, printed_numbers
 from largest_margins.study.tables import (
@@ -70,6 +71,13 @@ def timeless(found): return {k: v for k, v in found.items() if k not in ('second
     (dict(body='resent'), 'body must be one of conv3'), (dict(shift=-1), 'shift'), (dict(weight_decay=-1.), 'weight')])
 def test_bad_configurations(given, message):
     with pytest.raises(ValueError, match=message): Configuration(**given)
+
+
+@pytest.mark.parametrize('name,wrong', [('body', 3), ('dataset', 3), ('data', b'x'), ('loss', []), ('schedule', None),
+                                        ('epochs', '9'), ('scale', '9'), ('flip', 1), ('bf16', 'yes'), ('seed', 1.5)])
+def test_a_field_of_another_type(name, wrong):
+    for kind in (Configuration, ReIDConfiguration) if name != 'bf16' else (Configuration,):
+        with pytest.raises(TypeError, match=f'^{name} must be '): kind(**{name: wrong})
 
 
 def test_the_size_of_a_folder_s_images_and_the_stem_for_it(tmp_path):
