@@ -117,16 +117,30 @@ def _descend(points, p, iterations, deadline):
     return _normalised(solution.x.reshape(points.shape)), solution.fun
 
 # %% ../nbs/theory/03_packing.ipynb #0ae2b089
-def _close_pairs(points, slack):
-    "Pairs i < j whose cosine is within `slack` of the largest, and these cosines."
-    (k, d), size = points.shape, max(1, _PAIRS // len(points))
+def _pairs(points, slack):
+    "A few too many of the closest pairs, from all cosines, a few rows at a time."
+    k, size = len(points), max(1, _PAIRS // len(points))
     top, pairs = -2., []
     for a in range(0, k, size):
         cosines = np.triu(points[a:a + size] @ points[a:].T + 2, 1) - 2
         top = max(top, cosines.max())
         i, j = np.nonzero(cosines >= top - slack - 1e-12)
         pairs.append(np.stack([a + i, a + j]))
-    i, j = np.concatenate(pairs, 1)
+    return np.concatenate(pairs, 1)
+
+
+def _pairs_in_tree(points, slack):
+    "The same of many points in few dimensions, where all pairs would take minutes."
+    tree = cKDTree(points)
+    nearest = tree.query(points, 2)[0][:, 1].min()  # a chord; its square is 2 − 2 cos
+    reach = math.sqrt(nearest**2 + 2 * slack + 2e-12)
+    return tree.query_pairs(reach, output_type='ndarray').T
+
+
+def _close_pairs(points, slack):
+    "Pairs i < j whose cosine is within `slack` of the largest, and these cosines."
+    d = points.shape[1]
+    i, j = (_pairs_in_tree if len(points) > 10_000 and d < 9 else _pairs)(points, slack)
     cosines, size = np.empty(len(i)), max(1, 16 * _PAIRS // d)
     for a in range(0, len(i), size):
         part = slice(a, a + size)
