@@ -43,7 +43,7 @@ WRONG = {  # the kind of a parameter: what is a TypeError, and what a ValueError
 def functions():
     "(name, what is called, its kind) of all public names, and of methods that take more than tensors."
     for room in ROOMS:
-        for name in set(room.__all__) - NO_ARGUMENTS: yield name, getattr(room, name)
+        for name in sorted({*room.__all__} - NO_ARGUMENTS): yield name, getattr(room, name)
     head = heads.MarginHead(4, 4, losses.NormFaceLoss())
     yield 'top', head.top
     yield 'linear', head.loss.linear
