@@ -55,17 +55,18 @@ def built(k, d):
 
 
 def completed(rows):
-    "The rows, each with the best of its search, the constructions, and all rows that contain it."
+    "The rows, each with the best of its search, the constructions, all rows that contain it, and what is certified."
     best = []
 
     def improve(row, margin, how):
         "Rounding apart, a row is never below what it could have instead."
         if margin > row['class_margin'] + 1e-9: row.update(class_margin=margin, how=how)
 
-    codes = {(c['k'], c['d']): math.degrees(Fraction(c['radians']))
-             for c in stored_certificates() if c['kind'] == 'code'}
+    codes, bounds = ({(c['k'], c['d']): math.degrees(Fraction(c['radians']))
+                      for c in stored_certificates() if c['kind'] == kind} for kind in ('code', 'three-point'))
     for row in sorted(rows, key=lambda row: (row['d'], -row['k'])):  # what contains a row comes before it
         improve(row, codes.get((row['k'], row['d']), 0), 'search, other seeds')
+        row['bound'] = min(row['bound'], bounds.get((row['k'], row['d']), 180.))
         if known := known_packing(row['k'], row['d']):
             improve(row, math.degrees(class_margin(known[0]).item()), known[1])
         for other in best:

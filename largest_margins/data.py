@@ -623,7 +623,8 @@ def _read_list(path, root):
         f'{path}: {len(missing)} of {len(files)} images were not found, such as '
         f'{missing[0]}; say where the paths start (root=DIR, --data DIR)')
     twice = len({*zip(files, labels)}) - len({*files})
-    if twice: raise ValueError(f'{path} must give each image one label, {twice} have more')
+    if twice:
+        raise ValueError(f'{path} must give each image one label, {twice} have more')
     return files, torch.tensor(labels)
 
 # %% ../nbs/training/21_data.ipynb #75218b86

@@ -440,7 +440,8 @@ def _call_of_others(function, arguments):
             return text.encode('latin1')
         case 'builtins.bytes' | 'builtins.bytearray', (): return b''
         case 'builtins.bytearray', (bytes(raw),): return raw
-        case 'numpy.core.multiarray.scalar', (_Array() as dtype, str() | bytes() as raw):
+        case ('numpy.core.multiarray.scalar',
+              (_Array() as dtype, str() | bytes() as raw)):
             if isinstance(raw, str): raw = raw.encode('latin1')
             return _as_tensor(raw, dtype.content, (), 'C').item()
         case 'numpy.core.multiarray._reconstruct', _: return _Array('numpy.ndarray')

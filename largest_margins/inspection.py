@@ -217,7 +217,8 @@ _NAMES = [  # how its name ends, what the file is, and what to do
     (r'\.(index|meta|data-\d+-of-\d+)', 'a part of a checkpoint of TensorFlow',
      'numpy.savez(NEW, **{name: tensorflow.train.load_variable(PREFIX, name) for name, '
      '_ in tensorflow.train.list_variables(PREFIX)})'),
-    (r'\.msgpack', 'a file of Flax', 'numpy.savez(NEW, **flax.traverse_util.flatten_dict('
+    (r'\.msgpack', 'a file of Flax',
+     'numpy.savez(NEW, **flax.traverse_util.flatten_dict('
      'flax.serialization.msgpack_restore(open(FILE, "rb").read()), sep="."))')]
 
 # %% ../nbs/study/40_inspect.ipynb #afa1a658

@@ -2,6 +2,7 @@
 import json
 import math
 import tracemalloc
+from fractions import Fraction
 from functools import cache, partial
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from largest_margins import codes
-from largest_margins.bounds import class_margin_bound
+from largest_margins.bounds import class_margin_bound, stored_certificates
 from largest_margins.codes import Packing, best_packing
 from largest_margins.margins import class_margin, unit_rows
 
@@ -37,6 +38,13 @@ def test_every_stored_value_of_the_table():
     stored = {row['k']: row['class_margin'] for row in STORED if row['d'] == 3}
     assert {*range(7, 33)} <= stored.keys()
     for k in SLOANE.keys() & stored.keys(): assert stored[k] == pytest.approx(SLOANE[k], abs=1.5e-7)
+
+
+def test_no_stored_bound_is_above_a_certificate():
+    proved = {(c['k'], c['d']): math.degrees(Fraction(c['radians'])) for c in stored_certificates()
+              if c['kind'] == 'three-point'}
+    shared = [(row['bound'], proved[row['k'], row['d']]) for row in STORED if (row['k'], row['d']) in proved]
+    assert len(shared) > 80 and all(bound <= best + 1e-12 for bound, best in shared)
 
 
 EXACT = [(8, 3, (math.sqrt(8) - 1) / 7), (9, 3, 1 / 3), (12, 3, 1 / math.sqrt(5)), (10, 4, 1 / 6), (24, 4, .5),

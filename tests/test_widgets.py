@@ -28,6 +28,10 @@ async function widget(name) {
   if (found.dataset.state !== 'ready') throw Error(found.textContent);
   return found;
 }
+async function numbers(name) {  // which the widget takes out of the page when it is drawn
+  const page = new DOMParser().parseFromString(await (await fetch(location.pathname)).text(), 'text/html');
+  return JSON.parse(page.querySelector(`[data-widget=${name}] script`).textContent);
+}
 function put(input, value) {
   input.value = value;
   input.dispatchEvent(new Event('input', {bubbles: true}));
@@ -188,7 +192,7 @@ def test_calculator_margins_are_of_packings_and_below_the_bounds(visit):
     "The gap is never negative, more classes never have a larger margin, more dimensions never a smaller one."
     ks, ds = (2, 3, 7, 8, 41, 100, 333, 1000, 20_000, 10**7), (2, 3, 4, 5, 8, 9, 33, 100, 512, 4096)
     seen = visit('calculator', f'''
-        const data = JSON.parse(document.querySelector('[data-widget=calculator] script').textContent);
+        const data = await numbers('calculator');
         const {{margins}} = await import('/_static/widgets/calculator.js');
         return {json.dumps(ks)}.map(k => {json.dumps(ds)}.map(d => {{
           const {{best, bound}} = margins(data, k, d);
@@ -203,7 +207,7 @@ def test_calculator_margins_are_of_packings_and_below_the_bounds(visit):
 def test_calculator_bounds_are_bounds_of_the_library(visit):
     pairs = [(2, 2), (5, 2), (4, 3), (6, 3), (12, 3), (40, 3), (7, 5), (10, 5), (16, 5), (100, 10), (275, 22), (40, 18)]
     seen = visit('calculator', f'''
-        const data = JSON.parse(document.querySelector('[data-widget=calculator] script').textContent);
+        const data = await numbers('calculator');
         const {{margins}} = await import('/_static/widgets/calculator.js');
         return {json.dumps(pairs)}.map(([k, d]) => margins(data, k, d).bound.degrees)''')
     for (k, d), found in zip(pairs, seen):

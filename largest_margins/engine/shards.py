@@ -88,7 +88,7 @@ class _Exchange(_OwnClasses):
 
 # %% ../../nbs/engine/15_shards.ipynb #c5b4750a
 class Mapped(torch.autograd.Function):
-    "What `there` makes of a tensor, and how its slopes come `back` (None: they do not)."
+    "What `there` makes of a tensor; its slopes come `back` (None: they do not)."
 
     @staticmethod
     def forward(ctx, x, there, back):
@@ -141,7 +141,7 @@ class ClassShards(_WithGradients):
         return torch.cat([part[:size] for part, size in zip(every, self.sizes)])
 
     def distributed(self, prototypes):
-        "The prototypes of all ranks as a `DTensor`, for checkpoints, [k_r, d] → [k, d]."
+        "The prototypes of all ranks as a `DTensor`, for checkpoints, [k, d]."
         from torch.distributed.device_mesh import DeviceMesh
         from torch.distributed.tensor import DTensor, Shard
         mesh = DeviceMesh.from_group(self.group, prototypes.device.type)
