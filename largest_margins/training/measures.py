@@ -76,8 +76,8 @@ NO_OPTIMUM = (
     'Less the optimum: the class margin less that of the loss’s own optimum for these '
     'class sizes. It is empty where the optimum is not known: for losses of logits '
     '(CE, Focal), fixed prototypes, class weights, label smoothing, a triplet loss '
-    'and more classes than dimensions; and, unless all classes have one size, for R_sm, '
-    'angular margins, LM-Softmax with log-sum-exp, and more than 100 classes.')
+    'and more classes than dimensions; and, unless all classes have one size, for '
+    'R_sm, angular margins, LM-Softmax with log-sum-exp, and more than 100 classes.')
 _CONVEX = {CosFaceLoss, GMSoftmaxLoss, LDAMLoss, LMSoftmaxLoss, NormFaceLoss}
 _ANGULAR = {ArcFaceLoss, CombinedMarginLoss, SphereFaceLoss}
 _AT_SIMPLEX = _CONVEX - {GMSoftmaxLoss} | _ANGULAR | {SampleMarginLoss}
