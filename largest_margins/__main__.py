@@ -6,6 +6,6 @@ if before is signal.default_int_handler:  # while it loads, Ctrl-C ends it witho
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 from largest_margins.cli import main  # noqa: E402
 
-signal.signal(signal.SIGINT, before)
+if before is signal.default_int_handler: signal.signal(signal.SIGINT, before)
 
 if __name__ == '__main__': main()
