@@ -1,15 +1,19 @@
 "The study with few-shot tails: its term, its noise, its records, and what a plan without them says."
+import math
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from fastai.callback.core import Callback
 
 import largest_margins
 from largest_margins.cli import main
 from largest_margins.data import load
+from largest_margins.study import tails
 from largest_margins.study.tables import plan, read_records, run_record, summarise
-from largest_margins.study.tails import TailConfiguration, adjusted_margins, noisy, study
+from largest_margins.study.tails import TailConfiguration, adjusted_margins, noisy, study, train
 
 RESULTS = Path(__file__).parent.parent/'results'
 
@@ -41,6 +45,63 @@ def test_the_adjusted_term_trains_and_is_recorded():
     assert {'ece', 'fitted_nll', 'auroc_cosine', 'fpr95_margin', 'nc1', 'min_train_margin', 'few'} <= set(
         added['measured'])
     assert 'best_accuracy' not in added['measured']
+
+
+SHORT = dict(loss='cosface', scale=10., logit_adjustment=1., body='conv2-narrow', embedding=12, ratio=20.)
+
+
+def test_a_learned_scale_has_the_gradient_of_the_loss_and_moves():
+    g = torch.Generator().manual_seed(0)
+    z, W = (torch.randn(n, 5, generator=g, dtype=torch.float64) for n in (9, 4))
+    y, counts = torch.randint(4, (9,), generator=g), [9, 5, 2, 1]
+    def loss_at(scale, course='plain'):
+        return TailConfiguration(loss='normface', scale=scale, logit_adjustment=1., course=course).loss_func(counts)
+    loss, h = loss_at(8., 'scale-learned').double(), 1e-3
+    value = loss.linear(z, W, y)
+    value.backward()
+    assert value.item() == pytest.approx(loss_at(8.).linear(z, W, y).item(), rel=1e-6)
+    up, down = (loss_at(8. * math.exp(by)).linear(z, W, y).item() for by in (h, -h))
+    assert loss.log_scale.grad.item() == pytest.approx((up - down) / (2 * h), rel=1e-5)
+    c = TailConfiguration(**SHORT | dict(loss='normface', course='scale-learned', epochs=2))
+    assert c.optimum([5] * 4, 9) is None and replace(c, course='plain').optimum([5] * 4, 9) is not None
+    assert c.measure()['measured']['scale'] != 10. == replace(c, course='plain').measure()['measured']['scale']
+
+
+def test_a_margin_rises_from_0_over_half_of_the_epochs(monkeypatch):
+    seen = []
+    class Watch(Callback):
+        run_valid = False
+        def after_batch(self): seen.append((self.pct_train, self.learn.loss_func.margin))
+    def watched(*args, cbs, **options): return train(*args, cbs=[*cbs, Watch()], **options)
+    monkeypatch.setattr(tails, 'train', watched)
+    TailConfiguration(**SHORT, margin=.4, epochs=4, course='margin-rising').measure()
+    margins = [margin for _, margin in seen]
+    assert margins == sorted(margins) and margins[0] == 0 and margins[-1] == .4
+    half = len(margins) // 2
+    assert 0 < margins[1] < margins[half - 1] < .4 and set(margins[half:]) == {.4}
+
+
+def test_a_margin_loss_begins_where_ce_ended(monkeypatch):
+    fits = []
+    class Watch(Callback):
+        order = 1  # after the weights were handed over
+        def keep(self):
+            return {k: v.clone() for k, v in self.learn.model.state_dict().items() if 'loss' not in k}
+        def before_fit(self): fits.append([self.learn.n_epoch, type(self.learn.loss_func).__name__, self.keep()])
+        def after_fit(self): fits[-1].append(self.keep())
+    def watched(*args, cbs, **options): return train(*args, cbs=[*cbs, Watch()], **options)
+    monkeypatch.setattr(tails, 'train', watched)
+    found = TailConfiguration(**SHORT, epochs=5, course='ce-first').measure()
+    (n, ce, _, ended), (m, cosface, began, _) = fits
+    assert (n, ce, m, cosface) == (2, 'FocalLoss', 3, 'CosFaceLoss') and len(found['history']) == 3
+    assert began.keys() == ended.keys() and all(torch.equal(began[name], ended[name]) for name in began)
+
+
+def test_a_course_must_have_a_meaning():
+    for loss, course in (('ce', 'ce-first'), ('normface', 'margin-rising'), ('cosface', 'scale-learned')):
+        with pytest.raises(ValueError, match='course has no meaning'): TailConfiguration(loss=loss, course=course)
+    assert TailConfiguration(course='ce-first').label == 'CosFace s=20 m=0.1 CE first'
+    assert len(study('digits').more(10)) == 10
 
 
 @pytest.mark.parametrize('dataset, k, settings', [

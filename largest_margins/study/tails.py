@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from ..callbacks import HeadCallback
 from ..data import imbalanced_indices
 from ..engine.cosines import cosine_matrix
-from .configurations import _field
+from ..losses import NormFaceLoss
+from .configurations import LOSSES, _field
 from .experiments import Configuration, loaded, noisy, train
 from ..margins import neural_collapse, sample_margins, unit_rows
 from .recipes import Recipe, Row, Setting
@@ -57,22 +58,80 @@ class _AdjustedTerm(HeadCallback):
                                    self.scale)
         self.learn.loss_grad = self.learn.loss_grad - self.weight * margins.mean()
 
+# %% ../../nbs/study/43_tails.ipynb #7a1c0e02
+class _LearnedScale(NormFaceLoss):
+    "NormFace whose scale is learned; it starts at the one given."
+
+    @property
+    def scale(self): return self.log_scale.exp()
+
+    @scale.setter
+    def scale(self, s): self.log_scale = nn.Parameter(torch.tensor([s]).log())
+
+    def per_sample(self, own, rest):
+        return nn.functional.softplus(rest - self.scale * own.cosine)
+
+    def linear(self, features, prototypes, targets, **options):
+        return self(cosine_matrix(features, prototypes), targets)
+
+# %% ../../nbs/study/43_tails.ipynb #7a1c0e03
+class _Handover(Callback):
+    "Begins a fit with the weights that the last one ended with."
+    weights = None
+
+    def before_fit(self):
+        if self.weights: self.learn.model.load_state_dict(self.weights, strict=False)
+
+    def after_fit(self): self.weights = self.learn.model.state_dict()
+
+
+class _RisingMargin(Callback):
+    "Raises the loss's margin from 0 over the first half of a fit."
+    run_valid = False
+
+    def before_fit(self): self.margin = self.learn.loss_func.margin
+
+    def before_batch(self):
+        share = min(1., 2 * self.learn.pct_train)
+        self.learn.loss_func.margin = share * self.margin
+
 # %% ../../nbs/study/43_tails.ipynb #b0d7dea3
+_COURSES = {'plain': '', 'ce-first': 'CE first', 'margin-rising': 'rising margin',
+            'scale-learned': 'learned scale'}
+
+
 @dataclass(frozen=True)
 class TailConfiguration(Configuration):
-    "A `Configuration` with a term that only this study has."
+    "A `Configuration` with what only this study has."
     adjusted_sample_margin: float = _field(0., at_least=0)  # weight of R_sm with prior
+    course: str = _field('plain', _COURSES)  # what changes while it trains
+
+    def _check(self):
+        super()._check()
+        means = {'ce-first': LOSSES[self.loss].cosines and not self.fixed,
+                 'margin-rising': self.loss in ('cosface', 'arcface'),
+                 'scale-learned': self.loss == 'normface'}
+        self._refuse('plain', course=means.get(self.course))
+
+    def loss_func(self, class_counts):
+        "The loss itself."
+        loss = super().loss_func(class_counts)
+        if self.course != 'scale-learned': return loss
+        return _LearnedScale(loss.scale, **self._options(class_counts))
 
     def optimum(self, class_counts, d):
         "As for a `Configuration`; None with the adjusted term."
         if self.adjusted_sample_margin: return None
         return super().optimum(class_counts, d)
 
-    @property
-    def label(self) -> str:
-        "Return the label of a row."
-        if not self.adjusted_sample_margin: return super().label
-        return f'{super().label} + {self.adjusted_sample_margin:g} R_sm with prior'
+# %% ../../nbs/study/43_tails.ipynb #7a1c0e04
+@patch(as_prop=True)
+def label(self: TailConfiguration) -> str:
+    "Return the label of a row."
+    parts = [super(TailConfiguration, self).label]
+    if weight := self.adjusted_sample_margin:
+        parts.append(f'+ {weight:g} R_sm with prior')
+    return ' '.join([*parts, _COURSES[self.course]]).rstrip()
 
 # %% ../../nbs/study/43_tails.ipynb #1ec60da3
 def _from_elsewhere(name, data, directory):
@@ -125,9 +184,11 @@ def _measure_test(self: _Further, model, W):
     "How honest the probabilities are, and how strange images of other classes look."
     loader, loss = self.learn.dls.valid, self.learn.loss_func
     z, targets = _features(model, loader)
-    cosines = cosine_matrix(z, W)
+    cosines, logits = cosine_matrix(z, W), z @ W.T
+    if hasattr(loss, 'scale'):
+        self.measured['scale'] = float(loss.scale)
+        logits = self.measured['scale'] * cosines
     if _is_balanced(targets, len(W)):
-        logits = loss.scale * cosines if hasattr(loss, 'scale') else z @ W.T
         self.measured |= calibration(logits, targets)._asdict()
     if self.elsewhere is None: return
     other = cosine_matrix(_features(model, loader.new(self.elsewhere))[0], W)
@@ -151,6 +212,24 @@ def _features(model, batches):
     z, *y = (torch.cat(part) for part in zip(*features, strict=True))
     return z, (y[0] if y else None)
 
+# %% ../../nbs/study/43_tails.ipynb #7a1c0e05
+def _trained(c, data, checkpoint):
+    "What training leaves behind, and what was measured besides."
+    further = _Further(_from_elsewhere(c.dataset, data, c.data))
+    cbs, seconds = [further], 0.
+    if c.adjusted_sample_margin:
+        prior = torch.tensor(data.counts).float()
+        cbs.append(_AdjustedTerm(c.adjusted_sample_margin, prior, c.scale or 20.))
+    if c.course == 'margin-rising': cbs.append(_RisingMargin())
+    if c.course == 'ce-first':
+        cbs.append(_Handover())
+        first = replace(c, loss='ce', scale=None, margin=None, epochs=c.epochs // 2,
+                        course='plain')
+        seconds = train(first, data, cbs=cbs[-1:]).seconds
+        c = replace(c, epochs=c.epochs - first.epochs)
+    result = train(c, data, checkpoint=checkpoint, cbs=cbs)
+    return replace(result, seconds=seconds + result.seconds), further.measured
+
 # %% ../../nbs/study/43_tails.ipynb #a5f74a09
 @patch
 def measure(
@@ -163,18 +242,13 @@ def measure(
     if c.ratio > 1:
         data = data.subset(imbalanced_indices(data.train_targets, c.ratio, c.kind))
     if c.noise: data = noisy(data, c.noise, c.seed)
-    further = _Further(_from_elsewhere(c.dataset, data, c.data))
-    cbs = [further]
-    if c.adjusted_sample_margin:
-        prior = torch.tensor(data.counts).float()
-        cbs.append(_AdjustedTerm(c.adjusted_sample_margin, prior, c.scale or 20.))
-    result = train(replace(c, ratio=1., noise=0.), data, checkpoint=checkpoint, cbs=cbs)
+    result, further = _trained(replace(c, ratio=1., noise=0.), data, checkpoint)
     numbers = dict(result.measured)
     del numbers['best_accuracy']  # it was measured on some samples only
     numbers['mean_train_margin'] = result.train_margins['mean']
     numbers['min_train_margin'] = result.train_margins['min']
     return dict(
-        diverged=bool(result.diverged), measured=numbers | further.measured,
+        diverged=bool(result.diverged), measured=numbers | further,
         bound=result.bound, test_margins=result.test_margins,
         train_margins=result.train_margins, classes=result.classes,
         counts=result.counts, class_accuracies=result.class_accuracies.tolist(),
@@ -207,6 +281,24 @@ def tail_rows(
               dict(loss='lm-softmax', scale=20., reduction='class-mean', **star))]
     return [Row(*row) for row in rows]
 
+# %% ../../nbs/study/43_tails.ipynb #7a1c0e06
+def changed_rows(
+    num_classes: int,  # k; nothing here depends on it
+) -> list[Row]:
+    "Losses of `tail_rows` that change as they train, and CosFace with a large margin."
+    usual = {row.name: row for row in tail_rows(num_classes)}
+    usual['cosface-10-0.35+prior'] = large = Row(
+        'cosface-10-0.35+prior', 'CosFace s=10 m=0.35, logit adjustment',
+        dict(usual['cosface-10+prior'].changes, margin=.35))
+    scales = [f'normface-{s}+prior' for s in (5, 10, 20)]
+    cosface = ['cosface-10+prior', large.name]
+    return [large, *(
+        Row(f'{name}+{course}', f'{usual[name].label}, {_COURSES[course]}',
+            dict(usual[name].changes, course=course))
+        for course, names in (('ce-first', [*scales, cosface[0]]),
+                              ('margin-rising', cosface), ('scale-learned', scales))
+        for name in names)]
+
 # %% ../../nbs/study/43_tails.ipynb #6a001652
 _SMALL = dict(body='conv2-narrow', embedding=32, batch_size=64, learning_rate=1e-2)
 _IMAGES = dict(_SMALL, body='conv3-narrow', epochs=12)
@@ -232,5 +324,5 @@ def study(
     return Recipe('tails', tail_rows, settings, {'': training}, {},
                   ('balanced_accuracy', 'many', 'medium', 'few', 'class_margin',
                    'less_optimum', 'min_train_margin', 'ece', 'fitted_ece',
-                   'auroc_cosine', 'nc1'),
+                   'auroc_cosine', 'nc1'), more=changed_rows,
                   kind=TailConfiguration, dataset=dataset)
