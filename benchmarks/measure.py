@@ -1,5 +1,6 @@
 "What the benchmarks share: interleaved times, the peak memory of a fresh process, and how results are stored."
 import json
+import random
 import statistics
 import subprocess
 import sys
@@ -14,7 +15,7 @@ RESULTS = Path(__file__).parent/'results'
 
 
 def medians(steps, rounds, least=.05):
-    "Median CPU times in seconds of steps that take turns; short ones are repeated for `least` seconds a turn."
+    "Median CPU times in seconds of steps that take turns, in a new order each round; short ones fill `least` seconds."
     repeats, times = {}, {name: [] for name in steps}
     for name, step in steps.items():
         step()
@@ -23,8 +24,10 @@ def medians(steps, rounds, least=.05):
         took = process_time() - start
         repeats[name] = max(1, int(least / (took + 1e-6)))
         if repeats[name] == 1: times[name].append(took)  # a long step counts from the first one that is warm
+    order, shuffle = list(steps.items()), random.Random(0).shuffle
     for _ in range(rounds):
-        for name, step in steps.items():
+        shuffle(order)  # what ran before leaves the heap and the caches in some state
+        for name, step in order:
             start = process_time()
             for _ in range(repeats[name]): step()
             times[name].append((process_time() - start) / repeats[name])

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from base64 import b64decode
 from dataclasses import is_dataclass
+from functools import cache
 from importlib import import_module
 from importlib.metadata import files
 from pathlib import Path
@@ -24,6 +25,7 @@ from fastcore.docments import docments
 from nbdev.config import get_config
 from nbdev.serve import proc_nbs
 
+inspect.findsource = cache(inspect.findsource)     # it reads a whole file for each class
 root = Path(__file__).resolve().parent.parent
 work, site = root/'build/site', root/'_docs'
 figures = 'docs/_static/readme'
