@@ -1,4 +1,5 @@
 "The study with few-shot tails: its term, its noise, its records, and what a plan without them says."
+import json
 import math
 import subprocess
 from dataclasses import replace
@@ -12,6 +13,8 @@ import largest_margins
 from largest_margins.cli import main
 from largest_margins.data import load
 from largest_margins.study import tails
+from largest_margins.study.experiments import Configuration
+from largest_margins.study.free_features import FreeFeatures
 from largest_margins.study.tables import plan, read_records, run_record, summarise
 from largest_margins.study.tails import TailConfiguration, adjusted_margins, noisy, study, train
 
@@ -112,6 +115,20 @@ def test_stored_runs_are_the_whole_study_from_clean_clones(dataset, k, settings)
     assert {found['git']['commit'][:7] for _, found in finished} <= {'b090266', 'e0c60e0'}
     assert not any(found['git']['changed'] for _, found in finished)
     assert not any(found['diverged'] for _, found in finished)
+
+
+@pytest.mark.parametrize('kind, folder, every', [
+    (Configuration, 'digits/table1', 26), (Configuration, 'fashion_mnist/table1', 40),
+    (Configuration, 'fashion_mnist/table2', 60), (FreeFeatures, 'sphere', 60),
+    *((TailConfiguration, f'{name}/tails', 20) for name in ('digits', 'letters', 'shuttle'))])
+def test_stored_gaps_to_the_optimum_are_what_the_configuration_says(kind, folder, every):
+    "Those of runs that are older than the column were added to their records later."
+    for path in sorted((RESULTS/folder).rglob('seed-*.json'))[::every]:
+        record = json.loads(path.read_text())
+        c, found = kind(**record['asked']), record['measured']
+        best = c.optimum(record.get('counts', getattr(c, 'counts', None)), getattr(c, 'd', None) or c.embedding)
+        if best is None: assert found['less_optimum'] is None
+        else: assert found['less_optimum'] == pytest.approx(found['class_margin'] - best, abs=1e-6)
 
 
 def test_the_table_has_the_gap_to_the_optimum_where_the_loss_has_one():

@@ -270,25 +270,13 @@ def aggregate(
 # %% ../../nbs/study/37_tables.ipynb #1bb48624
 def _line(recipe, group):
     "One line from the seeds of one row in one setting."
-    run, measured = group[0][0], [_numbers_of(*pair) for pair in group]
-    good = [numbers for numbers, (_, record) in zip(measured, group, strict=True)
-            if not record['diverged']]
+    run = group[0][0]
+    good = [record['measured'] | dict(bound=record.get('bound'))
+            for _, record in group if not record['diverged']]
     values = {name: numbers for name in MEASURES
               if (numbers := [m[name] for m in good if m.get(name) is not None])}
     return Line(run.setting, run.row, len(group), len(group) - len(good), values,
                 printed(recipe, run.dataset, run.setting, run.row))
-
-# %% ../../nbs/study/37_tables.ipynb #c74fb8b3
-def _numbers_of(run, record):
-    "What a record holds; runs stored earlier get the gap to the optimum, if known."
-    numbers, c = record['measured'] | {'bound': record.get('bound')}, run.configuration
-    counts = record.get('counts', getattr(c, 'counts', None))
-    d = getattr(c, 'd', getattr(c, 'embedding', None))
-    solved = numbers.get('less_optimum') is not None
-    if solved or not (counts and d) or record['diverged']: return numbers
-    best = c.optimum(counts, d)
-    gap = None if best is None else numbers['class_margin'] - best
-    return numbers | {'less_optimum': gap}
 
 # %% ../../nbs/study/37_tables.ipynb #13636119
 def _shown(line, name):
