@@ -30,6 +30,7 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 
+from .checks import choice
 from .margins import unit_rows
 from .theory.threads import one_thread
 
@@ -93,9 +94,7 @@ class Claim:
     checks: tuple[Check, ...]  # the checks, strongest kind first
 
     def __post_init__(self):
-        if self.verdict not in ('holds', 'mended', 'ours'):
-            raise ValueError("verdict must be 'holds', 'mended' or 'ours', "
-                             f'got {self.verdict!r}')
+        choice('verdict', self.verdict, ('holds', 'mended', 'ours'))
 
     @property
     def statement(self) -> str:

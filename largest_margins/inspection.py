@@ -99,8 +99,7 @@ def _tensors(arrays):
     "NumPy's arrays as tensors; what PyTorch has no type for is left out."
     tensors = {}
     for name, array in arrays.items():
-        if array.dtype.kind == 'V' and array.dtype.itemsize == 2: continue  # bfloat16
-        if array.dtype.kind not in 'fiub': continue
+        if array.dtype.kind not in 'fiub': continue  # such as 'V', bfloat16
         native = array.astype(array.dtype.newbyteorder('='), copy=False)
         if array.dtype.itemsize > 8: native = array.astype(np.float64)
         tensors[name] = torch.from_numpy(np.require(native, requirements='W'))

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from .files import escape
 from .losses import CosineLoss, MarginSoftmaxLoss
-from .checks import check_cosines, check_prototypes, integer
+from .checks import check_cosines, check_prototypes, integer, number
 from .margins import sample_margins
 
 # %% ../nbs/training/22_plots.ipynb #12bd2cd8
@@ -221,6 +221,16 @@ def _column(history, key):
     return np.array([entry[key] for entry in history], dtype=float)
 
 # %% ../nbs/training/22_plots.ipynb #7b058486
+def _draw_by_epoch(ax, histories, label):
+    "Draw a measure of histories: the label of a line -> history and measure."
+    columns = {name: _column(*line) for name, line in histories.items()}
+    ax = axes_for(ax)
+    for name, (history, _) in histories.items():
+        ax.plot(_epochs(history), columns[name], marker='.',
+                label=_label(name, columns[name]))
+    return _by_epoch(ax, label)
+
+
 def _by_epoch(ax, label):
     "Label axes over the epochs."
     ax.set(xlabel='epoch', ylabel=label)
@@ -235,13 +245,8 @@ def plot_norm_ratios(
 ) -> Axes:
     "Draw largest over smallest prototype norm by epoch (the slides' Figure 1)."
     if not histories: raise ValueError('histories must hold at least one run, got none')
-    ratios = {name: _column(history, 'norm_ratio')
-              for name, history in histories.items()}
-    ax = axes_for(ax)
-    for name, history in histories.items():
-        ax.plot(_epochs(history), ratios[name], marker='.',
-                label=_label(name, ratios[name]))
-    return _by_epoch(ax, 'largest / smallest norm')
+    ratios = {name: (history, 'norm_ratio') for name, history in histories.items()}
+    return _draw_by_epoch(ax, ratios, 'largest / smallest norm')
 
 # %% ../nbs/training/22_plots.ipynb #bdc90590
 def plot_loss_history(
@@ -250,12 +255,8 @@ def plot_loss_history(
 ) -> Axes:
     "Draw training and validation loss by epoch."
     if not history: raise ValueError('history must hold at least one epoch, got none')
-    losses = dict(training=_column(history, 'train_loss'),
-                  validation=_column(history, 'valid_loss'))
-    ax = axes_for(ax)
-    for name, values in losses.items():
-        ax.plot(_epochs(history), values, marker='.', label=_label(name, values))
-    return _by_epoch(ax, 'loss')
+    losses = dict(training=(history, 'train_loss'), validation=(history, 'valid_loss'))
+    return _draw_by_epoch(ax, losses, 'loss')
 
 # %% ../nbs/training/22_plots.ipynb #c1858f36
 def plot_class_accuracies(
@@ -329,13 +330,18 @@ def plot_target_logits(
     ax: Axes | None = None,  # axes to draw into; None: a new figure
 ) -> Axes:
     "Draw the target logit over scale, num(θ), of each loss from 0° to 180°."
-    ax = axes_for(ax)
-    theta = torch.linspace(0, math.pi, 721, dtype=torch.float64)
-    for name, loss in losses.items():
-        num, _ = loss.curves_at(theta)
-        ax.plot(theta.rad2deg(), num.detach(), label=name)
-    ax.set(xlabel='angle to the own prototype (degrees)', ylabel='logit / s',
-           xlim=(0, 180))
+    logits = {name: loss.curves_at(_ANGLES)[0] for name, loss in losses.items()}
+    return _draw_by_angle(axes_for(ax), logits, 'logit / s')
+
+
+_ANGLES = torch.linspace(0, math.pi, 721, dtype=torch.float64)
+
+
+def _draw_by_angle(ax, values, label):
+    "Draw a line of values at `_ANGLES` for each label."
+    for name, line in values.items():
+        ax.plot(_ANGLES.rad2deg(), line.detach(), label=name)
+    ax.set(xlabel='angle to the own prototype (degrees)', ylabel=label, xlim=(0, 180))
     legend(ax)
     return ax
 
@@ -348,17 +354,14 @@ def plot_loss_curves(
 ) -> Axes:
     "Draw the loss of one sample against the angle to its own prototype."
     num_classes = integer('num_classes', num_classes, at_least=2)
-    if not -1 <= others <= 1:
-        raise ValueError(f'others must be in [-1, 1], got {others!r}')
-    ax, theta = axes_for(ax), torch.linspace(0, math.pi, 721, dtype=torch.float64)
-    cosines = torch.full((len(theta), num_classes), float(others), dtype=theta.dtype)
-    cosines[:, 0] = theta.cos()
+    others = number('others', others, at_least=-1, at_most=1)
+    cosines = torch.full((len(_ANGLES), num_classes), others, dtype=torch.float64)
+    cosines[:, 0] = _ANGLES.cos()
+    values, targets = {}, torch.zeros(len(_ANGLES), dtype=torch.long)
     for name, loss in losses.items():
         each = copy.copy(loss)  # the loss that was given stays as it is
         each.reduction = 'none'
-        values = each(cosines, torch.zeros(len(theta), dtype=torch.long))
-        ax.plot(theta.rad2deg(), values.detach(), label=name)
+        values[name] = each(cosines, targets)
+    ax = _draw_by_angle(axes_for(ax), values, 'loss')
     ax.axvline(math.degrees(math.acos(others)), color=GREY, ls=':', lw=1)
-    ax.set(xlabel='angle to the own prototype (degrees)', ylabel='loss', xlim=(0, 180))
-    legend(ax)
     return ax

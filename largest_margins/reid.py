@@ -30,10 +30,10 @@ from matplotlib.axes import Axes
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
-from .checks import integer, plain_tensor
+from .checks import choice, integer, plain_tensor
 from .data import ImageData, ImageDataset, ImageLoader
 from .engine.cosines import cosine_matrix
-from .files import read_lines, read_torch
+from .files import match_lines, read_torch
 from .images import ImageFiles, is_clutter, read_image
 from .learner import margin_learner
 from .plots import BLUE, GREEN, GREY, ORANGE, axes_for, legend
@@ -73,7 +73,7 @@ class ReIDImages:
         "Return the pictures, decoded now if they fit the budget, else on demand."
         files = ImageFiles(self.paths, size, channels, crop=False)
         if math.prod(files.shape) > budget: return files
-        return files[torch.arange(len(files))]
+        return files[:]
 
 # %% ../nbs/evaluation/34_reid.ipynb #2b4cf5bb
 @dataclass(frozen=True, eq=False)
@@ -131,9 +131,18 @@ def training(
     "Return the training pictures; one of each person is for validation."
     images = self.train.pixels(size, channels)
     persons, targets = self.train.persons.unique(return_inverse=True)
+    return identity_data(self.name, images, targets, [*map(str, persons.tolist())])
+
+# %% ../nbs/evaluation/34_reid.ipynb #5b1de0b1
+def identity_data(
+    name: str,  # name of the data set
+    images: Tensor | ImageFiles,  # bytes, [N, c, h, w]
+    targets: Tensor,  # identity of each image, 0..k−1, [N]
+    classes: list[str],  # names of the k identities
+) -> ImageData:
+    "Make images of identities data; one of each identity is for validation."
     first = torch.from_numpy(np.unique(targets.numpy(), return_index=True)[1])
-    return ImageData(self.name, images, targets, images[first], targets[first],
-                     [str(person) for person in persons.tolist()])
+    return ImageData(name, images, targets, images[first], targets[first], classes)
 
 # %% ../nbs/evaluation/34_reid.ipynb #f78ddbcd
 @patch
@@ -210,7 +219,7 @@ def _no_split(folder):
         f'; in {root}, these have one: {", ".join(fit)}' if fit else '')
 
 # %% ../nbs/evaluation/34_reid.ipynb #2d0e0993
-_MSMT = re.compile(r'(\S*?\d+_\d+_(\d{1,9})_[^/\s]+)\s+(\d{1,9})', re.ASCII)
+_MSMT = r'(\S*?[0-9]+_[0-9]+_([0-9]{1,9})_[^/\s]+)\s+([0-9]{1,9})'
 
 # %% ../nbs/evaluation/34_reid.ipynb #bf30723a
 def _read_msmt(root, split):
@@ -218,17 +227,12 @@ def _read_msmt(root, split):
     file = root/f'list_{split}.txt'
     kind = 'train' if split == 'train' else 'test'
     folder = root/(kind if (root/kind).is_dir() else f'mask_{kind}_v2')
-    paths, labels = [], []
-    for where, line in read_lines(file):
-        match = _MSMT.fullmatch(line)
-        if not match:
-            raise ValueError(f'{where}: wanted a line such as "0000/'
-                             f'0000_000_01_0303morning_0015_0.jpg 0", got {line!r}')
-        paths.append(folder/match[1])
-        labels.append((int(match[3]), int(match[2])))
+    lines = match_lines(
+        file, _MSMT, 'a line such as "0000/0000_000_01_0303morning_0015_0.jpg 0"')
+    paths = [folder/match[1] for match in lines]
     missing = [path for path in paths if not path.is_file()]
     _refuse(folder, missing, f'of {file.name} are missing')
-    return _labeled(paths, labels)
+    return _labeled(paths, [(int(match[3]), int(match[2])) for match in lines])
 
 # %% ../nbs/evaluation/34_reid.ipynb #025330ab
 def _labeled(paths, labels):
@@ -308,10 +312,8 @@ def evaluate(
     "Compute mAP, mINP and CMC of rankings by distance, other cameras only."
     distances, labels = _check_rankings(distances, query_ids, query_cameras,
                                         gallery_ids, gallery_cameras)
-    for name, value, known in (('ap', ap, ('step', 'trapezoid')),
-                               ('unmatched', unmatched, ('skip', 'zero'))):
-        if value not in known:
-            raise ValueError(f'{name} must be one of {known}, got {value!r}')
+    choice('ap', ap, ('step', 'trapezoid'))
+    choice('unmatched', unmatched, ('skip', 'zero'))
     max_rank = integer('max_rank', max_rank, at_least=1, at_most=10**6)
     rows, ranks = _match_ranks(distances, labels, _junk(junk))
     return _judge(rows, ranks.double(), len(distances), ap, unmatched, max_rank)

@@ -29,8 +29,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from .checks import at_least_float32, integer, number
-from .files import StandIn, read_lines, read_pickle, write_file
+from .checks import (
+    at_least_float32, check_finite, check_matrix, choice, integer, number)
+from .files import (
+    StandIn, match_line, match_lines, read_lines, read_pickle, write_file)
 from .images import read_image
 from .margins import unit_rows
 
@@ -115,9 +117,7 @@ def kfold_accuracy(
     distances = _numbers('distances', distances).astype(np.float64)
     same = _labels(same, len(distances))
     folds = integer('folds', folds, at_least=2, at_most=len(distances))
-    if thresholds not in ('grid', 'midpoints'):
-        raise ValueError("thresholds must be 'grid' or 'midpoints', "
-                         f'got {thresholds!r}')
+    choice('thresholds', thresholds, ('grid', 'midpoints'))
     low, high = distances.min(), distances.max()
     if thresholds == 'grid' and not (low >= -.01 and high <= 4.01):
         raise ValueError('distances must be squared distances of unit features, in '
@@ -190,8 +190,7 @@ def tar_at_far(
     scores = _numbers('scores', scores)
     genuine, impostors = _genuine_and_impostors(scores, same)
     far = number('far', far, at_least=0, at_most=1)
-    if rule not in ('strict', 'nearest'):
-        raise ValueError(f"rule must be 'strict' or 'nearest', got {rule!r}")
+    choice('rule', rule, ('strict', 'nearest'))
     bound = _bound(impostors, far)
     reached = np.mean(impostors > bound)
     if rule == 'nearest' and np.mean(impostors >= bound) - far <= far - reached:
@@ -257,11 +256,10 @@ def read_pairs(
     "Read the pairs of an LFW `pairs.txt`."
     lines = read_lines(path_or_text)
     where, header = lines[0]
-    if not re.fullmatch(r'[0-9]+(\s+[0-9]+)?', header):
-        raise ValueError(f'{where}: wanted the numbers of folds and of pairs, as in '
-                         f'"10 300", got {header!r}')
-    *folds, half = map(int, header.split())
-    total = 2 * half * (folds[0] if folds else 1)
+    match = match_line(*lines[0], r'(?:([0-9]+)\s+)?([0-9]+)',
+                       'the numbers of folds and of pairs, as in "10 300"')
+    folds, half = int(match[1] or 1), int(match[2])
+    total = 2 * half * folds
     if not total or len(lines) - 1 != total:
         raise ValueError(f'{where}: {header!r} means {total} pairs, '
                          f'got {len(lines) - 1}')
@@ -269,19 +267,20 @@ def read_pairs(
             for i, (where, line) in enumerate(lines[1:])]
 
 # %% ../nbs/evaluation/35_verification.ipynb #da1b4042
+_PERSON, _NUMBER = r'((?!\.+\s)[^\s/\\]+)', r'0*([1-9][0-9]{0,8})'
+_GENUINE = rf'{_PERSON}\s+{_NUMBER}\s+()\s*{_NUMBER}', 'name n1 n2'
+_IMPOSTORS = (rf'{_PERSON}\s+{_NUMBER}\s+(?!\1\s){_PERSON}\s+{_NUMBER}',
+              'name1 n1 name2 n2, with two names,')
+
+
 def _lfw_pair(where, line, same):
     "Parse one line as a genuine pair or an impostor, as its place requires."
-    fields = line.split()
-    if same: fields = [*fields[:2], fields[0], *fields[2:]]
-    names, numbers = fields[::2], fields[1::2]
-    fits = (len(fields) == 4 and (names[0] == names[1]) == same
-            and all(re.fullmatch(r'(?!\.+$)[^/\\]+', name) for name in names)
-            and all(re.fullmatch(r'0*[1-9][0-9]{0,8}', number) for number in numbers))
-    if not fits:
-        form = 'name n1 n2' if same else 'name1 n1 name2 n2, with two names,'
-        raise ValueError(f'{where}: wanted {form} and numbers from 1, got {line!r}')
-    return Pair(*(f'{name}/{name}_{int(number):04d}'
-                  for name, number in zip(names, numbers, strict=True)), same)
+    pattern, form = _GENUINE if same else _IMPOSTORS
+    match = match_line(where, line, pattern, f'{form} and numbers from 1')
+    name, first, other, second = match.groups()
+    other = other or name
+    return Pair(f'{name}/{name}_{int(first):04d}', f'{other}/{other}_{int(second):04d}',
+                same)
 
 # %% ../nbs/evaluation/35_verification.ipynb #f49d6439
 def write_pairs(
@@ -318,13 +317,9 @@ def read_pair_list(
     path_or_text: str | Path,  # a file, or its text if it has a line break
 ) -> list[Pair]:  # in the order of the file
     "Read lines `first second label`; label 1 is genuine, 0 or −1 an impostor."
-    def pair(where, line):
-        fields = line.split()
-        if len(fields) != 3 or fields[2] not in ('1', '0', '-1'):
-            raise ValueError(f'{where}: wanted "first second label" with label 1, '
-                             f'0 or -1, got {line!r}')
-        return Pair(*fields[:2], fields[2] == '1')
-    return [pair(*line) for line in read_lines(path_or_text)]
+    lines = match_lines(path_or_text, r'(\S+)\s+(\S+)\s+(1|0|-1)',
+                        '"first second label" with label 1, 0 or -1')
+    return [Pair(match[1], match[2], match[3] == '1') for match in lines]
 
 # %% ../nbs/evaluation/35_verification.ipynb #eb1d91d0
 def read_cfp_pairs(
@@ -332,8 +327,7 @@ def read_cfp_pairs(
     kind: str = 'FP',  # frontal with profile, or 'FF', frontal with frontal
 ) -> list[Pair]:  # fold after fold, images as '001/frontal/01.jpg' in Data/Images
     "Read CFP's own protocol: in each fold genuine pairs, then impostors."
-    if kind not in ('FP', 'FF'):
-        raise ValueError(f"kind must be 'FP' or 'FF', got {kind!r}")
+    choice('kind', kind, ('FP', 'FF'))
     protocol, pairs = Path(root)/'Protocol', []
     lists = [_cfp_images(protocol/f'Pair_list_{side}.txt') for side in ('F', kind[1])]
     for fold in sorted(p for p in (protocol/'Split'/kind).iterdir() if p.is_dir()):
@@ -349,15 +343,10 @@ def read_cfp_pairs(
 # %% ../nbs/evaluation/35_verification.ipynb #e592d409
 def _cfp_images(file):
     "Read CFP's list of images by number."
-    images = {}
-    for where, line in read_lines(file):
-        number, _, path = line.partition(' ')
-        match = re.fullmatch(r'(?:.*/)?([^/]+/(frontal|profile)/[^/]+)', path.strip())
-        if not match or not number.isdecimal():
-            raise ValueError(f'{where}: wanted a number and a path such as '
-                             f'Data/Images/001/frontal/01.jpg, got {line!r}')
-        images[number] = match[1]
-    return images
+    lines = match_lines(
+        file, r'([0-9]+) +(?:.*/)?([^/]+/(?:frontal|profile)/[^/]+)',
+        'a number and a path such as Data/Images/001/frontal/01.jpg')
+    return dict(match.groups() for match in lines)
 
 # %% ../nbs/evaluation/35_verification.ipynb #57bdf21d
 def identity_overlap(
@@ -484,16 +473,10 @@ def unit_features(
     name: str = 'features',  # name of the argument, for error messages
 ) -> Tensor:  # unit rows, at least float32, [n, d]; zero rows stay zero
     "Normalize features of any size; warn of zero rows."
-    if not isinstance(features, Tensor) or not features.is_floating_point():
-        raise TypeError(f'{name} must be floats [n, d], got '
-                        f'{getattr(features, "dtype", type(features).__name__)}')
-    if features.ndim != 2:
-        raise ValueError(f'{name} must be [n, d], got shape {tuple(features.shape)}')
+    check_matrix(name, features, n=0, d=1)
     features = at_least_float32(features)
-    largest = features.detach().abs().amax(1)
-    wrong = (~largest.isfinite()).nonzero()
-    if len(wrong):
-        raise ValueError(f'{name} must be finite, row {wrong[0].item()} is not')
+    largest = features.detach().abs().amax(1).cpu()
+    check_finite(name, largest[:, None])
     zeros = (largest == 0).sum().item()
     if zeros:
         warnings.warn(f'{zeros} of {len(features)} {name} are zero: '
@@ -691,9 +674,8 @@ def template_features(
 ) -> Templates:  # `.ids` and `.features`
     "Average features over media, add, and normalize, equation (eq-template)."
     count = len(features)
-    if features.ndim != 2 or not count or not features.isfinite().all():
-        raise ValueError('features must be [M, d], M ≥ 1, finite, '
-                         f'got shape {tuple(features.shape)}')
+    check_matrix('features', features, M=1, d=1)
+    check_finite('features', features.cpu())
     features = at_least_float32(features)
     keys = [as_int64('templates', templates), as_int64('media', media)]
     for name, key in zip(('templates', 'media'), keys, strict=True):
@@ -731,12 +713,9 @@ def read_template_media(
     path: str | Path,  # such as ijbc_face_tid_mid.txt
 ) -> tuple[list[str], np.ndarray, np.ndarray]:  # images, templates, media, [M] each
     "Read IJB's lines `name template medium`, one for each image."
-    lines = [(where, line.split()) for where, line in read_lines(path)]
-    for where, fields in lines:
-        if not re.fullmatch(r'\S+ [0-9]{1,18} [0-9]{1,18}', ' '.join(fields)):
-            raise ValueError(f'{where}: wanted "name template medium", '
-                             f'got {" ".join(fields)!r}')
-    names, *numbers = zip(*(fields for _, fields in lines), strict=True)
+    lines = match_lines(path, r'(\S+)\s+([0-9]{1,18})\s+([0-9]{1,18})',
+                        '"name template medium"')
+    names, *numbers = zip(*(match.groups() for match in lines), strict=True)
     return list(names), *(np.array(x, dtype=np.int64) for x in numbers)
 
 # %% ../nbs/evaluation/35_verification.ipynb #e5b78533

@@ -19,7 +19,7 @@ import torch
 from ..bounds import class_margin_bound, min_sample_margin_bound
 from ..claims import (
     Check, Claim, descend, dot, endpoints, rational_points, register)
-from .lm_softmax import anneal
+from .lm_softmax import anneal, on_circle
 from .imbalance import class_frequencies
 from ..codes import simplex
 from ..theory.finite_scales import (
@@ -89,13 +89,11 @@ def _go_certified(tilt=0., k=6, ratio=100, scale=2):
 # %% ../../nbs/theory/11d_optima_checks.ipynb #ec2cb55b
 def _go_optimised(d=7, k=6, starts=2):
     "The largest gap, relative to the loss, of descents from random starts; 2e-6."
-    worst, targets = [], torch.arange(k)
+    worst = []
     for Loss in (LMSoftmaxLoss, NormFaceLoss):
         loss = Loss(5., weight=class_frequencies(k, 100, 'step'))
         for seed in range(starts):
-            torch.manual_seed(seed)
-            start = torch.randn(2, k, d, dtype=torch.float64)
-            _, W, Z = descend(lambda W, Z, loss=loss: loss(Z @ W.T, targets), *start)
+            _, W, Z = anneal(loss, k, d, (5.,), seed)
             certified = certify_optimum(loss, W, Z)
             worst.append(certified.gap / abs(certified.value))
     return max(worst), 2e-6
@@ -104,13 +102,8 @@ def _go_optimised(d=7, k=6, starts=2):
 def _go_boundary(d=2, k=4, starts=6):
     "The highest loss at which a descent on the circle rests; twice the lowest, below."
     loss = NormFaceLoss(5., weight=class_frequencies(k, 100, 'step'))
-    targets = torch.arange(k)
-    angles = []
-    for seed in range(starts):
-        torch.manual_seed(seed)
-        start = torch.randn(2, k, d, dtype=torch.float64)
-        angles.append(descend(lambda W, Z: loss(Z @ W.T, targets), *start)[0])
-    return max(angles), 2 * min(angles)
+    losses = [anneal(loss, k, d, (5.,), seed)[0] for seed in range(starts)]
+    return max(losses), 2 * min(losses)
 
 # %% ../../nbs/theory/11d_optima_checks.ipynb #e80c1914
 register(Claim(
@@ -265,11 +258,10 @@ def _am_optimised(margin=.25):
 # %% ../../nbs/theory/11d_optima_checks.ipynb #4c9c1150
 def _am_boundary(margin=.5, s=200.):
     "CosFace's loss of a hexagon with three classes on a corner; the octagon's, higher."
-    losses, targets = [], torch.arange(8)
+    losses = []
     for corners in (6, 8):
         places = torch.arange(8).sub(8 - corners).clamp(min=0).double()
-        angles = places * (2 * math.pi / corners)
-        cosines = (angles[:, None] - angles).cos()
+        cosines, targets = on_circle(places * (2 * math.pi / corners))
         losses.append(CosFaceLoss(s, margin)(cosines, targets).item())
     return losses
 

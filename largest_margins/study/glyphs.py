@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..checks import integer
 from ..files import replace_folder, write_file
+from ..verification import Pair, write_pairs
 
 # %% ../../nbs/study/26_glyphs.ipynb #bb69895b
 FACES = ('DejaVuSans', 'DejaVuSans-Bold', 'DejaVuSerif', 'DejaVuSerif-Italic',
@@ -84,10 +85,8 @@ def glyph_split(
 ) -> tuple[str, str]:  # training characters, test characters
     "Split characters into training and test."
     characters = glyph_characters()
-    if not isinstance(identities, int) or not 2 <= identities <= len(characters) \
-       or identities % 2:
-        raise ValueError(f'identities must be an even int in 2..{len(characters)}, '
-                         f'got {identities!r}')
+    identities = integer('identities', identities, at_least=2, at_most=len(characters))
+    if identities % 2: raise ValueError(f'identities must be even, got {identities}')
     drawn = np.random.RandomState(seed).permutation(list(characters))[:identities]
     half = identities // 2
     return ''.join(sorted(drawn[:half])), ''.join(sorted(drawn[half:]))
@@ -135,10 +134,8 @@ def write_glyph_market(
     "Write glyphs as a folder like Market-1501."
     train, test = glyph_split(seed, identities)
     rng, symbols = np.random.RandomState(seed), glyph_characters('SP')
-    for name, n, most in (('distractors', distractors, len(symbols)),
-                          ('junk', junk, 6 * len(test))):
-        if not isinstance(n, int) or not 0 <= n <= most:
-            raise ValueError(f'{name} must be an int in 0..{most}, got {n!r}')
+    integer('distractors', distractors, at_least=0, at_most=len(symbols))
+    integer('junk', junk, at_least=0, at_most=len(FACES) * len(test))
     asked = rng.randint(len(FACES), size=len(test))
     passers_by = ''.join(sorted(rng.permutation(list(symbols))[:distractors]))
     settings = dict(identities=identities, distractors=distractors, junk=junk)
@@ -197,36 +194,34 @@ def write_glyph_pairs(
 ) -> Path:  # the folder, with pairs.txt
     "Write pairs of glyphs in the format of LFW."
     _, test = glyph_split(seed, identities)
-    if not isinstance(folds, int) or not 2 <= folds <= len(test) // 2:
-        raise ValueError(f'folds must be an int in 2..{len(test) // 2} for {len(test)} '
-                         f'test characters, got {folds!r}')
+    integer('folds', folds, at_least=2, at_most=len(test) // 2)
     most = len(test) // folds * len(FACES) * (len(FACES) - 1) // 2
-    if not isinstance(pairs, int) or not 1 <= pairs <= most:
-        raise ValueError(f'pairs must be an int in 1..{most}, got {pairs!r}')
+    integer('pairs', pairs, at_least=1, at_most=most)
     rng = np.random.RandomState(seed)
     parts = np.array_split(rng.permutation(list(test)), folds)
-    lines = [f'{folds}\t{pairs}']
-    for part in parts: lines += _fold(part, pairs, rng)
+    drawn = [pair for part in parts for pair in _fold(part, pairs, rng)]
     settings = dict(seed=seed, identities=identities, folds=folds, pairs=pairs)
     with _complete(folder, kind='pairs', **settings) as new:
-        write_file(new/'pairs.txt', '\n'.join([*lines, '']))
+        write_pairs(new/'pairs.txt', drawn, folds)
         for character in test: (new/glyph_name(character)).mkdir()
-        for number, face in enumerate(FACES, 1):
-            for character, picture in zip(test, draw_glyphs(test, face)):
-                name = glyph_name(character)
-                _save(picture, new/name/f'{name}_{number:04d}.png')
+        for face, typeface in enumerate(FACES):
+            for character, picture in zip(test, draw_glyphs(test, typeface)):
+                _save(picture, new/f'{_picture(glyph_name(character), face)}.png')
     return Path(folder)
 
 # %% ../../nbs/study/26_glyphs.ipynb #f80ea904
 def _fold(characters, pairs, rng):
-    "Yield the lines of one fold: pairs of one character, then pairs of two."
+    "Yield the pairs of one fold: of one character, then of two."
     names, n = [glyph_name(c) for c in characters], len(FACES)
-    faces = list(combinations(range(1, n + 1), 2))
+    faces = list(combinations(range(n), 2))
     couples = list(combinations(names, 2))
     for i in rng.permutation(len(names) * len(faces))[:pairs]:
-        first, second = faces[i % len(faces)]
-        yield f'{names[i // len(faces)]}\t{first}\t{second}'
+        name = names[i // len(faces)]
+        yield Pair(*(_picture(name, face) for face in faces[i % len(faces)]), True)
     for i in rng.permutation(len(couples) * n * (n - 1))[:pairs]:
         (one, other), turn = couples[i // (n * (n - 1))], i % (n * (n - 1))
         first, step = turn // (n - 1), turn % (n - 1) + 1
-        yield f'{one}\t{first + 1}\t{other}\t{(first + step) % n + 1}'
+        yield Pair(_picture(one, first), _picture(other, (first + step) % n), False)
+
+
+def _picture(name, face): return f'{name}/{name}_{face + 1:04d}'  # as in LFW

@@ -21,7 +21,6 @@ from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 # %% ../../nbs/study/39_identities.ipynb #f4ad1220
-import numpy as np
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.training import GradientClip
@@ -40,8 +39,8 @@ from .glyphs import write_glyph_market, write_glyph_pairs
 from ..images import ImageFiles
 from ..margins import unit_rows
 from ..reid import (
-    ReIDData, cosine_distances, duke_folder, embed, evaluate, market_folder,
-    pk_dataloaders, reid_learner, resnet50_body)
+    ReIDData, cosine_distances, duke_folder, embed, evaluate, identity_data,
+    market_folder, pk_dataloaders, reid_learner, resnet50_body)
 from ..training.measures import FARS, measure
 from ..training.schedules import SCHEDULES, fit_schedule, optimiser_for
 from ..verification import (
@@ -156,10 +155,8 @@ class RandomErasing:
     def __init__(
         self,
         share: float = .5,  # of the images, in [0, 1]
-        area: tuple = (.02, .4),  # smallest and largest, as a share of the image
-        ratio: float = .3,  # smallest of height and width over the other
     ):
-        self.share, self.area, self.ratio = share, area, ratio
+        self.share = share
 
     def __call__(
         self,
@@ -176,7 +173,7 @@ class RandomErasing:
             start = (draw(0, 1) * (most - size + 1)).floor()
             line = torch.arange(most, device=x.device)
             return (line >= start) & (line < start + size)
-        area, turned = draw(*self.area) * h * w, draw(self.ratio, 1 / self.ratio)
+        area, turned = draw(.02, .4) * h * w, draw(.3, 1 / .3)  # height over width
         rows = within((area * turned).sqrt(), h)
         columns = within((area / turned).sqrt(), w)
         erased = rows[:, None, :, None] & columns[:, None, None]
@@ -292,12 +289,6 @@ def _measure(c, checkpoint):
                 bound=math.degrees(class_margin_bound(*W.shape).radians),
                 seconds=time.perf_counter() - start, history=history,
                 **task.sizes, **further)
-
-# %% ../../nbs/study/39_identities.ipynb #0f273180
-def _training(name, images, targets, classes):
-    "Images of identities for a classifier; it is validated on one of each."
-    first = torch.from_numpy(np.unique(targets.numpy(), return_index=True)[1])
-    return ImageData(name, images, targets, images[first], targets[first], classes)
 
 # %% ../../nbs/study/39_identities.ipynb #e32e4b79
 def _who(c, record):
@@ -454,7 +445,7 @@ def pairs_task(
     paths, targets, classes, pairs = _pairs_folder(dataset)
     images = ImageFiles(paths, size, channels, crop=False)
     if math.prod(images.shape) <= 2**31: images = images[torch.arange(len(images))]
-    training = _training(Path(dataset).resolve().name, images, targets, classes)
+    training = identity_data(Path(dataset).resolve().name, images, targets, classes)
     return PairsTask(training, pairs, Path(dataset, 'test'))
 
 # %% ../../nbs/study/39_identities.ipynb #981289de

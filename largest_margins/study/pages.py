@@ -33,9 +33,7 @@ class Table:
     figures: list = ()  # (heading, HTML element, caption), on a page
 
 # %% ../../nbs/study/32_report.ipynb #4fd5d1d4
-def markdown(
-    table: Table,
-) -> str:
+def markdown(table: Table) -> str:
     "Write a table in Markdown; the best numbers of each part are bold."
     def row(texts): return f'| {" | ".join(texts)} |'
     def cell_text(text): return escape(text, 'markdown')
@@ -48,18 +46,14 @@ def markdown(
     return '\n'.join([*out, '', '\n\n'.join(map(cell_text, table.notes)), ''])
 
 # %% ../../nbs/study/32_report.ipynb #6722778a
-def comma_separated(
-    table: Table,
-) -> str:
+def comma_separated(table: Table) -> str:
     "Write all numbers as CSV, unrounded, one line for each row."
     out = io.StringIO()
     csv.writer(out, lineterminator='\n').writerows(table.numbers)
     return out.getvalue()
 
 # %% ../../nbs/study/32_report.ipynb #cc965301
-def latex(
-    table: Table,
-) -> str:
+def latex(table: Table) -> str:
     "Write a table in LaTeX for the package booktabs, one tabular for each part."
     def cell_text(text): return escape(text, 'latex')
     out = []
@@ -106,9 +100,7 @@ _TEMPLATE = '''<!doctype html><html lang="en"><meta charset="utf-8">
 {% for text in notes %}<p class="soft">{{ text }}</p>{% endfor %}</html>'''
 
 # %% ../../nbs/study/32_report.ipynb #f13ae52b
-def html_page(
-    table: Table,
-) -> str:
+def html_page(table: Table) -> str:
     "Write a table as one self-contained page for light and dark screens."
     def shown(value):
         if isinstance(value, Markup): return value
