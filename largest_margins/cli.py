@@ -82,14 +82,12 @@ class _Completion(argparse.Action):
         for p in commands.values(): p.learn()
         cases = [f'    {name}) words="{" ".join(_completions(p))}" ;;'
                  for name, p in commands.items()]
+        first = " ".join([*commands, *_completions(parser)])
         print('_largest_margins() {', '  local words', '  case "${COMP_WORDS[1]}" in',
-              *cases,
-              f'    *) words="{" ".join([*commands, *_completions(parser)])}" ;;',
-              '  esac', '  [ "$COMP_CWORD" = 1 ] && '
-              f'words="{" ".join([*commands, *_completions(parser)])}"',
+              *cases, f'    *) words="{first}" ;;', '  esac',
+              f'  [ "$COMP_CWORD" = 1 ] && words="{first}"',
               '  COMPREPLY=($(compgen -W "$words" -- "${COMP_WORDS[COMP_CWORD]}"))',
-              '}',
-              'complete -o default -F _largest_margins largest-margins', sep='\n')
+              '}', 'complete -o default -F _largest_margins largest-margins', sep='\n')
         parser.exit()
 
 # %% ../nbs/study/33_cli.ipynb #83e58988
@@ -259,9 +257,8 @@ def _make(recipe, args, dataset, out, **options):
 def _train_arguments(p):
     from largest_margins.study.configurations import ClassifierFields
     _field_arguments(p, ClassifierFields)
-    _run_arguments(p, 'runs/train', threads=None)
-    p.add_argument('--resume', action='store_true',
-                   help='go on with the training in --out that was interrupted')
+    _run_arguments(p, 'runs/train', threads=None,
+                   resume='go on with the training in --out that was interrupted')
 
 # %% ../nbs/study/33_cli.ipynb #aa3301aa
 def _field_arguments(p, kind, names=None):
@@ -323,8 +320,9 @@ def _arguments_of(p, module, name, *wanted, **options):
         _option(p, key, _KINDS[kind], default, line, **options)
 
 # %% ../nbs/study/33_cli.ipynb #5a3d5cf6
-def _run_arguments(p, out, threads):
+def _run_arguments(p, out, threads, resume=None):
     "What commands that train have in common."
+    if resume: p.add_argument('--resume', action='store_true', help=resume)
     p.add_argument('--out', default=out, metavar='DIR', help='where results go; '
                    f'default {out or "runs/table<N>-<dataset>"}')
     p.add_argument('--threads', type=int, default=threads, metavar='N',
@@ -522,9 +520,8 @@ def _demo_arguments(p):
     from largest_margins.study.configurations import ClassifierFields
     _field_arguments(p, ClassifierFields, ('dataset', 'data', 'download', 'strict',
                                            'epochs', 'seed'))
-    _run_arguments(p, 'runs/demo', threads=1)
-    p.add_argument('--resume', action='store_true',
-                   help='keep the finished trainings in --out, do the others')
+    _run_arguments(p, 'runs/demo', threads=1,
+                   resume='keep the finished trainings in --out, do the others')
 
 
 _COMMANDS['demo'] = _Command('quick proofs and six trainings', _demo_arguments, _demo)

@@ -180,8 +180,7 @@ def execute(
     progress: Callable[[int, dict], None] | None = None,  # called after each epoch
 ) -> Iterator[tuple[Run, dict]]:  # each with its record, as it ends
     "Train the runs; write each record before returning it."
-    if not isinstance(jobs, int) or (jobs < 1 and jobs != -1):
-        raise ValueError(f'jobs must be an int ≥ 1 or -1, got {jobs!r}')
+    if jobs != -1: integer('jobs', jobs, at_least=1)
     if threads is not None: integer('threads', threads, at_least=1)
     backend, _ = get_active_backend()
     local = dict(idle_worker_timeout=2, initializer=_follower(os.getpid()))
@@ -293,20 +292,17 @@ def _grid(recipe, lines, beside):
     best = {name: MEASURES[name].best((_shown(x, name).split()[0] for x in lines
                                       if name in x.values), key=float)
             for name in names if MEASURES[name].best}
-    heads, rows = [''], [[(_label(x), False)] for x in lines]
+    columns = [('', [(_label(x), False) for x in lines])]
     for name in names:
-        heads.append(MEASURES[name].heading)
-        for x, row in zip(lines, rows, strict=True):
-            text = _shown(x, name)
-            row.append((text, text.split()[0] == best.get(name)))
-        if not any(name in x.printed for x in lines): continue
-        heads.append(f'paper, {beside}')
-        for x, row in zip(lines, rows, strict=True):
-            number = x.printed.get(name)
-            row.append(('' if number is None else f'{number:g}', False))
-    heads.append('runs')
-    for x, row in zip(lines, rows, strict=True): row.append((str(x.runs), False))
-    return heads, rows
+        texts = [_shown(x, name) for x in lines]
+        columns.append((MEASURES[name].heading, [
+            (text, text.split()[0] == best.get(name)) for text in texts]))
+        paper = [x.printed.get(name, math.nan) for x in lines]
+        if not all(map(math.isnan, paper)): columns.append((f'paper, {beside}', [
+            ('' if math.isnan(number) else f'{number:g}', False) for number in paper]))
+    columns.append(('runs', [(str(x.runs), False) for x in lines]))
+    heads, cells = zip(*columns)
+    return [*heads], [[*row] for row in zip(*cells)]
 
 # %% ../../nbs/study/37_tables.ipynb #67145768
 def _label(line):
