@@ -113,8 +113,22 @@ def test_stored_runs_are_the_whole_study_from_clean_clones(dataset, k, settings)
     finished = read_records(plan(study(dataset), None, seeds=5, num_classes=k), RESULTS/dataset/'tails')
     assert len(finished) == len([*(RESULTS/dataset/'tails').rglob('seed-*.json')]) == 13 * 5 * settings
     assert {found['git']['commit'][:7] for _, found in finished} <= {'b090266', 'e0c60e0'}
-    assert not any(found['git']['changed'] for _, found in finished)
-    assert not any(found['diverged'] for _, found in finished)
+    rows = [row.name for row in study(dataset).more(k)]
+    changed = read_records(plan(study(dataset), None, rows, seeds=5, num_classes=k), RESULTS/dataset/'changed')
+    assert len(changed) == len([*(RESULTS/dataset/'changed').rglob('seed-*')]) == 10 * 5 * settings * (
+        dataset != 'mnist_10k')
+    assert {found['git']['commit'][:7] for _, found in changed} <= {'fd79ed5'}
+    for _, found in finished + changed: assert not (found['git']['changed'] or found['diverged'])
+
+
+def test_the_longer_trainings_are_stored_from_clean_clones():
+    recipe = study('digits')
+    recipe = replace(recipe, settings=[s for s in recipe.settings if s.name == 'natural'])
+    rows = ['ce', 'ce+prior', 'normface-*0+prior', 'normface-5+prior', 'cosface-10+prior', 'lm-*']
+    longer = read_records(plan(recipe, None, rows, seeds=5, epochs=80), RESULTS/'digits'/'converged')
+    assert len(longer) == len([*(RESULTS/'digits'/'converged').rglob('seed-*')]) == 8 * 5
+    assert {(found['git']['commit'][:7], found['git']['changed']) for _, found in longer} == {
+        ('43f254f', False), ('fd79ed5', False)}
 
 
 @pytest.mark.parametrize('kind, folder, every', [
