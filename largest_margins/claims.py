@@ -24,7 +24,6 @@ from random import Random
 from types import ModuleType
 
 # %% ../nbs/theory/00_claims.ipynb #9443ded1
-import numpy as np
 import torch
 from scipy.optimize import minimize
 from torch import Tensor
@@ -261,22 +260,19 @@ def descend(
     iterations: int = 1000,  # largest number of L-BFGS iterations
 ) -> tuple:  # the lowest value, then the unit rows, one tensor for each start
     "Minimize an objective of unit rows with L-BFGS."
-    sizes = np.cumsum([start.numel() for start in starts])[:-1]
-
     def rows(flat):
-        parts = np.split(flat, sizes)
-        return [torch.tensor(part.reshape(start.shape), requires_grad=True)
+        parts = flat.split([start.numel() for start in starts])
+        return [unit_rows(part.view_as(start))
                 for part, start in zip(parts, starts, strict=True)]
 
     def value_and_gradient(flat):
-        free = rows(flat)
-        value = objective(*map(unit_rows, free))
+        free = torch.tensor(flat, requires_grad=True)
+        value = objective(*rows(free))
         value.backward()
-        gradients = [torch.zeros_like(f) if f.grad is None else f.grad for f in free]
-        return value.item(), np.concatenate([g.flatten().numpy() for g in gradients])
+        return value.item(), free.grad.numpy()
 
-    first = np.concatenate([unit_rows(s.double()).flatten().numpy() for s in starts])
-    least = minimize(value_and_gradient, first, jac=True, method='L-BFGS-B',
+    first = torch.cat([unit_rows(start.double()).flatten() for start in starts])
+    least = minimize(value_and_gradient, first.numpy(), jac=True, method='L-BFGS-B',
                      options=dict(maxiter=iterations, maxfun=2 * iterations,
                                   maxcor=20, ftol=0, gtol=1e-13))
-    return least.fun, *(unit_rows(row.detach()) for row in rows(least.x))
+    return least.fun, *rows(torch.from_numpy(least.x))

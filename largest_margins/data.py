@@ -502,7 +502,7 @@ def _splits(path):
             raise ValueError(f'{path} must have one split of a kind, got {names}')
     train, test, val = (next(iter(folders), None) for folders in by_role.values())
     held_out = test or val
-    if train and not held_out: held_out = _other_split(path, train)
+    if train and not held_out: _refuse_others(path, train)
     if train and held_out and train.samefile(held_out):
         raise ValueError(f'{held_out} must not be the same folder as {train.name}')
     if train: return train, held_out
@@ -515,7 +515,7 @@ def _splits(path):
     return None, None
 
 # %% ../nbs/training/21_data.ipynb #b7357048
-def _other_split(path, train):
+def _refuse_others(path, train):
     "Refuse a folder beside the only split that has a folder for a class, too."
     classes = {folder.name for folder in _subfolders(train)}
     for other in _subfolders(path):
@@ -576,7 +576,7 @@ def _file_data(name, train, test, classes, size, budget):
                        for rows in _split(targets, .25))
     images = [ImageFiles(files, size) for files, _ in (train, test)]
     if sum(math.prod(x.shape) for x in images) <= budget:
-        images = [x[torch.arange(len(x))] for x in images]
+        images = [x[:] for x in images]
     return ImageData(name, images[0], train[1], images[1], test[1], classes)
 
 # %% ../nbs/training/21_data.ipynb #fb72223c

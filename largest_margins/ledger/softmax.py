@@ -12,6 +12,7 @@ import math
 
 import torch
 from scipy.integrate import solve_ivp
+from scipy.optimize import bisect
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -34,12 +35,9 @@ def prototypes_with_class_margin(
                          f'got {math.degrees(margin):.4f}°')
     torch.manual_seed(0)
     e = unit_rows(torch.randn(1, d, dtype=torch.float64))
-    low, high = 0., 1.
-    for _ in range(60):
-        t = (low + high) / 2
-        moved = unit_rows((1 - t) * W + t * e)
-        low, high = (t, high) if class_margin(moved) > margin else (low, t)
-    return moved
+    def moved(t): return unit_rows((1 - t) * W + t * e)
+    def excess(t): return class_margin(moved(t)).item() - margin
+    return moved(bisect(excess, 0, 1, xtol=1e-16))
 
 # %% ../../nbs/theory/07_softmax.ipynb #063defb7
 def _log_loss(W, Z):

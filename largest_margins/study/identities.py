@@ -444,7 +444,7 @@ def pairs_task(
         return PairsTask(training, pairs, None)
     paths, targets, classes, pairs = _pairs_folder(dataset)
     images = ImageFiles(paths, size, channels, crop=False)
-    if math.prod(images.shape) <= 2**31: images = images[torch.arange(len(images))]
+    if math.prod(images.shape) <= 2**31: images = images[:]
     training = identity_data(Path(dataset).resolve().name, images, targets, classes)
     return PairsTask(training, pairs, Path(dataset, 'test'))
 
