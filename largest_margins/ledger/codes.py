@@ -19,7 +19,9 @@ from ..certificates import verify
 from ..claims import (
     Check, Claim, descend, dot, rational_frame, rational_points, register)
 from ..codes import best_packing, sample_margin_certificate
-from ..margins import class_margin, unit_rows
+from .lm_softmax import anneal
+from ..losses import LMSoftmaxLoss
+from ..margins import class_margin, min_sample_margin, unit_rows
 from ..theory.simplex import log_riesz_energy
 
 # %% ../../nbs/theory/06b_codes_checks.ipynb #120d8d1f
@@ -144,16 +146,8 @@ def largest_margin(
     scales: tuple[float, ...] = (5., 20., 100., 1000., 10_000., 100_000.),  # annealed
 ) -> tuple[float, Tensor, Tensor]:  # γ_min, prototypes, features
     "The largest sample margin that free prototypes and features find by L-BFGS."
-    torch.manual_seed(seed)
-    W, Z = torch.randn(2, k, d, dtype=torch.float64)
-    eye = torch.eye(k, dtype=torch.bool)
-
-    def over(W, Z):
-        cosines = Z @ W.T
-        return (cosines.diagonal()[:, None] - cosines)[~eye]
-    for s in scales:
-        _, W, Z = descend(lambda W, Z, s=s: (-s * over(W, Z)).logsumexp(0) / s, W, Z)
-    return over(W, Z).min().item(), W, Z
+    _, W, Z = anneal(LMSoftmaxLoss(aggregation='logsumexp'), k, d, scales, seed)
+    return min_sample_margin(Z @ W.T, torch.arange(k)).item(), W, Z
 
 # %% ../../nbs/theory/06b_codes_checks.ipynb #53186a38
 def _p3_exact(total=lambda k, square: k**3 - k * square):

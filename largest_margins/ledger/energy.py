@@ -17,6 +17,8 @@ from ..checks import check_prototypes, integer, number
 from ..claims import (
     Check, Claim, descend, dot, endpoints, rational_points, register)
 from ..codes import best_packing
+from .lm_softmax import anneal
+from ..losses import LMSoftmaxLoss
 from ..margins import class_margin, unit_rows
 
 # %% ../../nbs/theory/10b_energy.ipynb #17f9a2c6
@@ -56,16 +58,10 @@ def free_features_minimum(
     seeds: int = 5,  # number of random starts; the lowest counts
 ) -> tuple[float, float]:  # the loss, and the largest ‖w − z‖
     "Return the lowest loss found with free features, and the largest ‖w − z‖ there."
-    other, minima = ~torch.eye(k, dtype=torch.bool), []
+    loss, minima = LMSoftmaxLoss(aggregation='logsumexp'), []
+    scales = (*(s for s in (1., 5., 20.) if s < scale), scale)
     for seed in range(seeds):
-        torch.manual_seed(seed)
-        W, Z = torch.randn(2, k, d, dtype=torch.float64)
-        for s in (*(s for s in (1., 5., 20.) if s < scale), scale):
-            def loss(W, Z, s=s):
-                cosines = Z @ W.T
-                margins = cosines.diagonal()[:, None] - cosines
-                return (-s * margins)[other].logsumexp(0) / s
-            value, W, Z = descend(loss, W, Z, iterations=3000)
+        value, W, Z = anneal(loss, k, d, scales, seed)
         minima.append((value, (W - Z).norm(dim=1).max().item()))
     return min(minima)
 
