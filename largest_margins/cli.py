@@ -359,7 +359,7 @@ def _predicted(args):
     predictions = predict_table2(scale, args.dataset or 'cifar10', args.rows)
     if not predictions: raise ValueError(f'rows must be as printed, got {args.rows}')
     fit = fit_table2()
-    print(f'the scale that fits best: {fit.scale:.3f}, interval of 95 % '
+    print(f'the scale that fits CIFAR-10: {fit.scale:.3f}, interval of 95 % '
           f'[{fit.low:.3f}, {fit.high:.3f}]; below: scale {scale:g}')
     print(*predicted_lines(predictions), '', sep='\n')
     print(*predicted_lines(predictions, **SAMPLE_MARGINS), sep='\n')

@@ -189,6 +189,8 @@ def test_the_commands(tmp_path, capsys):
     assert '| sample margin: mean, smallest |' in said.out
     code, said = run('2', '--predicted', '--rows', 'NormFace', '--scale', 20)
     assert code == 0 and 'below: scale 20' in said.out and '62.72 | 84.71' in said.out
+    code, said = run('2', '--predicted', '--dataset', 'cifar100', '--rows', 'NormFace')
+    assert code == 0 and 'fits CIFAR-10: 4.98' in said.out and '16.11 | 51.8' in said.out
     for argv, message in ((('1', '--predicted'), 'table 2'), (('2', '--predicted', '--dataset', 'digits'), 'cifar100'),
                           (('2', '--predicted', '--epochs', 9), 'epochs has no meaning with --predicted'),
                           (('2', '--predicted', '--rows', 'normface'), 'rows must be as printed')):
