@@ -187,6 +187,65 @@ def _say(message, code):
     with suppress(OSError): print(f'largest-margins: {message}', file=sys.stderr)
     return code
 
+# %% ../nbs/study/33_cli.ipynb #aa3301aa
+def _field_arguments(p, kind, names=None):
+    "An option for each field of a configuration, as its line, range and default say."
+    from largest_margins.study.configurations import field_lines
+    lines = field_lines(kind)
+    for f in fields(kind):
+        if names and f.name not in names: continue
+        choices = ', '.join(f.metadata.get('choices', ()))
+        line = lines[f.name] + (f'; one of {choices}' if choices else '')
+        _option(p, f.name, (get_args(f.type) or (f.type,))[0], f.default, line)
+
+# %% ../nbs/study/33_cli.ipynb #d46706ea
+def _option(p, name, kind, default, line, of_recipe=False):
+    "An option, or an argument if it has no default, as the comment beside it says."
+    needed, off, line = default is ..., default is False, line.partition('; False')[0]
+    if of_recipe:
+        default, line = None, f'{line.partition("; None")[0]}; default: the recipe’s'
+    elif default is None: line = re.sub('; None( takes|:) ', '; default: ', line)
+    elif not needed and not off: line = f'{line}; default {default}'
+    options = dict(help=line.replace('%', '%%'))
+    if not needed: options['default'] = default
+    if kind is bool:
+        options['action'] = 'store_true' if off else argparse.BooleanOptionalAction
+    else:
+        if kind == list[str]: options['nargs'], kind = '+', str
+        options['type'] = _seed if name == 'seed' else kind
+        options['metavar'] = name.rsplit('_', 1)[-1].upper()
+    p.add_argument(name if needed else f'--{name.replace("_", "-")}', **options)
+
+# %% ../nbs/study/33_cli.ipynb #890c235b
+def _declared(module, name):
+    "Type, default and line of each parameter or field, as the source says."
+    text = (resources.files('largest_margins')/f'{module}.py').read_text('utf-8')
+    node = next(x for x in ast.parse(text).body if getattr(x, 'name', '') == name)
+    if isinstance(node, ast.ClassDef):
+        rows = [(x.target.id, x.annotation, x.value) for x in node.body
+                if isinstance(x, ast.AnnAssign)]
+    else:
+        args = [*node.args.args, *node.args.kwonlyargs]
+        some = [*node.args.defaults, *node.args.kw_defaults]
+        rows = [(a.arg, a.annotation, value) for a, value in zip(
+            args, [None] * (len(args) - len(some)) + some, strict=True)]
+    for name, kind, value in rows:
+        line = text.split('\n')[(value or kind).end_lineno - 1]
+        kind = re.match(r'list\[str\]|\w+', ast.unparse(kind))[0]
+        if isinstance(value, ast.Call): value = value.args[0]  # of `_field`
+        yield name, kind, ... if value is None else value, line.partition('  # ')[2]
+
+# %% ../nbs/study/33_cli.ipynb #6991dee5
+_KINDS = {'int': int, 'float': float, 'str': str, 'bool': bool, 'list[str]': list[str]}
+
+
+def _arguments_of(p, module, name, *wanted, **options):
+    "Add the wanted parameters of a function, or fields of a class."
+    for key, kind, value, line in _declared(module, name):
+        if key not in wanted: continue
+        default = value if value is ... else ast.literal_eval(value)
+        _option(p, key, _KINDS[kind], default, line, **options)
+
 # %% ../nbs/study/33_cli.ipynb #d4e657b6
 def _prove(args):
     "Run the ledger and print a line for each check as it ends."
@@ -259,65 +318,6 @@ def _train_arguments(p):
     _field_arguments(p, ClassifierFields)
     _run_arguments(p, 'runs/train', threads=None,
                    resume='go on with the training in --out that was interrupted')
-
-# %% ../nbs/study/33_cli.ipynb #aa3301aa
-def _field_arguments(p, kind, names=None):
-    "An option for each field of a configuration, as its line, range and default say."
-    from largest_margins.study.configurations import field_lines
-    lines = field_lines(kind)
-    for f in fields(kind):
-        if names and f.name not in names: continue
-        choices = ', '.join(f.metadata.get('choices', ()))
-        line = lines[f.name] + (f'; one of {choices}' if choices else '')
-        _option(p, f.name, (get_args(f.type) or (f.type,))[0], f.default, line)
-
-# %% ../nbs/study/33_cli.ipynb #d46706ea
-def _option(p, name, kind, default, line, of_recipe=False):
-    "An option, or an argument if it has no default, as the comment beside it says."
-    needed, off, line = default is ..., default is False, line.partition('; False')[0]
-    if of_recipe:
-        default, line = None, f'{line.partition("; None")[0]}; default: the recipe’s'
-    elif default is None: line = re.sub('; None( takes|:) ', '; default: ', line)
-    elif not needed and not off: line = f'{line}; default {default}'
-    options = dict(help=line.replace('%', '%%'))
-    if not needed: options['default'] = default
-    if kind is bool:
-        options['action'] = 'store_true' if off else argparse.BooleanOptionalAction
-    else:
-        if kind == list[str]: options['nargs'], kind = '+', str
-        options['type'] = _seed if name == 'seed' else kind
-        options['metavar'] = name.rsplit('_', 1)[-1].upper()
-    p.add_argument(name if needed else f'--{name.replace("_", "-")}', **options)
-
-# %% ../nbs/study/33_cli.ipynb #890c235b
-def _declared(module, name):
-    "Type, default and line of each parameter or field, as the source says."
-    text = (resources.files('largest_margins')/f'{module}.py').read_text('utf-8')
-    node = next(x for x in ast.parse(text).body if getattr(x, 'name', '') == name)
-    if isinstance(node, ast.ClassDef):
-        rows = [(x.target.id, x.annotation, x.value) for x in node.body
-                if isinstance(x, ast.AnnAssign)]
-    else:
-        args = [*node.args.args, *node.args.kwonlyargs]
-        some = [*node.args.defaults, *node.args.kw_defaults]
-        rows = [(a.arg, a.annotation, value) for a, value in zip(
-            args, [None] * (len(args) - len(some)) + some, strict=True)]
-    for name, kind, value in rows:
-        line = text.split('\n')[(value or kind).end_lineno - 1]
-        kind = re.match(r'list\[str\]|\w+', ast.unparse(kind))[0]
-        if isinstance(value, ast.Call): value = value.args[0]  # of `_field`
-        yield name, kind, ... if value is None else value, line.partition('  # ')[2]
-
-# %% ../nbs/study/33_cli.ipynb #6991dee5
-_KINDS = {'int': int, 'float': float, 'str': str, 'bool': bool, 'list[str]': list[str]}
-
-
-def _arguments_of(p, module, name, *wanted, **options):
-    "Add the wanted parameters of a function, or fields of a class."
-    for key, kind, value, line in _declared(module, name):
-        if key not in wanted: continue
-        default = value if value is ... else ast.literal_eval(value)
-        _option(p, key, _KINDS[kind], default, line, **options)
 
 # %% ../nbs/study/33_cli.ipynb #5a3d5cf6
 def _run_arguments(p, out, threads, resume=None):
