@@ -1,7 +1,7 @@
 """The best packings known at many sizes, for the margin calculator: `python benchmarks/packings.py`.
 
-Up to 50 classes have 400 starts of `best_packing` in space and 40 beyond, more have 4 to 1, in space as many as take a
-minute (66 for 100 points), all from seed 0. A size that `benchmarks/results/packings.json` has is not searched again,
+Up to 50 classes have 400 starts of `best_packing` in space and 40 beyond; more have 4 to 1, in space those that
+`best_packing` takes by itself; all from seed 0. A size that `benchmarks/results/packings.json` has is not searched again,
 so that a broken run goes on; `--fresh` begins anew.
 Then each size gets the best of four: what its search found, the code that the package stores with its certificate, the
 best construction that contains it, and the best entry for more points or fewer dimensions. Each construction is a size
@@ -23,7 +23,7 @@ from largest_margins.theory.constructions import constructions, known_packing
 
 FILE = RESULTS/'packings.json'
 DIMENSIONS = (*range(3, 9), 10, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-SPACE = (41, 42, 43)  # more in three dimensions, to compare with Sloane's tables
+SPACE = (41, 42, 43, *range(70, 131, 5))  # more in three dimensions, to compare with Sloane's tables
 MANY = (48, 56, 64, 100, 120, 128, 200, 240, 256, 500, 1000)
 
 
@@ -41,10 +41,10 @@ def built_sizes():
 
 def search(k, d):
     "What was found at a size, and the bound beside it, in degrees."
-    start, starts = process_time(), 40 if k <= 50 else min(4, max(1, 2000 // (k * d) + 1))
-    if d == 3: starts = 400 if k <= 50 else max(1, 2_000_000 // (k * k * d))
-    packing = best_packing(k, d, starts=starts)
-    return {'k': k, 'd': d, 'starts': starts, 'class_margin': math.degrees(packing.class_margin),
+    start, done, starts = process_time(), [], 40 if k <= 50 else min(4, max(1, 2000 // (k * d) + 1))
+    if d == 3: starts = 400 if k <= 50 else None
+    packing = best_packing(k, d, starts=starts, progress=lambda *told: done.append(told))
+    return {'k': k, 'd': d, 'starts': starts or len(done), 'class_margin': math.degrees(packing.class_margin),
             'how': packing.how, 'bound': math.degrees(packing.bound), 'seconds': round(process_time() - start, 2)}
 
 

@@ -212,110 +212,104 @@ def _in_balance(points, i, j, slack=1e-9):
     return weights.min() > 0 and abs(rows.T @ weights).max() < slack
 
 
-# %% ../nbs/theory/03_packing.ipynb #7a9c3e16
-def _fraction(x, step):
-    "How much of a step leaves all of x positive."
-    return min(1., (-.995 * x[step < 0] / step[step < 0]).min(initial=1))
-
-
 # %% ../nbs/theory/03_packing.ipynb #7a9c3e17
-def _interior_step(rows, room, cost, u, g, slack, stress):
-    "Mehrotra's predictor and corrector: the next u, g, slack and stress."
-    m, n = rows.shape
-    pull, miss = cost * u + rows.T @ stress, rows @ u + g + slack - room
-    weights = stress / slack
-    weighted = rows.T.multiply(weights).tocsr()
-    solve = _factored(weighted @ rows + cost * identity(n))
-    ones = weighted @ np.ones(m)
-    raised = solve(ones)
-    def newton(products):
-        push = products / slack - weights * miss
-        still = solve(rows.T @ push - pull)
-        total = push.sum() - stress.sum() + 1
-        dg = (total - ones @ still) / (weights.sum() - ones @ raised)
-        du = still - dg * raised
-        ds = -miss - rows @ du - dg
-        return du, dg, ds, -(products + stress * ds) / slack
-    _, _, ds, dw = newton(stress * slack)
-    left = (slack + _fraction(slack, ds) * ds) @ (stress + _fraction(stress, dw) * dw)
-    centre = left**3 / (stress @ slack)**2 / m
-    steps = newton(stress * slack + ds * dw - centre)
-    part = min(_fraction(slack, steps[2]), _fraction(stress, steps[3]))
-    return [x + part * dx for x, dx in zip((u, g, slack, stress), steps)]
+def _curvature(points, tangents, pairs, pulls, slack, stress):
+    "The matrix of Newton's method; pulls: each pair's gradients at its two points."
+    (k, d), (i, j, c), (left, right) = points.shape, pairs, pulls
+    heavy, own, at = stress / slack, np.zeros((k, d - 1, d - 1)), np.arange(k)
+    for n, pull in (i, left), (j, right):
+        np.add.at(own, n, (heavy[:, None] * pull)[:, :, None] * pull[:, None])
+    both = (heavy[:, None] * left)[:, :, None] * right[:, None]
+    if d > 4:
+        held = np.bincount(i, stress * c, k) + np.bincount(j, stress * c, k)
+        own -= held[:, None, None] * np.eye(d - 1)
+        both += stress[:, None, None] * (tangents[i] @ tangents[j].transpose(0, 2, 1))
+    square = np.zeros((k, d - 1, k, d - 1))
+    square[at, :, at], square[i, :, j] = own, both
+    square[j, :, i] = both.transpose(0, 2, 1)
+    return square.reshape(k * (d - 1), -1)
 
 # %% ../nbs/theory/03_packing.ipynb #4869f29d
-def _interior(rows, room, cost, most=50):
-    "Maximize g − cost·‖u‖²/2 with rows·u + g ≤ room: u, g and the dual, of sum 1."
-    m, n = rows.shape
-    u, g, slack, stress = np.zeros(n), 0., room + .1 * room.mean(), np.full(m, 1 / m)
-    for _ in range(most):
-        miss = abs(rows @ u + g + slack - room).max()
-        if stress @ slack < 1e-11 and miss < 1e-10: break
-        try: u, g, slack, stress = _interior_step(rows, room, cost, u, g, slack, stress)
-        except (np.linalg.LinAlgError, RuntimeError): break  # singular, by rounding
-    return u, g, stress
-
+def _interior_step(points, pairs, slack, stress, centre, damping):
+    "Newton's step to slack · stress = centre: moves; changes of t, slack and stress."
+    (k, d), (i, j, _), tangents = points.shape, pairs, _tangents(points)
+    left = (tangents[i] @ points[j][:, :, None])[:, :, 0]
+    right = (tangents[j] @ points[i][:, :, None])[:, :, 0]
+    square = _curvature(points, tangents, pairs, (left, right), slack, stress)
+    square[np.diag_indices_from(square)] += damping
+    factor = cho_factor(square, overwrite_a=True, check_finite=False)
+    aim, heavy, pushes = centre / slack, stress / slack, np.zeros((k, d - 1, 2))
+    both = np.stack([heavy, aim], 1)[:, None]
+    np.add.at(pushes, i, left[:, :, None] * both)
+    np.add.at(pushes, j, right[:, :, None] * both)
+    pushes = pushes.reshape(-1, 2)
+    raised, still = cho_solve(factor, pushes, check_finite=False).T
+    dt = aim.sum() - 1 - pushes[:, 0] @ still
+    dt /= heavy.sum() - pushes[:, 0] @ raised
+    moves = (raised * dt - still).reshape(k, d - 1)
+    room = dt - (left * moves[i]).sum(1) - (right * moves[j]).sum(1)
+    moves = (moves[:, :, None] * tangents).sum(1)
+    return moves, dt, room, aim - stress - heavy * room
 
 # %% ../nbs/theory/03_packing.ipynb #7a9c3e15
-def _programme(points, pairs, top, radius, cost):
-    "The best moves up to a radius: moves, what they gain, and which pairs have stress."
-    (k, d), (i, j, cosines), tangents = points.shape, pairs, _tangents(points)
-    rows = _rows_of(i, j, np.einsum('nbd,nd->nb', tangents[i], points[j]),
-                    np.einsum('nbd,nd->nb', tangents[j], points[i]), k * (d - 1))
-    room = (top - cosines) / radius  # all lengths in units of the radius
-    if points.size > _FEW: moves, gain, stress = _interior(rows, room, cost / k)
-    else:
-        rows = hstack([rows, -np.ones((len(i), 1))])
-        loss, limits = np.zeros(rows.shape[1]), [(-1, 1)] * (k * (d - 1)) + [(None, 0)]
-        loss[-1] = 1
-        optimum = linprog(loss, A_ub=rows, b_ub=room, bounds=limits, method='highs-ds',
-                        options=_EXACT)
-        if optimum.x is None: return None
-        moves, gain, stress = optimum.x[:-1], -optimum.x[-1], -optimum.ineqlin.marginals
-    moves = (moves.reshape(k, d - 1, 1) * tangents).sum(1)
-    longest = max(1, np.linalg.norm(moves, axis=1).max() / 4)
-    return radius / longest * moves, radius / longest * gain, stress > 1e-7
+def _part(x, step):
+    "How much of a step leaves all of x positive."
+    return min(1., (-.99 * x[step < 0] / step[step < 0]).min(initial=1))
+
+
+def _moved(points, step, pairs, slack, dt, part):
+    "The points after at most a part of a step that leaves slack, and which part."
+    (i, j, c), t = pairs, (slack + pairs[2])[0]
+    for part in part / 2**np.arange(9):
+        moved = _normalised(points + part * step)
+        chords = np.square(moved[i] - moved[j]).sum(1)
+        if (t + part * dt - 1 + chords / 2 > .01 * slack).all(): return moved, part
+    return points, 0.
 
 # %% ../nbs/theory/03_packing.ipynb #6776ec2b
-_EXACT = dict.fromkeys(('primal_feasibility_tolerance', 'dual_feasibility_tolerance'),
-                       1e-10)
-_FEW = 400  # coordinates, up to which the dual simplex method is faster
-_FEWER = 1000  # coordinates, up to which each good end of a search is polished
-
+_FEW = 400  # coordinates, up to which we look for motions
+_FEWER = 1000  # coordinates, up to which each good end is polished, and tilted at the end
 
 # %% ../nbs/theory/03_packing.ipynb #7a9c3e1g
-def _lift(points, deadline, exact=True):
-    "Sequential linear programming: lower the largest cosine while that is possible."
-    top, (_, d) = _largest_cosine(points), points.shape
-    chord = math.sqrt(2 - 2 * top)
-    radius, largest, cost = min(.01, .05 * chord), .1 * chord, 1e-3
-    large, steps = points.size > _FEWER, 300
-    step = 3e-4 * points.size if d < 5 else 3e-10 * points.size**3  # seconds, about
-    if large and deadline == math.inf: steps = int(60 / step)
-    for _ in range(steps):
-        if large and time.monotonic() + step > deadline: break
-        reach = 4 * radius * (chord if large else 1)
-        pairs = i, j, _ = _close_pairs(points, reach)
-        solution = _programme(points, pairs, top, radius, cost)
-        if solution is None: break
-        moves, promised, stressed = solution
-        if promised < 1e-13: break
-        i, j = i[stressed], j[stressed]
-        still = np.zeros_like(points)
-        still[i], still[j] = moves[i], moves[j]
-        tries = [_normalised(points + still), _normalised(points + moves)]
-        if exact: tries.append(_newton(tries[0], i, j))
-        moved = min(tries, key=_largest_cosine)
-        gain = top - _largest_cosine(moved)
-        if gain > 0: points, top = moved, top - gain
-        if exact and moved is tries[2] and _in_balance(points, i, j): break
-        part = gain / promised
-        if large and part > .5 and radius == largest: cost = max(1e-8, cost / 4)
-        if part <= 0: cost = min(1e-3, 4 * cost)
-        radius *= 2 if part > .5 else 1 / 2 if part > 0 else 1 / 4
-        radius = min(largest, radius)
-        if radius < 1e-10 or time.monotonic() > deadline: break
-    return points
+def _lift(points, deadline, exact=True, first=.05):
+    "An interior-point method: lower the largest cosine while that is possible."
+    (k, d), best, top = points.shape, points, _largest_cosine(points)
+    chord, took, known = math.sqrt(2 - 2 * top), 0., np.zeros((k, k))
+    t, reach, damping, share = top + first * chord**2, .4 * chord**2, 1 / k, 1.
+    gap = 0.
+    for n in range(150):
+        if (began := time.monotonic()) + took > deadline: break
+        pairs = i, j, c = _close_pairs(points, reach)
+        if c.max() >= t: t = c.max() + gap  # a pair that was not close before
+        slack, stress = t - c, known[i, j]
+        if not stress.any(): stress = 1 / slack / (1 / slack).sum()
+        else: stress = np.where(stress > 0, stress, centre / slack)
+        centre = share * (stress @ slack) / len(i)
+        try: step, dt, room, change = _interior_step(
+            points, pairs, slack, stress, centre, damping)
+        except np.linalg.LinAlgError:  # not positive definite
+            damping *= 4
+            continue
+        part = min(_part(slack, room), .1 * chord / max(1e-30, abs(step).max()))
+        points, part = _moved(points, step, pairs, slack, dt, part)
+        dual, t = _part(stress, change), t + part * dt
+        known[:] = 0
+        known[i, j] = stress + dual * change
+        damping = max(.7 * damping, .2 / k) if d > 4 else max(.3 * damping, .03 / k)
+        share = max(.2, 1 - min(part, dual))
+        now = 1 - np.square(points[i] - points[j]).sum(1) / 2
+        gap, tries = centre * len(i), [points]
+        reach = min(.4 * chord**2, max(1e4 * gap, 3 * abs(now - c).max()))
+        if exact and gap < 5e-6 * chord**2:
+            held = known[i, j] * len(i) > (t - now) / chord**2
+            tries.append(_newton(points, i[held], j[held]))
+        tried = min(tries, key=_largest_cosine)
+        if (now := _largest_cosine(tried)) < top: best, top = tried, now
+        if tried is tries[-1] and len(tries) > 1 and _in_balance(
+                tried, i[held], j[held]): break
+        if gap < 1e-12: break
+        took = time.monotonic() - began
+    return best
 
 # %% ../nbs/theory/03_packing.ipynb #874d3e85
 _MANY = 4000  # coordinates, up to which there are linear programs
@@ -330,7 +324,11 @@ def _tilted(points):
 # %% ../nbs/theory/03_packing.ipynb #9325b34b
 def _polish(points, deadline):
     "To a stationary arrangement nearby, and there to rounding."
-    if points.size <= _MANY: points = _lift(points, deadline)
+    if points.size <= _MANY:
+        points = _lift(points, deadline)
+        for first in (1e-3, 1e-5) if points.shape[1] < 5 else ():
+            if _in_balance(points, *_close_pairs(points, 1e-9)[:2]): break
+            points = _lift(points, deadline, first=first)
     else:
         for p in _LAST: points = min(points, _descend(points, p, 1000, deadline)[0],
                                      key=_largest_cosine)
@@ -351,7 +349,7 @@ def _certified(points):
 def _settle(points, deadline):
     "Polish; and from what is not certified to be a local optimum, tilt and try again."
     points = _polish(points, deadline)
-    if points.size > _FEW or _certified(points): return points
+    if points.size > _FEWER or _certified(points): return points
     return min(points, _polish(_tilted(points), deadline), key=_largest_cosine)
 
 # %% ../nbs/theory/03_packing.ipynb #b6c0f2a9
@@ -426,16 +424,17 @@ _RESOLUTION = 1e-6  # rad: certified bounds stay as far above the optimum as tha
 
 # %% ../nbs/theory/03_packing.ipynb #cffaec92
 def _hop(best, rng):
-    "The points, up to three neighbors of which go into holes elsewhere."
+    "The points, up to three neighbors of which go into holes, mostly elsewhere."
     k, d = best.shape
     near = (best @ best[rng.integers(k)]).argsort()[::-1]
     moved = int(rng.integers(1, 4))
-    points = np.delete(best, rng.permutation(near[:4 * moved])[:moved], 0)
+    gone = rng.permutation(near[:4 * moved])[:moved]
+    points = best
     for _ in range(moved):
         tries = _normalised(rng.standard_normal((2000, d)))
-        holes = (tries @ points.T).max(1).argsort()[:20]
+        holes = (tries @ points.T).max(1).argsort()[:200]
         points = np.vstack([points, tries[rng.choice(holes)]])
-    return points
+    return np.delete(points, gone, 0)
 
 # %% ../nbs/theory/03_packing.ipynb #9560009e
 def _less_one(points):
@@ -447,8 +446,8 @@ def _less_one(points):
 
 _TURNS = (('random', 0), ('symmetric', 2), ('random', 3), ('hop', 3), ('random', 3),
           ('crowded', 2), ('shaken', 3), ('symmetric', 2))  # and the first exponent
-_TURNS_IN_SPACE = (('symmetric', 2), ('random', 3), ('symmetric', 2), ('stirred', 3),
-                   ('crowded', 2), ('stirred', 3), ('hop', 3), ('stirred', 3))  # k > 40
+_TURNS_IN_SPACE = 2 * (('symmetric', 0), ('hop', 3), ('stirred', 3)) + (
+    ('symmetric', 0), ('random', 2))  # `_quick`: up to exponent 40
 
 # %% ../nbs/theory/03_packing.ipynb #05d791bg
 def _start(kind, k, d, n, best, rng):
@@ -470,14 +469,19 @@ def _start(kind, k, d, n, best, rng):
     return np.concatenate([turned.reshape(-1, d), fixed])
 
 # %% ../nbs/theory/03_packing.ipynb #921e4322
+def _quick(k, d):
+    "Whether ends of exponent 40 are polished at once."
+    return d == 3 and 40 < k <= _FEWER // 3
+
+
 def _kind(m, k, d):
     "Which kind of start the m-th one is, and where in the exponents it begins."
-    turns = _TURNS if k <= 40 or d > 3 else _TURNS_IN_SPACE
+    turns = _TURNS_IN_SPACE if _quick(k, d) else _TURNS
     kind, first = turns[(m - 1) % len(turns)]
-    if kind == 'symmetric' and (d > 3 or not _symmetries(k)): kind, first = 'random', 3
-    if m <= len(turns) and kind in ('hop', 'shaken', 'stirred'):
+    if kind == 'symmetric' and (d > 3 or not _symmetries(k)):
+        kind, first = 'random', 2 if _quick(k, d) else 3
+    if m <= len(turns) and kind in ('hop', 'shaken') and not _quick(k, d):
         kind, first = 'random', 1
-    if kind == 'stirred' and k * d <= _FEW: return kind, len(_EXPONENTS)
     return kind, first if k * d <= 10_000 else 2
 
 # %% ../nbs/theory/03_packing.ipynb #05d791bh
@@ -499,9 +503,10 @@ def _search(k, d, rng, starts, deadline, bound, progress, best=None):
         if kind == 'crowded': points = _less_one(_descend(points, 40, 300, deadline)[0])
         if best is None: best = points
         known = False
-        for n, p in enumerate(_EXPONENTS[first:], first):
+        exponents = _EXPONENTS[:3] if _quick(k, d) else _EXPONENTS
+        for n, p in enumerate(exponents[first:], first):
             now = time.monotonic()
-            until = now + (latest - now) / (len(_EXPONENTS) - n)
+            until = now + (latest - now) / (len(exponents) - n)
             points, energy = _descend(points, p, 1500 if p == 2 else 300, until)
             if known := any(abs(energy - other) < 1e-9 for other in energies[p]): break
             energies[p].append(energy)
@@ -512,8 +517,8 @@ def _search(k, d, rng, starts, deadline, bound, progress, best=None):
             optima.append(end)
             distinct += away > 2e-6 and kind in ('random', 'crowded')
             highest = min(highest, end)
-            if not large and (first == len(_EXPONENTS) or (
-                    math.acos(end) > (.98 if d == 3 else .9995) * math.acos(highest))):
+            near = (.98 if d == 3 else .9995) * math.acos(highest)
+            if not large and (_quick(k, d) or math.acos(end) > near):
                 points = _polish(points, deadline)
                 if (now := _largest_cosine(points)) < top: best, top = points, now
         if progress: progress(m, starts if starts < math.inf else m, math.acos(top))
@@ -638,7 +643,7 @@ def _balances(points, slack=1e-9):
     return solution.status == 0
 
 # %% ../nbs/theory/03_packing.ipynb #09bf06b4
-def _flexes(points, step=.05):
+def _flexes(points, step=.2):
     "Whether the points that touch can move, no rotation, and touch no closer."
     points = points[np.unique(np.concatenate(_close_pairs(points, 1e-9)[:2]))]
     cosines = points @ points.T
@@ -653,7 +658,7 @@ def best_packing(
     d: int,  # dimension, ≥ 2
     *,
     seed: int = 0,  # of the random starts; same seed, same points
-    starts: int | None = None,  # most starts, ≥ 1; None: by size, up to 400
+    starts: int | None = None,  # most starts, ≥ 1; None: by size, up to 800
     seconds: float | None = None,  # search time, > 0; None: until `starts` are done
     # called after each start: starts done, starts planned, class margin (radians)
     progress: Callable[[int, int, float], None] | None = None,
@@ -667,7 +672,7 @@ def best_packing(
     if known := _closed_form(k, d) or known_packing(k, d):
         known = Packing(known[0], bound, known[1])
         if k <= 2 * d or d == 2 or known.gap <= _RESOLUTION: return known
-    largest = starts or min(40 if d > 3 else 400, max(1, 2_000_000 // (k * k * d)))
+    largest = starts or _starts(k, d)
     if seconds is not None: largest = starts or math.inf
     first = known.points.numpy() if known and k * d <= _MANY else None
     with one_thread() if k * k * d <= _SMALL else nullcontext():
@@ -680,6 +685,12 @@ def best_packing(
 
 # %% ../nbs/theory/03_packing.ipynb #7ed9e1ea
 _SMALL = 10**7  # multiplications for all pairs, up to which one thread is best
+
+
+def _starts(k, d):
+    "How many starts a search has if nobody says: less than a minute."
+    most, work = (40, 2) if d > 3 else (800, 18) if _quick(k, d) else (400, 2)
+    return min(most, max(1, work * 10**6 // (k * k * d)))
 
 # %% ../nbs/theory/03_packing.ipynb #2fbb860g
 def _closed_form(k, d):
