@@ -1,8 +1,8 @@
 """The best packings known at many sizes, for the margin calculator: `python benchmarks/packings.py`.
 
 Up to 50 classes have 400 starts of `best_packing` in space and 40 beyond; more have 4 to 1, in space those that
-`best_packing` takes by itself; all from seed 0. A size that `benchmarks/results/packings.json` has is not searched again,
-so that a broken run goes on; `--fresh` begins anew.
+`best_packing` takes by itself; all from seed 0. A size that `benchmarks/results/packings.json` has is not searched
+again, so that a broken run goes on; `--fresh` begins anew.
 Then each size gets the best of four: what its search found, the code that the package stores with its certificate, the
 best construction that contains it, and the best entry for more points or fewer dimensions. Each construction is a size
 of its own, with at most 1000 of its points.

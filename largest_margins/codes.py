@@ -88,7 +88,7 @@ def _near_energy(points, p):
 
 # %% ../nbs/theory/03_packing.ipynb #6fa38346
 _EXPONENTS = 2, 8, 40, 200, 1000, 5000
-_LAST = 30_000, 200_000  # of packings that are too large for a linear program
+_LAST = 30_000, 200_000  # of packings too large for the polish
 
 
 class _TimeIsUp(Exception): pass
@@ -257,10 +257,11 @@ def _part(x, step):
     return min(1., (-.99 * x[step < 0] / step[step < 0]).min(initial=1))
 
 
-def _moved(points, step, pairs, slack, dt, part):
+def _moved(points, step, pairs, slack, dt, most):
     "The points after at most a part of a step that leaves slack, and which part."
-    (i, j, c), t = pairs, (slack + pairs[2])[0]
-    for part in part / 2**np.arange(9):
+    i, j, cosines = pairs
+    t = slack[0] + cosines[0]
+    for part in most / 2**np.arange(9):
         moved = _normalised(points + part * step)
         chords = np.square(moved[i] - moved[j]).sum(1)
         if (t + part * dt - 1 + chords / 2 > .01 * slack).all(): return moved, part
@@ -268,7 +269,7 @@ def _moved(points, step, pairs, slack, dt, part):
 
 # %% ../nbs/theory/03_packing.ipynb #6776ec2b
 _FEW = 400  # coordinates, up to which we look for motions
-_FEWER = 1000  # coordinates, up to which each good end is polished, and tilted at the end
+_FEWER = 1000  # coordinates, up to which each good end of a search is polished
 
 # %% ../nbs/theory/03_packing.ipynb #7a9c3e1g
 def _lift(points, deadline, exact=True, first=.05):
@@ -276,8 +277,8 @@ def _lift(points, deadline, exact=True, first=.05):
     (k, d), best, top = points.shape, points, _largest_cosine(points)
     chord, took, known = math.sqrt(2 - 2 * top), 0., np.zeros((k, k))
     t, reach, damping, share = top + first * chord**2, .4 * chord**2, 1 / k, 1.
-    gap = 0.
-    for n in range(150):
+    gap = centre = 0.
+    for _ in range(150):
         if (began := time.monotonic()) + took > deadline: break
         pairs = i, j, c = _close_pairs(points, reach)
         if c.max() >= t: t = c.max() + gap  # a pair that was not close before
@@ -285,11 +286,11 @@ def _lift(points, deadline, exact=True, first=.05):
         if not stress.any(): stress = 1 / slack / (1 / slack).sum()
         else: stress = np.where(stress > 0, stress, centre / slack)
         centre = share * (stress @ slack) / len(i)
-        try: step, dt, room, change = _interior_step(
-            points, pairs, slack, stress, centre, damping)
+        try: found = _interior_step(points, pairs, slack, stress, centre, damping)
         except np.linalg.LinAlgError:  # not positive definite
             damping *= 4
             continue
+        step, dt, room, change = found
         part = min(_part(slack, room), .1 * chord / max(1e-30, abs(step).max()))
         points, part = _moved(points, step, pairs, slack, dt, part)
         dual, t = _part(stress, change), t + part * dt
@@ -312,7 +313,7 @@ def _lift(points, deadline, exact=True, first=.05):
     return best
 
 # %% ../nbs/theory/03_packing.ipynb #874d3e85
-_MANY = 4000  # coordinates, up to which there are linear programs
+_MANY = 4000  # coordinates, up to which there is a polish
 _TILT = .03  # standard deviation of each coordinate, rad
 
 
