@@ -525,7 +525,7 @@ def _search(k, d, rng, starts, deadline, bound, progress, best=None):
         if progress: progress(m, starts if starts < math.inf else m, math.acos(top))
         remaining = random - distinct - 2
         seen = distinct * (random - 1) < (distinct + .5) * remaining
-        all_seen = m > 8 and remaining > 0 and seen
+        all_seen = m > 8 and remaining > 0 and seen and not _quick(k, d)
         if _attained(top, bound) or m >= starts or time.monotonic() > latest: break
         if all_seen and deadline == math.inf: break
     return best if time.monotonic() > deadline else _release(_settle(best, deadline))
