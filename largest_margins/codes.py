@@ -472,7 +472,7 @@ def _start(kind, k, d, n, best, rng):
 # %% ../nbs/theory/03_packing.ipynb #921e4322
 def _quick(k, d):
     "Whether ends of exponent 40 are polished at once."
-    return d == 3 and 40 < k <= _FEWER // 3
+    return d == 3 and 50 < k <= _FEWER // 3
 
 
 def _kind(m, k, d):
@@ -690,7 +690,8 @@ _SMALL = 10**7  # multiplications for all pairs, up to which one thread is best
 
 def _starts(k, d):
     "How many starts a search has if nobody says: less than a minute."
-    most, work = (40, 2) if d > 3 else (800, 18) if _quick(k, d) else (400, 2)
+    most, work = (800, 18) if _quick(k, d) else (400, 2)
+    if d > 3: most = 100 if k * d <= 300 else 40
     return min(most, max(1, work * 10**6 // (k * k * d)))
 
 # %% ../nbs/theory/03_packing.ipynb #2fbb860g
