@@ -33,10 +33,17 @@ def site():
 
 
 @pytest.fixture(scope='session')
-def browser(site, tmp_path_factory):
+def chromium(site, tmp_path_factory):
     "Chromium with the site open to it."
     from chromium import Chromium
     assert shutil.which('chromium'), 'the tests of the site need Chromium: apt-get install chromium'
     opened = Chromium(site, tmp_path_factory.mktemp('profile'))
     yield opened
     opened.close()
+
+
+@pytest.fixture
+def browser(chromium):
+    "The same; what moves on a page does not go on moving while other tests run."
+    yield chromium
+    chromium.call('Page.navigate', url='about:blank')
