@@ -186,7 +186,7 @@ def _measure_test(self: _Further, model, W):
     z, targets = _features(model, loader)
     cosines, logits = cosine_matrix(z, W), z @ W.T
     if hasattr(loss, 'scale'):
-        self.measured['scale'] = float(loss.scale)
+        with torch.no_grad(): self.measured['scale'] = float(loss.scale)
         logits = self.measured['scale'] * cosines
     if _is_balanced(targets, len(W)):
         self.measured |= calibration(logits, targets)._asdict()
