@@ -33,9 +33,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-from .checks import choice, integer, number
+from .checks import integer, number
 from .files import escape, match_lines, read_torch
 from .images import ImageFiles, image_files, is_clutter
+from .theory.optima import class_frequencies
 
 # %% ../nbs/training/21_data.ipynb #cd23ceff
 @dataclass(frozen=True, eq=False)
@@ -769,10 +770,7 @@ def imbalanced_counts(
     "Count the images of each class that remain (Cao et al. 2019, rounded down)."
     n_max = integer('n_max', n_max, at_least=1)
     k = integer('num_classes', num_classes, at_least=2, at_most=10**8)
-    factor = 1 / number('ratio', ratio, at_least=1)
-    if choice('kind', kind, ('long-tailed', 'step')) == 'long-tailed':
-        return [int(n_max * factor**(c / (k - 1))) for c in range(k)]
-    return [n_max] * (k // 2) + [int(n_max * factor)] * (k - k // 2)
+    return [int(n_max * size) for size in class_frequencies(k, ratio, kind).tolist()]
 
 # %% ../nbs/training/21_data.ipynb #243594ab
 def imbalanced_indices(

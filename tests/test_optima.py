@@ -8,7 +8,6 @@ from torch.nn import functional as F
 
 from largest_margins.claims import descend
 from largest_margins.codes import best_packing, simplex
-from largest_margins.ledger.imbalance import class_frequencies
 from largest_margins.losses import (
     ArcFaceLoss,
     CosFaceLoss,
@@ -27,7 +26,7 @@ from largest_margins.theory.finite_scales import (
     residual_centroid,
     scale_for_margin,
 )
-from largest_margins.theory.optima import certify_optimum, collapse_ratio
+from largest_margins.theory.optima import certify_optimum, class_frequencies, collapse_ratio
 
 COUNTS = torch.tensor([50., 20, 5, 2, 1], dtype=torch.float64)
 CONVEX = [NormFaceLoss(6., weight=COUNTS), CosFaceLoss(6., .3, weight=COUNTS), LDAMLoss(COUNTS, 6.),

@@ -21,18 +21,7 @@ from ..codes import simplex
 from ..losses import GMSoftmaxLoss, LMSoftmaxLoss, NormFaceLoss
 from ..margins import class_margin, unit_rows
 from ..regularizers import zero_centroid
-
-# %% ../../nbs/theory/11_imbalance.ipynb #9614bd1d
-def class_frequencies(
-    k: int,  # number of classes
-    ratio: float,  # samples of the largest class over samples of the smallest, ≥ 1
-    kind: str,  # 'long-tailed' (geometric) or 'step' (one half rare)
-) -> torch.Tensor:  # relative class sizes, the largest is 1, float64, [k]
-    "Return relative class sizes, as in the slides' Table 2."
-    if kind == 'step': exponents = torch.tensor([0.] * (k - k // 2) + [1.] * (k // 2))
-    elif kind == 'long-tailed': exponents = torch.arange(k) / (k - 1)
-    else: raise ValueError(f"kind must be 'long-tailed' or 'step', got {kind!r}")
-    return ratio ** -exponents.double()
+from ..theory.optima import class_frequencies
 
 # %% ../../nbs/theory/11_imbalance.ipynb #4095b77b
 def optimal_prototypes(

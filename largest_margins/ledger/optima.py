@@ -20,13 +20,13 @@ from ..bounds import class_margin_bound, min_sample_margin_bound
 from ..claims import (
     Check, Claim, descend, dot, endpoints, rational_points, register)
 from .lm_softmax import anneal, on_circle
-from .imbalance import class_frequencies
 from ..codes import simplex
 from ..theory.finite_scales import (
     admissible_margin, guaranteed_margin, residual_centroid)
 from ..losses import CosFaceLoss, LMSoftmaxLoss, NormFaceLoss
 from ..margins import class_margin, min_sample_margin
-from ..theory.optima import certify_optimum, collapse_ratio
+from ..theory.optima import (
+    certify_optimum, class_frequencies, collapse_ratio)
 from ..regularizers import zero_centroid
 
 # %% ../../nbs/theory/11d_optima_checks.ipynb #659fc626

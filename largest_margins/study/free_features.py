@@ -24,10 +24,10 @@ from torch import nn
 # %% ../../nbs/study/38_free_features.ipynb #b1b36873
 from ..bounds import class_margin_bound
 from ..codes import best_packing
-from ..ledger.imbalance import class_frequencies
 from ..ledger.lm_softmax import anneal
 from ..margins import sample_margins
 from .configurations import LOSSES, LossFields, _field
+from ..theory.optima import class_frequencies
 from ..training.measures import measure
 
 # %% ../../nbs/study/38_free_features.ipynb #72dc6614

@@ -17,8 +17,22 @@ from scipy.optimize import brentq, minimize
 from torch import Tensor
 
 from ..checks import (
-    check_features, check_prototypes, check_targets, integer, number)
+    check_features, check_prototypes, check_targets, choice, integer, number)
 from ..margins import unit_rows
+
+# %% ../../nbs/theory/11b_optima.ipynb #9614bd1d
+def class_frequencies(
+    k: int,  # number of classes, ≥ 2
+    ratio: float,  # samples of the largest class over samples of the smallest, ≥ 1
+    kind: str,  # 'long-tailed' (geometric) or 'step': ⌊k/2⌋ frequent, the others rare
+) -> Tensor:  # relative class sizes, the largest is 1, float64, [k]
+    "Return relative class sizes, as in Table 2 of the slides and in LDAM-DRW."
+    factor = 1 / number('ratio', ratio, at_least=1)
+    if choice('kind', kind, ('long-tailed', 'step')) == 'long-tailed':
+        sizes = [factor**(c / (k - 1)) for c in range(k)]
+    else: sizes = [1.] * (k // 2) + [factor] * (k - k // 2)
+    return torch.tensor(sizes, dtype=torch.float64)
+
 
 # %% ../../nbs/theory/11b_optima.ipynb #2ded7393
 @dataclass(frozen=True)
