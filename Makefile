@@ -63,6 +63,7 @@ oldest:  ## the tests of what computes and reads, with the oldest NumPy and SciP
 	  $$(sed -n 's/^requirements = //p' settings.ini | tr ' ' '\n' | sed -n '/^torch/!s/>=/==/p')
 	cd tests && $(OLDEST)/bin/python -m pytest -q test_bounds.py test_claims.py test_codes.py test_comparisons.py \
 	  test_data.py test_losses.py test_margins.py test_packing.py test_reid.py test_verification.py
+	$(OLDEST)/bin/largest-margins prove
 
 # Resumable: what is finished stays. The npm package is looked for below the working directory.
 JOBS ?= 2

@@ -39,7 +39,7 @@ function contrast(one, other) {
   return (light + .05) / (dark + .05);
 }
 
-const backgrounds = new Map();
+const backgrounds = new Map(), opacities = new Map();
 
 function background(element) {
   if (!element) return [255, 255, 255];
@@ -50,7 +50,11 @@ function background(element) {
 }
 
 function opacity(element) {
-  return element ? Number(getComputedStyle(element).opacity) * opacity(element.parentElement) : 1;
+  if (!element) return 1;
+  if (!opacities.has(element)) {
+    opacities.set(element, Number(getComputedStyle(element).opacity) * opacity(element.parentElement));
+  }
+  return opacities.get(element);
 }
 
 // the elements with visible text of their own, and the formulas
@@ -69,6 +73,7 @@ function faint(theme, least) {
   const still = document.head.appendChild(document.createElement('style'));
   still.textContent = '* { transition: none !important; animation: none !important }';
   backgrounds.clear();
+  opacities.clear();
   const bad = new Map();
   const elements = written();
   for (const element of elements) {
@@ -116,8 +121,8 @@ function facts() {
 function wide() {   // what sticks out at the right, outside everything that scrolls by itself
   const limit = document.documentElement.clientWidth + 1;
   const scrolls = e => e && (['auto', 'scroll', 'hidden'].includes(getComputedStyle(e).overflowX) || scrolls(e.parentElement));
-  return [...document.querySelectorAll('article *')].filter(shown)
-    .filter(e => e.getBoundingClientRect().right > limit && !scrolls(e.parentElement)).slice(0, 5).map(describe);
+  return [...document.querySelectorAll('article *')].filter(e => e.getBoundingClientRect().right > limit)
+    .filter(e => shown(e) && !scrolls(e.parentElement)).slice(0, 5).map(describe);
 }
 
 // --- the keyboard ---
