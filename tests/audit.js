@@ -68,22 +68,28 @@ function written() {
   return [...found].filter(shown);
 }
 
-function faint(theme, least) {
-  document.documentElement.dataset.theme = theme;
+function faint(least) {   // in each theme
   const still = document.head.appendChild(document.createElement('style'));
   still.textContent = '* { transition: none !important; animation: none !important }';
+  const found = {light: faintIn('light', least), dark: faintIn('dark', least)};
+  still.remove();
+  return found;
+}
+
+function faintIn(theme, least) {
+  document.documentElement.dataset.theme = theme;
   backgrounds.clear();
   opacities.clear();
   const bad = new Map();
   const elements = written();
   for (const element of elements) {
     const behind = background(element);
-    const [r, g, b, a] = colour(getComputedStyle(element).color);
+    const ink = getComputedStyle(element).color;
+    const [r, g, b, a] = colour(ink);
     const ratio = contrast(over([r, g, b, a * opacity(element)], behind), behind);
-    const key = `${getComputedStyle(element).color} on ${behind.map(Math.round)}: ${ratio.toFixed(2)}`;
+    const key = `${ink} on ${behind.map(Math.round)}: ${ratio.toFixed(2)}`;
     if (ratio < least && !bad.has(key)) bad.set(key, describe(element));
   }
-  still.remove();
   return {checked: elements.length, bad: [...bad].map(([key, where]) => `${key} ${where}`)};
 }
 
