@@ -204,7 +204,7 @@ def test_options_are_the_fields_of_a_configuration(monkeypatch):
 def test_demo(tmp_path, capsys, monkeypatch):
     "Without its proofs, which the page of the command line runs."
     monkeypatch.setattr(import_module('largest_margins.claims'), 'prove', lambda *args, **kwargs: [])
-    assert run('demo', '--epochs', '3', '--out', tmp_path) == 0
+    assert run('demo', '--epochs', '2', '--out', tmp_path) == 0
     out = capsys.readouterr().out
     rows = [line for line in out.splitlines() if '| 96.38' in line]
     assert len(rows) == 6 and sum('+ 0.5 R_sm' in row for row in rows) == 3

@@ -441,6 +441,7 @@ def test_finished_runs_are_not_repeated(whole, capsys):
     (['1', '--weights', 'w.pth'], 'weights has no meaning for the table 1'),
     ([], 'required'), (['1', '--rows', 'cosfarce'], "got 'cosfarce'"),
     (['1', '--seeds', '0'], 'seeds must be'), (['1', '--jobs', '0'], 'jobs must be'),
+    (['1', '--jobs', '-2'], 'or −1 for one a core'),
     (['1', '--epochs', '0'], 'epochs must be'), (['1', '--jobs', 'all'], 'invalid int'),
     (['1', '--threads', '0'], 'threads must be'), (['2', '--dataset', 'nothing'], 'neither a directory nor'),
     (['2', '--dataset', 'cifar10', '--data', 'nowhere'], 'data_batch_1')])

@@ -30,15 +30,12 @@ def optimal_prototypes(
     d: int,  # dimension
     centroid: float = 0.,  # weight λ ≥ 0 of the zero-centroid regularizer
     *,
-    seeds: int = 2,  # number of descents with rising scale; the lowest counts
     log: bool = False,  # minimize log(loss), for losses that vanish
 ) -> torch.Tensor:  # prototypes, [k, d]
     "Minimize a loss over free prototypes and one free feature for each class."
     scales = [*(s for s in (5., 10., 20., 40.) if s < loss.scale), loss.scale]
-    optima = [anneal(loss, k, d, scales, seed, log=log,
-                      penalty=lambda W: centroid * zero_centroid(W))
-              for seed in range(seeds)]
-    return min(optima, key=lambda f: f[0])[1]
+    return anneal(loss, k, d, scales, log=log,
+                  penalty=lambda W: centroid * zero_centroid(W))[1]
 
 # %% ../../nbs/theory/11_imbalance.ipynb #d55f389f
 def optimal_margin(
@@ -74,14 +71,14 @@ def _t8_optimised(centroid=1e3, k=10, d=16):
     "The class margin, degrees, for α1 = 0.3, ratio 100 and a large λ; the simplex's."
     loss = GMSoftmaxLoss(5., alpha1=.3, alpha2=.3,
                          weight=class_frequencies(k, 100, 'long-tailed'))
-    W = optimal_prototypes(loss, k, d, centroid, seeds=1)
+    W = optimal_prototypes(loss, k, d, centroid)
     return class_margin(W).rad2deg(), math.degrees(math.acos(-1 / (k - 1)))
 
 # %% ../../nbs/theory/11_imbalance.ipynb #1d5421b0
 def _t8_two_classes(centroid=.1, k=2):
     "The class margin, degrees, of two classes at ratio 100 and a small λ, and 180."
     loss = LMSoftmaxLoss(5., weight=class_frequencies(k, 100, 'step'))
-    W = optimal_prototypes(loss, k, 3, centroid, seeds=1)
+    W = optimal_prototypes(loss, k, 3, centroid)
     return class_margin(W).rad2deg(), 180
 
 # %% ../../nbs/theory/11_imbalance.ipynb #8ba471b7
@@ -105,7 +102,7 @@ def _t8_each(shift=0., scale=4., k=4):
 def _t8_boundary_lambda(centroid=1., k=10, d=16):
     "The class margin at λ = 1, and 90°, which the simplex's 96.38° is well above."
     loss = LMSoftmaxLoss(20., weight=class_frequencies(k, 100, 'long-tailed'))
-    W = optimal_prototypes(loss, k, d, centroid, seeds=1)
+    W = optimal_prototypes(loss, k, d, centroid)
     return class_margin(W).rad2deg(), 90
 
 # %% ../../nbs/theory/11_imbalance.ipynb #88112962

@@ -11,6 +11,7 @@ __all__ = []
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import nn
@@ -83,6 +84,7 @@ def counts_of(
     return imbalanced_counts(n_max, num_classes, float(ratio), kind)
 
 # %% ../../nbs/study/44_predicted.ipynb #54cb9a66
+@cache
 def fit_table2() -> ScaleFit:
     "Fit the scale of Table 2 to eleven printed class margins of CIFAR-10."
     chosen = [(c['row'], c['setting'], c['class_margin'])

@@ -180,7 +180,8 @@ def execute(
     progress: Callable[[int, dict], None] | None = None,  # called after each epoch
 ) -> Iterator[tuple[Run, dict]]:  # each with its record, as it ends
     "Train the runs; write each record before returning it."
-    if jobs != -1: integer('jobs', jobs, at_least=1)
+    if integer('jobs', jobs) < 1 and jobs != -1:
+        raise ValueError(f'jobs must be ≥ 1, or −1 for one a core, got {jobs}')
     if threads is not None: integer('threads', threads, at_least=1)
     backend, _ = get_active_backend()
     local = dict(idle_worker_timeout=2, initializer=_follower(os.getpid()))

@@ -112,10 +112,12 @@ def fit_scale(
         residuals = printed - angles(s)
         if abs(step) > .05 * s:  # at first, and after a long step
             slopes = (angles(1.01 * s) - angles(.99 * s)) / (.02 * s)
+            if (s * slopes).norm() < 1e-3:  # degrees
+                raise ArithmeticError('no scale fits: the angles do not depend on it')
         step = (slopes @ residuals / slopes.square().sum()).item()
         step = max(-.3 * s, min(.3 * s, step))
         s += step
-    else: raise ArithmeticError('no scale was found: do the angles depend on it?')
+    else: raise ArithmeticError('no scale was found in 20 steps')
     residuals, n = printed - angles(s), len(cases)
     error = (residuals.square().sum() / (n - 1) / slopes.square().sum()).sqrt().item()
     half = float(t.ppf(.975, n - 1)) * error
