@@ -84,9 +84,10 @@ def test_mypy_knows_right_calls_from_wrong_ones(tmp_path):
         (tmp_path/'stubs'/name).write_text(text)
     (tmp_path/'right.py').write_text(RIGHT)
     (tmp_path/'wrong.py').write_text('import largest_margins as lm\n' + '\n'.join(WRONG) + '\n')
+    left_out = 'torch torchvision fastai fastcore numpy scipy matplotlib PIL sklearn'.split()
     (tmp_path/'mypy.ini').write_text('[mypy]\nfollow_imports = silent\nignore_missing_imports = True\n' + ''.join(
-        f'[mypy-{name}.*]\nfollow_imports = skip\nignore_missing_imports = True\n'
-        for name in ('torchvision', 'fastai', 'fastcore', 'numpy', 'scipy', 'matplotlib', 'PIL', 'sklearn')))
+        f'[mypy-{name}.*]\nfollow_imports = skip\nfollow_imports_for_stubs = True\n' for name in left_out) + ''.join(
+        f'[mypy-{name}]\nfollow_imports = silent\n' for name in ('torch', 'torch.nn')))
 
     command = [sys.executable, '-m', 'mypy', '--config-file', 'mypy.ini', '--no-error-summary', 'right.py', 'wrong.py']
     found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path,
