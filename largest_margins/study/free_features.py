@@ -80,16 +80,6 @@ def weighted_loss(self: FreeFeatures) -> nn.Module:
 
 # %% ../../nbs/study/38_free_features.ipynb #e7a025e9
 @patch
-def measure(
-    self: FreeFeatures,
-    checkpoint: Path | None = None,  # not used: a second's work
-    progress: Callable | None = None,  # not used
-) -> dict:  # the content of a record
-    "Minimize the loss from a random start, and measure the end."
-    return _place(self)
-
-
-@patch
 def describe(self: FreeFeatures) -> tuple[str, str]:  # the data, this part
     "Say what a dry run prints."
     part = f'best packing {_best(self.k, self.d):.2f}°'
@@ -115,18 +105,23 @@ def _best(k, d):
     return math.degrees(best_packing(k, d).class_margin)
 
 # %% ../../nbs/study/38_free_features.ipynb #1c94de3b
-def _place(c):
-    "Where the descent of a configuration ends, as the content of a record."
-    start, loss, targets = time.perf_counter(), c.weighted_loss(), torch.arange(c.k)
-    fades = c.rising and not c.loss.startswith('lm-')
-    _, W, Z = anneal(loss, c.k, c.d, c.scales, c.seed, log=fades)
-    cosines = Z @ W.T
-    seen = SimpleNamespace(prototypes=W, margins=sample_margins(cosines, targets),
-                           best=_best(c.k, c.d), loss=loss(cosines, targets).item(),
-                           optimum=c.optimum(c.counts, c.d))
+@patch
+def measure(
+    self: FreeFeatures,
+    checkpoint: Path | None = None,  # not used: a second's work
+    progress: Callable | None = None,  # not used
+) -> dict:  # the content of a record
+    "Minimize the loss from a random start, and measure the end."
+    start, loss = time.perf_counter(), self.weighted_loss()
+    fades = self.rising and not self.loss.startswith('lm-')
+    _, W, Z = anneal(loss, self.k, self.d, self.scales, self.seed, log=fades)
+    outputs = Z @ W.T, torch.arange(self.k)
+    seen = SimpleNamespace(prototypes=W, margins=sample_margins(*outputs),
+                           best=_best(self.k, self.d), loss=loss(*outputs).item(),
+                           optimum=self.optimum(self.counts, self.d))
     return dict(
         diverged=False, seconds=time.perf_counter() - start,
-        bound=math.degrees(class_margin_bound(c.k, c.d).radians),
+        bound=math.degrees(class_margin_bound(self.k, self.d).radians),
         measured=measure(seen, ('class_margin', 'gap', 'less_optimum',
                                 'min_sample_margin', 'final_loss')),
         prototypes=W.tolist(), features=Z.tolist())

@@ -115,16 +115,6 @@ def epoch_seconds(self: IdentityConfiguration) -> float:
     learn = identity_learner(replace(self, epochs=1), self._task().training)
     return time_epoch(learn, self.schedule)
 
-# %% ../../nbs/study/39_identities.ipynb #1c47e66c
-@patch
-def measure(
-    self: IdentityConfiguration,
-    checkpoint: Path | None = None,  # file to go on from
-    progress: Callable | None = None,  # not used
-) -> dict:  # the content of a record
-    "Train on the identities, then examine the features on others."
-    return _measure(self, checkpoint)
-
 # %% ../../nbs/study/39_identities.ipynb #4b25b638
 @patch
 def _check(self: IdentityConfiguration):
@@ -267,19 +257,24 @@ def _callbacks(c, checkpoint):
             *([] if checkpoint is None else [Checkpoint(checkpoint, same)])]
 
 # %% ../../nbs/study/39_identities.ipynb #878225bb
-def _measure(c, checkpoint):
-    "Train and examine; None for all numbers of one that diverged or is dead."
-    start, task = time.perf_counter(), c._task()
-    learn = train_identities(c, task.training, checkpoint)
+@patch
+def measure(
+    self: IdentityConfiguration,
+    checkpoint: Path | None = None,  # file to go on from
+    progress: Callable | None = None,  # not used
+) -> dict:  # the content of a record; all numbers None if it diverged or is dead
+    "Train on the identities, then examine the features on others."
+    start, task = time.perf_counter(), self._task()
+    learn = train_identities(self, task.training, checkpoint)
     values = [v for v in learn.model.state_dict().values() if v.is_floating_point()]
     diverged = not all(v.isfinite().all() for v in values)
-    measured, further = dict.fromkeys(c._names), {}
+    measured, further = dict.fromkeys(self._names), {}
     if not diverged:
-        try: measured, further = c._examine(learn, task)
+        try: measured, further = self._examine(learn, task)
         except DeadNetwork as e: diverged, further = True, dict(warnings=[str(e)])
     W = learn.model[-1].weight.detach().float().cpu()
-    seen = SimpleNamespace(prototypes=W, optimum=c.optimum(task.training.counts,
-                                                           W.shape[1]))
+    seen = SimpleNamespace(prototypes=W, optimum=self.optimum(task.training.counts,
+                                                              W.shape[1]))
     measured |= dict.fromkeys(angles := ('class_margin', 'less_optimum'))
     if not diverged: measured |= measure(seen, angles)
     history = [dict(train_loss=losses[0], class_margin=margins['class_margin'])
