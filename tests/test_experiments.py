@@ -277,13 +277,15 @@ def test_files_that_cannot_be_written_are_refused_before_the_work(tmp_path, caps
     assert run('inspect', file, '--json', '/dev/null', '--html', '/dev/null') == 0
 
 
-def test_standard_output_is_a_file(tmp_path):
-    assert run('prototypes', 4, 3, '--out', tmp_path/'p.safetensors') == 0
-    codes, out, _ = shell(f'lm inspect <(cat {tmp_path}/p.safetensors) --json >(cat) --html /dev/null | cat')
-    assert codes == 'codes 0 0' and json.loads(out[out.index('{'):out.rindex('}') + 1])['k'] == 4
+def test_standard_output_is_a_file(tmp_path, capfd):
+    codes, out, _ = shell('lm prototypes 4 3 --out - | lm inspect - --json >(cat) --html /dev/null | cat')
+    assert codes == 'codes 0 0 0' and json.loads(out[out.index('{'):out.rindex('}') + 1])['k'] == 4
     assert Path('/dev/null').is_char_device()
-    codes, out, _ = shell('lm prototypes 4 3 --out - | lm inspect - --json -')
-    assert codes == 'codes 0 0' and json.loads(out)['class_margin_degrees'] == pytest.approx(109.4712, abs=1e-4)
+    assert run('prototypes', 4, 3, '--out', tmp_path/'p.safetensors') == 0
+    capfd.readouterr()
+    with open(tmp_path/'p.safetensors', 'rb') as file:
+        assert run('inspect', f'/dev/fd/{file.fileno()}', '--json', '-') == 0
+    assert json.loads(capfd.readouterr().out)['class_margin_degrees'] == pytest.approx(109.4712, abs=1e-4)
 
 
 def test_closed_streams(monkeypatch, tmp_path):

@@ -134,38 +134,36 @@ TOP = ['settings.ini', 'setup.py', 'pyproject.toml', 'MANIFEST.in', 'README.md',
 LEFT_OUT = ('__pycache__', '.ipynb_checkpoints', '*.pyc', 'table.html', 'table.tex', 'table.csv')
 
 
-@pytest.fixture(scope='module')
-def sdists(tmp_path_factory):
-    "Two, from copies with other times and modes."
-    made = []
-    for mode, time in ((0o644, 1e9), (0o664, 1.1e9)):
-        tree = tmp_path_factory.mktemp('tree')/'tree'
-        for folder in PACKED: shutil.copytree(root/folder, tree/folder, ignore=shutil.ignore_patterns(*LEFT_OUT))
-        for name in TOP: shutil.copy(root/name, tree)
-        for path in tree.rglob('*'):
-            if path.is_file():
-                path.chmod(mode | path.stat().st_mode & 0o111)
-                os.utime(path, (time, time))
-        (tree/'tests'/'__pycache__').mkdir()
-        (tree/'tests'/'__pycache__'/'stale.pyc').touch()
-        build = [sys.executable, '-m', 'build', '--sdist', '--no-isolation']
-        done = subprocess.run(build, cwd=tree, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        made.append((tree, next((tree/'dist').glob('*.tar.gz'))))
-    return made
+def packed(tree, mode, time, *folders):
+    "The sdist of a copy of some folders, whose files have these modes and times."
+    for folder in folders: shutil.copytree(root/folder, tree/folder, ignore=shutil.ignore_patterns(*LEFT_OUT))
+    for name in TOP: shutil.copy(root/name, tree)
+    for path in tree.rglob('*'):
+        if path.is_file():
+            path.chmod(mode | path.stat().st_mode & 0o111)
+            os.utime(path, (time, time))
+    (tree/'tests'/'__pycache__').mkdir()
+    (tree/'tests'/'__pycache__'/'stale.pyc').touch()
+    build = [sys.executable, '-m', 'build', '--sdist', '--no-isolation']
+    done = subprocess.run(build, cwd=tree, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return next((tree/'dist').glob('*.tar.gz'))
 
 
-def test_the_same_tree_gives_the_same_sdist(sdists):
-    (_, first), (_, second) = sdists
+def test_the_same_tree_gives_the_same_sdist(tmp_path):
+    for name, mode, time in (('one', 0o644, 1e9), ('two', 0o664, 1.1e9)):
+        (tmp_path/name).mkdir()
+        packed(tmp_path/name, mode, time, 'largest_margins', 'tests')
+    first, second = tmp_path.glob('*/dist/*.tar.gz')
     assert first.read_bytes() == second.read_bytes()
 
 
-def test_the_sdist_holds_all_that_its_tests_need(sdists):
-    tree, sdist = sdists[0]
-    with tarfile.open(sdist) as archive:
+def test_the_sdist_holds_all_that_its_tests_need(tmp_path):
+    with tarfile.open(packed(tmp_path, 0o644, 1e9, *PACKED)) as archive:
         held = {m.name.split('/', 1)[1] for m in archive.getmembers() if m.isfile()}
         assert {(m.uid, m.gid, m.uname, m.gname) for m in archive.getmembers()} == {(0, 0, '', '')}
-    wanted = {p.relative_to(tree).as_posix() for folder in PACKED for p in (tree/folder).rglob('*') if p.is_file()}
+    wanted = {p.relative_to(tmp_path).as_posix() for folder in PACKED
+              for p in (tmp_path/folder).rglob('*') if p.is_file()}
     wanted = {name for name in wanted if '__pycache__' not in name and not name.endswith('.pyc')}
     assert wanted | set(TOP) <= held
     assert {'tests/conftest.py', 'tests/loss_family.py', 'tests/processes.py', 'tests/audit.js'} <= held
