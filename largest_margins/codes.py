@@ -23,7 +23,7 @@ from scipy.linalg import cho_factor, cho_solve
 from scipy.optimize import linprog, minimize
 from scipy.sparse import csr_matrix, hstack, identity, vstack
 from scipy.sparse.linalg import splu
-from scipy.spatial import cKDTree
+from scipy.spatial import ConvexHull, cKDTree
 from torch import Tensor
 
 # %% ../nbs/theory/03_packing.ipynb #27ff0f6b
@@ -94,10 +94,11 @@ _LAST = 30_000, 200_000  # of packings too large for the polish
 class _TimeIsUp(Exception): pass
 
 # %% ../nbs/theory/03_packing.ipynb #ac524ed6
-def _descend(points, p, iterations, deadline):
+def _descend(points, p, iterations, deadline, measured=None):
     "L-BFGS on the energy, the rows normalized inside; the points and their energy."
     (k, d), latest = points.shape, (points, math.inf)
-    measured = _near_energy if p >= 40 and k > 300 and d < 5 else _log_energy
+    near = p >= 40 and k > 300 and d < 5
+    measured = measured or (_near_energy if near else _log_energy)
     def energy(flat):
         nonlocal latest
         if time.monotonic() > deadline: raise _TimeIsUp
@@ -272,7 +273,7 @@ _FEW = 400  # coordinates, up to which we look for motions
 _FEWER = 1000  # coordinates, up to which each good end of a search is polished
 
 # %% ../nbs/theory/03_packing.ipynb #7a9c3e1g
-def _lift(points, deadline, exact=True, first=.05):
+def _lift(points, deadline, exact=True, first=.05, goal=2.):
     "An interior-point method: lower the largest cosine while that is possible."
     (k, d), best, top = points.shape, points, _largest_cosine(points)
     chord, took, known = math.sqrt(2 - 2 * top), 0., np.zeros((k, k))
@@ -308,7 +309,7 @@ def _lift(points, deadline, exact=True, first=.05):
         if (now := _largest_cosine(tried)) < top: best, top = tried, now
         if tried is tries[-1] and len(tries) > 1 and _in_balance(
                 tried, i[held], j[held]): break
-        if gap < 1e-12: break
+        if gap < 1e-12 or t - 10 * gap > goal: break
         took = time.monotonic() - began
     return best
 
@@ -424,17 +425,29 @@ def _attained(cosine, bound):
 _RESOLUTION = 1e-6  # rad: certified bounds stay as far above the optimum as that
 
 # %% ../nbs/theory/03_packing.ipynb #cffaec92
+def _in_space(k, d):
+    "Whether a search walks."
+    return d == 3 and 50 < k <= _FEWER // 3
+
+
+def _holes(points, rng):
+    "Centers of large holes: of the hull's faces in space, else some of many points."
+    k, d = points.shape
+    if _in_space(k, d):
+        faces = ConvexHull(points).equations  # the normal, and minus its distance
+        return faces[faces[:, d].argsort()[-8:], :d]
+    tries = _normalised(rng.standard_normal((2000, d)))
+    return tries[(tries @ points.T).max(1).argsort()[:200]]
+
+
 def _hop(best, rng):
     "The points, up to three neighbors of which go into holes, mostly elsewhere."
-    k, d = best.shape
-    near = (best @ best[rng.integers(k)]).argsort()[::-1]
+    near = (best @ best[rng.integers(len(best))]).argsort()[::-1]
     moved = int(rng.integers(1, 4))
     gone = rng.permutation(near[:4 * moved])[:moved]
     points = best
     for _ in range(moved):
-        tries = _normalised(rng.standard_normal((2000, d)))
-        holes = (tries @ points.T).max(1).argsort()[:200]
-        points = np.vstack([points, tries[rng.choice(holes)]])
+        points = np.vstack([points, rng.choice(_holes(points, rng))])
     return np.delete(points, gone, 0)
 
 # %% ../nbs/theory/03_packing.ipynb #9560009e
@@ -447,51 +460,85 @@ def _less_one(points):
 
 _TURNS = (('random', 0), ('symmetric', 2), ('random', 3), ('hop', 3), ('random', 3),
           ('crowded', 2), ('shaken', 3), ('symmetric', 2))  # and the first exponent
-_TURNS_IN_SPACE = 2 * (('symmetric', 0), ('hop', 3), ('stirred', 3)) + (
-    ('symmetric', 0), ('random', 2))  # `_quick`: up to exponent 40
 
 # %% ../nbs/theory/03_packing.ipynb #05d791bg
+_STIRS = {'shaken': (.03, .06, .12, .24), 'stirred': (.02, .04, .07, .14),
+          'mixed': (.1, .2, .4)}  # standard deviations, in smallest chords
+
+
+def _stirred(kind, points, noise, rng):
+    "The points, of which all, or some neighbors, are moved a little."
+    k, closest = len(points), math.sqrt(2 - 2 * _largest_cosine(points))
+    if kind != 'shaken':
+        some = rng.integers(4, max(6, k // 2))
+        if kind == 'stirred': some = rng.choice((k, some))
+        moved = (points @ points[rng.integers(k)]).argsort()[-some:]
+        noise[np.delete(np.arange(k), moved)] = 0
+    return _normalised(points + rng.choice(_STIRS[kind]) * closest * noise)
+
+
+# %% ../nbs/theory/03_packing.ipynb #5fed0603
+def _symmetric_hop(points, group, fixed, free, rng):
+    "The points, of whose orbits up to three are put into holes."
+    points = points.copy()
+    for n in rng.permutation(free)[:rng.integers(1, 4)]:
+        orbit = slice(n, free * len(group), free)
+        center = rng.choice(_holes(np.delete(points, orbit, 0), rng))
+        points[orbit] = center @ group
+    return points
+
+
+def _twisted(points, rng):
+    "The points, those beyond a plane turned about its normal."
+    axis = _normalised(rng.standard_normal((1, 3)))[0]
+    beyond = points @ axis > rng.uniform(-.3, .8)
+    turn = _turn(axis, rng.uniform(0, 2 * math.pi))
+    return np.where(beyond[:, None], points @ turn.T, points)
+
+# %% ../nbs/theory/03_packing.ipynb #5ae0538e
 def _start(kind, k, d, n, best, rng):
     "Where a search begins: points of one kind, the n-th."
     if kind == 'hop': return _hop(best, rng)
+    if kind == 'twisted': return _twisted(best, rng)
     noise = rng.standard_normal((k + (kind == 'crowded'), d))
-    if kind in ('shaken', 'stirred'):
-        closest = math.sqrt(2 - 2 * _largest_cosine(best))
-    if kind == 'shaken':
-        return _normalised(best + rng.choice((.03, .06, .12, .24)) * closest * noise)
-    if kind == 'stirred':  # all of them, or some neighbors
-        some = rng.choice((k, rng.integers(4, max(6, k // 3))))
-        moved = (best @ best[rng.integers(k)]).argsort()[-some:]
-        noise[np.delete(np.arange(k), moved)] = 0
-        return _normalised(best + rng.choice((.02, .04, .07, .14)) * closest * noise)
-    if kind != 'symmetric': return _normalised(noise)
+    if kind in _STIRS: return _stirred(kind, best, noise, rng)
+    if kind != 'symmetric' or d > 3 or not _symmetries(k): return _normalised(noise)
     group, fixed, free = _symmetries(k)[n % len(_symmetries(k))]
     turned = _normalised(noise[:free]) @ group
     return np.concatenate([turned.reshape(-1, d), fixed])
 
 # %% ../nbs/theory/03_packing.ipynb #921e4322
-def _quick(k, d):
-    "Whether ends of exponent 40 are polished at once."
-    return d == 3 and 50 < k <= _FEWER // 3
-
-
 def _kind(m, k, d):
     "Which kind of start the m-th one is, and where in the exponents it begins."
-    turns = _TURNS_IN_SPACE if _quick(k, d) else _TURNS
-    kind, first = turns[(m - 1) % len(turns)]
-    if kind == 'symmetric' and (d > 3 or not _symmetries(k)):
-        kind, first = 'random', 2 if _quick(k, d) else 3
-    if m <= len(turns) and kind in ('hop', 'shaken') and not _quick(k, d):
-        kind, first = 'random', 1
+    kind, first = _TURNS[(m - 1) % len(_TURNS)]
+    if kind == 'symmetric' and (d > 3 or not _symmetries(k)): kind, first = 'random', 3
+    if m <= len(_TURNS) and kind in ('hop', 'shaken'): kind, first = 'random', 1
     return kind, first if k * d <= 10_000 else 2
 
+
+def _cool(points, exponents, energies, deadline):
+    "The points down these exponents; and whether an earlier start had their energy."
+    for n, p in enumerate(exponents):
+        now = time.monotonic()
+        until = now + (deadline - now) / (len(exponents) - n)
+        points, energy = _descend(points, p, 1500 if p == 2 else 300, until)
+        if any(abs(energy - other) < 1e-9 for other in energies[p]): return points, True
+        energies[p].append(energy)
+    return points, False
+
+
+def _all_seen(starts, optima):
+    "Whether an estimate of the number of all optima is below those seen and a half."
+    others = starts - optima - 2
+    return others > 0 and optima * (starts - 1) < (optima + .5) * others
+
 # %% ../nbs/theory/03_packing.ipynb #05d791bh
-def _search(k, d, rng, starts, deadline, bound, progress, best=None):
-    "The best of many starts, each taken down the energies and polished."
+def _descents(k, d, rng, deadline, best=None):
+    "The best points after each start, which goes down the energies to a polish."
     large = k * d > _FEWER  # then only the best end is polished
     top = 2. if best is None or large else _largest_cosine(best)
-    highest, optima = 2., []
-    energies, random, distinct, symmetric = {p: [] for p in _EXPONENTS}, 0, 0, 0
+    energies, optima = {p: [] for p in _EXPONENTS}, []
+    random = distinct = symmetric = 0
     latest = deadline
     if large and k * d <= _MANY and deadline < math.inf:  # half of it, then the polish
         latest = (deadline + time.monotonic()) / 2
@@ -503,32 +550,73 @@ def _search(k, d, rng, starts, deadline, bound, progress, best=None):
         random += kind in ('random', 'crowded')
         if kind == 'crowded': points = _less_one(_descend(points, 40, 300, deadline)[0])
         if best is None: best = points
-        known = False
-        exponents = _EXPONENTS[:3] if _quick(k, d) else _EXPONENTS
-        for n, p in enumerate(exponents[first:], first):
-            now = time.monotonic()
-            until = now + (latest - now) / (len(exponents) - n)
-            points, energy = _descend(points, p, 1500 if p == 2 else 300, until)
-            if known := any(abs(energy - other) < 1e-9 for other in energies[p]): break
-            energies[p].append(energy)
+        points, known = _cool(points, _EXPONENTS[first:], energies, latest)
         end = _largest_cosine(points)
         if end < top: best, top = points, end
-        away = math.inf if not optima else min(abs(end - other) for other in optima)
+        away = min((abs(end - other) for other in optima), default=math.inf)
         if not known and away > 1e-7:
             optima.append(end)
             distinct += away > 2e-6 and kind in ('random', 'crowded')
-            highest = min(highest, end)
-            near = (.98 if d == 3 else .9995) * math.acos(highest)
-            if not large and (_quick(k, d) or math.acos(end) > near):
+            near = (.98 if d == 3 else .9995) * math.acos(min(optima))
+            if not large and math.acos(end) > near:
                 points = _polish(points, deadline)
                 if (now := _largest_cosine(points)) < top: best, top = points, now
+        yield best, top
+        all_seen = m > 8 and deadline == math.inf and _all_seen(random, distinct)
+        if all_seen or time.monotonic() > latest: return
+
+# %% ../nbs/theory/03_packing.ipynb #72834b89
+def _overlap(points, top):
+    "The squares of what cosines of ordered pairs exceed `top` by, and the gradient."
+    over = np.maximum(points @ points.T - top, 0)
+    np.fill_diagonal(over, 0)
+    return np.vdot(over, over), 4 * over @ points
+
+# %% ../nbs/theory/03_packing.ipynb #446a1ab2
+_FRESH = 3 * ('symmetric',) + ('random',)
+_STEPS = ('symmetric', 'hop', 'symmetric', 'stirred', 'symmetric', 'mixed',
+          'symmetric', 'stirred', 'twisted')
+
+# %% ../nbs/theory/03_packing.ipynb #348c1ad6
+def _walk(k, rng, deadline):
+    "The best points after each step of a walk over minima of the overlap, in space."
+    points = _descend(_start('symmetric', k, 3, 0, None, rng), 40, 300, deadline)[0]
+    symmetries, own, turn = _symmetries(k), {}, 1  # own: the lowest of each symmetry
+    best, top, promising = points, 2., True
+    for m in count(1):
+        if promising:
+            points = _lift(points, deadline, goal=top)
+            if (now := _largest_cosine(points)) < top - 1e-10:
+                best, top = points, now
+                aim = math.cos(1.002 * math.acos(top))
+                at, left = _descend(best, aim, 400, deadline, _overlap)
+                lows = [left]
+        yield best, top
+        kind = _STEPS[m % len(_STEPS)] if m > 40 else _FRESH[m % len(_FRESH)]
+        turn += (symmetric := kind == 'symmetric')
+        n = turn % len(symmetries)
+        points = _start(kind, k, 3, n, best if kind == 'stirred' else at, rng)
+        if promising := kind == 'stirred': continue
+        if symmetric and n in own and rng.random() < .7:
+            points = _symmetric_hop(own[n][1], *symmetries[n], rng)
+        points, over = _descend(points, aim, 400, deadline, _overlap)
+        if symmetric and over < own.get(n, (math.inf,))[0]: own[n] = over, points
+        farther = 1.2 if kind in ('hop', 'mixed', 'twisted') else 1.
+        if over < farther * left: at, left = points, over
+        new = min(abs(over - low) for low in lows) > 1e-5 * over
+        promising = new and over < 1.1 * min(lows)
+        lows.append(over)
+
+# %% ../nbs/theory/03_packing.ipynb #ee452904
+def _search(k, d, rng, starts, deadline, bound, progress, best=None):
+    "The best of many starts, polished; and how many starts it took."
+    walks = _in_space(k, d)
+    ends = _walk(k, rng, deadline) if walks else _descents(k, d, rng, deadline, best)
+    for m, (points, top) in enumerate(ends, 1):  # noqa: B007
         if progress: progress(m, starts if starts < math.inf else m, math.acos(top))
-        remaining = random - distinct - 2
-        seen = distinct * (random - 1) < (distinct + .5) * remaining
-        all_seen = m > 8 and remaining > 0 and seen and not _quick(k, d)
-        if _attained(top, bound) or m >= starts or time.monotonic() > latest: break
-        if all_seen and deadline == math.inf: break
-    return best if time.monotonic() > deadline else _release(_settle(best, deadline))
+        if _attained(top, bound) or m >= starts or time.monotonic() > deadline: break
+    if time.monotonic() > deadline: return points, m
+    return _release(_settle(points, deadline)), m
 
 # %% ../nbs/theory/03_packing.ipynb #5fd10332
 def _escape(pulls):
@@ -678,9 +766,10 @@ def best_packing(
     first = known.points.numpy() if known and k * d <= _MANY else None
     with one_thread() if k * k * d <= _SMALL else nullcontext():
         deadline = time.monotonic() + (seconds or math.inf)
-        points = _search(k, d, np.random.default_rng(seed), largest, deadline, bound,
-                         progress, first)
-    packing = Packing(torch.from_numpy(points), bound, f'search, seed {seed}')
+        points, done = _search(k, d, np.random.default_rng(seed), largest, deadline,
+                               bound, progress, first)
+    how = f'search, seed {seed}, starts {done}'
+    packing = Packing(torch.from_numpy(points), bound, how)
     better = not known or packing.class_margin > known.class_margin + _RESOLUTION
     return packing if better else known
 
@@ -690,9 +779,9 @@ _SMALL = 10**7  # multiplications for all pairs, up to which one thread is best
 
 def _starts(k, d):
     "How many starts a search has if nobody says: less than a minute."
-    most, work = (800, 18) if _quick(k, d) else (400, 2)
-    if d > 3: most = 100 if k * d <= 300 else 40
-    return min(most, max(1, work * 10**6 // (k * k * d)))
+    if _in_space(k, d): return min(1200, max(1, 14 * 10**6 // k**2))
+    most = 400 if d == 3 else 100 if k * d <= 300 else 40
+    return min(most, max(1, 2 * 10**6 // (k * k * d)))
 
 # %% ../nbs/theory/03_packing.ipynb #2fbb860g
 def _closed_form(k, d):

@@ -757,7 +757,8 @@ def test_usage_errors(tmp_path, capsys, argv):
 # Fixed prototypes
 
 @pytest.mark.parametrize('k,d,how,certified', [(4, 9, 'regular simplex', False), (5, 2, 'regular polygon', False),
-                                               (7, 4, 'orthogonal axes', False), (8, 3, 'search, seed 1', True)])
+                                               (7, 4, 'orthogonal axes', False),
+                                               (8, 3, 'search, seed 1, starts 11', True)])
 def test_prototypes_command(tmp_path, capsys, k, d, how, certified):
     path = tmp_path/'new/p.safetensors'
     code, out, err = run(capsys, 'prototypes', k, d, '--out', path, '--seed', 1)
