@@ -178,8 +178,9 @@ def test_market_in_its_own_folder_or_the_one_around(market, tmp_path):
 
 
 def test_random_weights_of_resnet50_are_trained(market):
-    c = replace(ReIDConfiguration(dataset=str(market), body='resnet50', channels=3, schedule='warm-up', height=32,
-                                      width=16, embedding=None, epochs=1, batch_size=16), learning_rate=3.5e-4)
+    "Smaller images meet a convolution of PyTorch 2.14 that returns nan in bfloat16: of 4 × 2 pixels, with stride 2."
+    c = replace(ReIDConfiguration(dataset=str(market), body='resnet50', channels=3, schedule='warm-up', height=64,
+                                  width=32, embedding=None, epochs=1, batch_size=16), learning_rate=3.5e-4)
     found = c.measure()
     assert not found['diverged'] and found['bound'] == pytest.approx(math.degrees(math.acos(-1 / 11)))
     assert 0 < found['measured']['mAP'] <= found['measured']['rank5'] <= 100
