@@ -29,7 +29,8 @@ from .checks import (
     is_symbol, is_traced, number, per_class, per_sample, plain_tensor, values_are_cheap)
 from .engine.cosines import (
     angle_from_cosine, cosine_matrix, log_sum_exp_of_others, times)
-from .engine.fused import Own, dense_loss, fused_loss
+from .engine.fused import (
+    Own, dense_loss, fused_loss, straight_loss)
 from .engine.shards import ClassShards
 from .margins import angle, row_norms, unit_rows
 
@@ -227,6 +228,10 @@ class _Hooks(ClassificationLoss):
 class _Terms(_Hooks):
     "What the engine asks of a loss."
 
+    def plain_mean(self):
+        "Whether this is the mean of a loss of ours, not the sum; None if it is neither."
+        return None
+
     def terms(self, own, rest, numbers, wanted=()):
         """Losses, [n]; if any are wanted, slopes by 'rest' and what is given, and
         'pull', the slope by s·own (the cosine or the angle) with the other sign."""
@@ -319,6 +324,8 @@ class _OnCosines(_OfMatrix):
         "The loss of a matrix of cosines."
         if is_symbol(cosines):
             return as_one_node(self, cosines, targets, numbers=numbers)
+        usual = None if numbers else straight_loss(self, targets, cosines)
+        if usual is not None: return usual
         wide, targets, valid = self.checked(cosines, targets, 'cosines')
         numbers = self.per_batch(self._checked_numbers(numbers, wide), None, targets)
         own = type(self).__module__ != __name__  # a user's; it may read what learns
@@ -347,6 +354,9 @@ class CosineLoss(_OnCosines):
         **numbers: float | Tensor,  # what `numbers` names, a number or [N]
     ) -> Tensor:  # the loss, [] (or [N] for reduction='none')
         "The loss of features and prototypes, both normalized here; no matrix is kept."
+        if group is None and not numbers and chunk_size == 'auto':
+            usual = straight_loss(self, targets, features, prototypes)
+            if usual is not None: return usual
         if self.label_smoothing:
             raise ValueError('label_smoothing needs the matrix of cosines: call the '
                              'loss on CosineLinear(features), or set label_smoothing=0')
@@ -390,12 +400,25 @@ class _Softmax(CosineLoss):
         num, den, *_ = self.curves(own, **numbers)
         return _with_slopes(num, den, 1., 1., rest, self.scale)[0]
 
+    def plain_mean(self):
+        kind, options = type(self), vars(self)
+        plain = (kind.__module__ == __name__ and kind.per_batch is _Hooks.per_batch
+                 and options.get('weight', 0) is None is options.get('prior', 0)
+                 and not options['sample_margin'] and options['ignore_index'] < 0
+                 and options.get('aggregation', 'mean') == 'mean'
+                 and not options.get('label_smoothing'))
+        return dict(mean=True, sum=False).get(options['reduction']) if plain else None
+
+    def with_slopes(self, own, rest, numbers):
+        "Losses, [n], and their slopes as `terms` gives them; None without slopes."
+        if self.numbers: numbers = self._filled(numbers, own.targets, rest.dtype)
+        curves = self.curves(own, **numbers)
+        return _with_slopes(*curves, rest, self.scale) if len(curves) == 4 else None
+
     def terms(self, own, rest, numbers, wanted=()):
         ours = type(self).per_sample is _Softmax.per_sample and not self._parameters
         if ours and wanted and numbers.keys().isdisjoint(wanted):
-            filled = self._filled(numbers, own.targets, rest.dtype)
-            if len(curves := self.curves(own, **filled)) == 4:
-                return _with_slopes(*curves, rest, self.scale)
+            if found := self.with_slopes(own, rest, numbers): return found
         return super().terms(own, rest, numbers, wanted)
 
 # %% ../nbs/losses/12_losses.ipynb #28dc9c66

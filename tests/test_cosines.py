@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mpmath import mp, mpf
-from torch.autograd import gradcheck
+from torch.autograd import forward_ad, gradcheck
 from torch.nn import functional as F
 
 from largest_margins.engine.cosines import angle_from_cosine, cosine_matrix, log_sum_exp_of_others
@@ -191,6 +191,19 @@ def test_half_precision_and_extreme_norms_keep_their_margins():
     for z, w in ((features * 1e30, prototypes * 1e-30), (features * 1e-30, prototypes * 1e37)):
         torch.testing.assert_close(sample_margins(cosine_matrix(z, w), targets).double(), true, rtol=0, atol=1e-6)
     assert not sample_margins(cosine_matrix(0 * features, prototypes), targets).any()
+
+
+def test_cosines_have_tangents_second_derivatives_and_many_gradients_at_once():
+    torch.manual_seed(0)
+    z, w, dz, dw = (torch.randn(n, 4, dtype=torch.float64) for n in (5, 3, 5, 3))
+    true, tangent = torch.func.jvp(cosine_matrix, (z, w), (dz, dw))
+    with forward_ad.dual_level():
+        got = forward_ad.unpack_dual(cosine_matrix(forward_ad.make_dual(z, dz), forward_ad.make_dual(w, dw)))
+    for mine, func in zip(got, (true, tangent), strict=True): torch.testing.assert_close(mine, func, rtol=1e-14, atol=1e-15)
+    rows = z.requires_grad_(), w.requires_grad_()
+    assert torch.autograd.gradgradcheck(cosine_matrix, rows)
+    jacobians = (torch.autograd.functional.jacobian(cosine_matrix, rows, vectorize=v) for v in (True, False))
+    for many, one in zip(*jacobians, strict=True): torch.testing.assert_close(many, one, rtol=1e-13, atol=1e-15)
 
 
 def test_features_that_do_not_fit_are_refused():

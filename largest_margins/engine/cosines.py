@@ -9,14 +9,17 @@ __all__ = []
 
 # %% ../../nbs/engine/11_cosines.ipynb #4476f42f
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, lru_cache
+from itertools import compress
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from ..checks import check_features, plain_tensor, work_dtype
-from ..margins import unit_rows
+from ..checks import (
+    check_features, plain_tensor, values_are_cheap, work_dtype)
+from ..margins import moderate, unit_rows
 
 # %% ../../nbs/engine/11_cosines.ipynb #1597cc0f
 _AS_IT_IS, _may_cast = nullcontext(), cache(torch.amp.is_autocast_available)
@@ -32,6 +35,89 @@ def times(factor, x):
     "x·factor; a factor of exactly 1 costs nothing."
     return x if isinstance(factor, float) and factor == 1 else factor * x
 
+# %% ../../nbs/engine/11_cosines.ipynb #7141e362
+@lru_cache(64)
+def constant(value, dtype, *shape):
+    "A tensor full of a number, to read only, made once."
+    with torch.inference_mode(False): return torch.full(shape, value, dtype=dtype)
+
+
+def rows_of_length(x, length):
+    "Rows as long as `length`, and the norms they had, [n, 1]."
+    return torch._weight_norm_interface(x, constant(length, x.dtype, x.shape[0], 1))
+
+
+def usual_rows(x, w, length):
+    "Unit rows and norms of one matrix, long rows and norms of the other."
+    unit, norms = rows_of_length(x, 1.)
+    long, lengths = rows_of_length(w, length)
+    if not moderate(torch.cat([norms, lengths]), True): raise Unusual
+    return unit, norms, long, lengths
+
+
+def by_rows(by_long, x, norms, length):
+    "From the gradient by rows as long as `length` to that by the rows given."
+    lengths = constant(length, x.dtype, x.shape[0], 1)
+    return _kernel(by_long, x, lengths, norms, 0)[0]
+
+
+_kernel = torch.ops.aten._weight_norm_interface_backward.default._op
+
+# %% ../../nbs/engine/11_cosines.ipynb #7141e363
+class Unusual(Exception): 'What goes another way, which is slower.'
+
+
+def are_usual(x, w):
+    "Whether these are plain matrices on a CPU, with rows that fit together."
+    return (type(x) in _PLAIN and type(w) in _PLAIN and w.dtype is x.dtype in _WIDE
+            and w.is_cpu and w.ndim == x.ndim == 2 and x.shape[1] == w.shape[1]
+            and x.is_contiguous() and w.is_contiguous() and x.numel() and w.numel()
+            and values_are_cheap(x) and forward_ad._current_level < 0)
+
+
+def plain(x):
+    "A tensor without its subclass, as fastai's; all else as it is."
+    return plain_tensor(x) if isinstance(x, Tensor) and type(x) not in _PLAIN else x
+
+
+_PLAIN, _WIDE = (Tensor, torch.nn.Parameter), (torch.float32, torch.float64)
+
+# %% ../../nbs/engine/11_cosines.ipynb #7141e360
+def by_steps(function, tensors, needed, slope):
+    "Gradients by steps that torch sees: many at once, or with gradients of their own."
+    twice = torch.is_grad_enabled()
+    with torch.enable_grad():
+        views = [t.view_as(t) for t in tensors]  # one tensor may depend on another
+        found = iter(torch.autograd.grad(
+            function(*views), [*compress(views, needed)], slope, create_graph=twice,
+            materialize_grads=True))
+    return [next(found) if n else None for n in needed]
+
+
+def many_at_once(slope):
+    "Whether many slopes are asked for together, as `is_grads_batched` does."
+    functorch = torch._C._functorch
+    return functorch.is_legacy_batchedtensor(slope) or functorch.is_batchedtensor(slope)
+
+# %% ../../nbs/engine/11_cosines.ipynb #7141e361
+class _Cosines(torch.autograd.Function):
+    "The matrix of cosines of rows with usual norms."
+
+    @staticmethod
+    def forward(ctx, features, prototypes):
+        x, norms, w, lengths = usual_rows(features, prototypes, 1.)
+        ctx.save_for_backward(features, prototypes, x, norms, w, lengths)
+        return torch.mm(x, w.t())
+
+    @staticmethod
+    def backward(ctx, g):
+        features, prototypes, x, norms, w, lengths = ctx.saved_tensors
+        by_z, by_w = ctx.needs_input_grad
+        if torch.is_grad_enabled() or many_at_once(g):
+            return *by_steps(_in_steps, (features, prototypes), (by_z, by_w), g),
+        return (by_rows(torch.mm(g, w), features, norms, 1.) if by_z else None,
+                by_rows(torch.mm(g.t(), x), prototypes, lengths, 1.) if by_w else None)
+
 # %% ../../nbs/engine/11_cosines.ipynb #7141e365
 def cosine_matrix(
     features: Tensor,  # rows of any norm, [N, d], floating point
@@ -40,9 +126,14 @@ def cosine_matrix(
     "Compute all cosines of features with prototypes; a row of zeros has cosine 0."
     check_features(features, prototypes)
     dtype = work_dtype(features.dtype, prototypes.dtype)
+    rows = [plain(x).to(dtype) for x in (features, prototypes)]
     with full_precision(features.device.type):
-        return F.linear(unit_rows(plain_tensor(features).to(dtype)),
-                        unit_rows(plain_tensor(prototypes).to(dtype)))
+        try: return _Cosines.apply(*rows) if are_usual(*rows) else _in_steps(*rows)
+        except Unusual: return _in_steps(*rows)
+
+
+def _in_steps(features, prototypes):
+    return F.linear(unit_rows(features), unit_rows(prototypes))
 
 # %% ../../nbs/engine/11_cosines.ipynb #715e4a1b
 def angle_from_cosine(

@@ -9,7 +9,7 @@ __all__ = ['Own']
 
 # %% ../../nbs/engine/14_fused.ipynb #edabf133
 import math
-from functools import lru_cache, partial
+from functools import cached_property, partial
 from itertools import compress, repeat
 
 import torch
@@ -19,7 +19,9 @@ from largest_margins.checks import (
     check_features, check_finite, integer, is_traced, plain_tensor, values_are_cheap,
     work_dtype)
 from ..margins import moderate, row_blocks, row_norms, unit_rows
-from .cosines import full_precision, times
+from .cosines import (
+    Unusual, are_usual, by_rows, by_steps, constant, full_precision, many_at_once,
+    plain, rows_of_length, times, usual_rows)
 from .shards import all_ranks, one_process
 
 # %% ../../nbs/engine/14_fused.ipynb #dfffc24d
@@ -32,18 +34,122 @@ class Own:
         cosine: Tensor | None = None,  # c_y, [n]; None: that of the angle
         angle: Tensor | None = None,  # θ_y in radians, [n]; for an angular loss
     ):
-        self.targets, self._cosine, self._angle = targets, cosine, angle
+        self.targets = targets
+        if cosine is not None: self.cosine = cosine
+        if angle is not None: self.angle = angle
 
-    @property
+    @cached_property
     def cosine(self) -> Tensor:  # in [−1, 1], [n]
         "The cosine of each sample with its own prototype."
-        return self._angle.cos() if self._cosine is None else self._cosine
+        return self.angle.cos()
 
-    @property
+    @cached_property
     def angle(self) -> Tensor:  # in [0, π], [n]
         "The angle between each sample and its own prototype, in radians."
-        if self._angle is not None: return self._angle
         raise TypeError('only losses with `angular = True` have own.angle')
+
+# %% ../../nbs/engine/14_fused.ipynb #1b8a2a28
+def _in_the_middle(cosine):
+    "Angles and sines of cosines all far from both ends; None if they are not."
+    low, high = cosine.aminmax()
+    if not (low.item() > -.7 and high.item() < .7): return None
+    sine = torch.addcmul(constant(1., cosine.dtype), cosine, cosine, value=-1).sqrt_()
+    return cosine.acos(), sine
+
+# %% ../../nbs/engine/14_fused.ipynb #98bdb882
+def _line(loss, s, logits, targets, factor, learns, chords):
+    "Losses, [n]; if it learns, logits become slopes, times a factor."
+    at, angle = targets.unsqueeze(1), None
+    try: own = logits.gather(1, at).squeeze(1) / s
+    except RuntimeError: raise Unusual from None  # a target is no class
+    if loss.angular:
+        angle, sine, *near_an_end = _in_the_middle(own) or chords(own)
+        if near_an_end: raise Unusual
+    total = logits.scatter_(1, at, -math.inf).exp_().sum(1)
+    found = loss.with_slopes(Own(targets, own, angle), total.log(), {})
+    if not found: raise Unusual  # it says its curves only
+    losses, slopes = found
+    if not learns: return losses
+    by_own = slopes['pull'] * -factor
+    if loss.angular: by_own = by_own / -sine
+    by_others = times(factor, slopes['rest']) / total
+    logits.mul_(by_others.unsqueeze(1))
+    logits.scatter_(1, at, by_own.unsqueeze(1) if isinstance(by_own, Tensor) else by_own)
+    return losses
+
+# %% ../../nbs/engine/14_fused.ipynb #98bdb884
+def _straight_rows(loss, s, factor, targets, features, prototypes, learns):
+    "Losses, [n], and the gradients by both."
+    x, norms, w, lengths = usual_rows(features, prototypes, s)
+    few = x.shape[0] < w.shape[0]  # the longer side is made of whole rows
+    g = torch.mm(x, w.t()) if few else torch.mm(w, x.t()).t()
+    losses = _line(loss, s, g, targets, 1., any(learns), lambda own: _by_chords(
+        x, w.index_select(0, targets), own, s))
+    by_z, by_w = learns
+    return losses, (
+        by_rows(torch.mm(g, w), features, norms, factor) if by_z else None,
+        by_rows(torch.mm(g.t(), x), prototypes, lengths, s * factor) if by_w else None)
+
+# %% ../../nbs/engine/14_fused.ipynb #98bdb886
+def _straight_cosines(loss, s, factor, targets, cosines, learns):
+    "Losses, [n], and the gradient."
+    low, high = cosines.aminmax()
+    if not (low.item() >= -1.001 and high.item() <= 1.001): raise Unusual
+    slopes = cosines * s
+    def no_chords(own): raise Unusual
+    return _line(loss, s, slopes, targets, factor * s, *learns, no_chords), (slopes,)
+
+# %% ../../nbs/engine/14_fused.ipynb #98bdb888
+_MOST = {torch.float32: 80, torch.float64: 600}
+
+
+def _are_usual(targets, x, w):
+    "Whether these are matrices that fit, and targets for the rows of the first."
+    return (type(targets) is Tensor and are_usual(x, w) and targets.is_cpu
+            and targets.dtype is torch.int64 and targets.shape == x.shape[:1])
+
+# %% ../../nbs/engine/14_fused.ipynb #98bdb889
+def straight_loss(loss, targets, *tensors):
+    "The loss of cosines, or of features and prototypes, if it is usual; else None."
+    targets, *tensors = map(plain, (targets, *tensors))
+    x, w = tensors[0], tensors[-1]
+    mean = loss.plain_mean() if _are_usual(targets, x, w) else None
+    if mean is None: return None
+    (n, d), k, s = x.shape, w.shape[0], loss.scale
+    if len(tensors) == 1: k, d = d, 1
+    few = 0 < n * k <= 2**18 >= k * d and k > 1
+    if not few or s + math.log(k) > _MOST[x.dtype]: return None
+    with full_precision('cpu'):
+        learns = torch.is_grad_enabled()
+        try: return _Straight.apply(loss, s, mean, learns, targets, *tensors)
+        except Unusual: return None
+
+# %% ../../nbs/engine/14_fused.ipynb #98bdb890
+class _Straight(torch.autograd.Function):
+    "A loss in one line, whose gradients are made with its value."
+
+    @staticmethod
+    def forward(ctx, loss, s, mean, learns, targets, *tensors):
+        ctx.save_for_backward(targets, *tensors)
+        ctx.loss, factor = loss.frozen(), 1 / targets.shape[0] if mean else 1.
+        needed = ctx.needs_input_grad[5:] if learns else (False,) * len(tensors)
+        way = _straight_rows if len(tensors) == 2 else _straight_cosines
+        losses, ctx.gradients = way(loss, s, factor, targets, *tensors, needed)
+        return losses.mean() if mean else losses.sum()
+
+    @staticmethod
+    def backward(ctx, slope):
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None or torch.is_grad_enabled() or many_at_once(slope):
+            targets, *tensors = ctx.saved_tensors
+            steps = ctx.loss.of_matrix if len(tensors) == 2 else partial(
+                ctx.loss.of_dense, resolution=torch.finfo(tensors[0].dtype).eps / 2)
+            gradients = by_steps(lambda *views: steps(*views, targets, None, {}),
+                                  tensors, ctx.needs_input_grad[5:], slope)
+        elif slope.item() != 1:
+            for gradient in gradients:
+                if gradient is not None: gradient.mul_(slope)
+        return None, None, None, None, None, *gradients
 
 # %% ../../nbs/engine/14_fused.ipynb #f42ed633
 def _by_parts(function, size, *values):
@@ -53,23 +159,14 @@ def _by_parts(function, size, *values):
     results = zip(*(function(*part) or () for part in zip(*parts)))
     return [torch.cat(v) if isinstance(v[0], Tensor) else None for v in results]
 
-# %% ../../nbs/engine/14_fused.ipynb #9c1db91b
-@lru_cache(64)
-def _constant(value, dtype, *shape):
-    "A tensor full of a number, to read only, made once."
-    with torch.inference_mode(False): return torch.full(shape, value, dtype=dtype)
-
 # %% ../../nbs/engine/14_fused.ipynb #d5d84ffb
 class _Rows:
     "Rows of any norm: made as long as `length` at once, or each time they are used."
 
     def __init__(self, x, at_once, length=1., cheap=False):
-        self.given, self.at_once, self.length = x, at_once, length
+        self.given, self.at_once, self.length = x.contiguous(), at_once, length
         self.by_kernel = cheap and at_once
-        if self.by_kernel:
-            self.given = x.contiguous()
-            lengths = _constant(length, x.dtype, x.shape[0], 1)
-            self.x, self.norms = torch._weight_norm_interface(self.given, lengths)
+        if self.by_kernel: self.x, self.norms = rows_of_length(self.given, length)
         else: self.x, self.norms = x, torch.linalg.vector_norm(x, dim=1, keepdim=True)
 
     def with_care(self):
@@ -83,11 +180,9 @@ class _Rows:
         rows = self.x.index_select(0, which)
         return rows if self.at_once else rows * (self.length / self.norms[which])
 
-    def gradient(self, by_x, factor):
+    def gradient(self, by_x):
         "From the gradient by `x`, whose rows point where the given ones do, to theirs."
-        if self.by_kernel:
-            lengths = _constant(self.length * factor, by_x.dtype, by_x.shape[0], 1)
-            return _by_given(by_x, self.given, lengths, self.norms, 0)[0]
+        if self.by_kernel: return by_rows(by_x, self.given, self.norms, self.length)
         norms = self.length if self.at_once else self.norms
         factor = self.length / self.norms if self.at_once else 1.
         size = max(1, 2**17 // self.x.shape[1]) if self.x.is_cpu else len(self.x)
@@ -95,9 +190,6 @@ class _Rows:
         return by_x
 
 # %% ../../nbs/engine/14_fused.ipynb #801ca3e3
-_by_given = torch.ops.aten._weight_norm_interface_backward.default
-
-
 def _safe_norms(x):
     "Norms of rows as small or large as numbers can be; 1 for a row of zeros."
     norms = torch.cat([row_norms(x[rows]) for rows in row_blocks(x, 2**24)])
@@ -109,15 +201,6 @@ def _tangential(gradient, x, norms, factor):
     unit = x / norms
     gradient.addcmul_(unit, (gradient * unit).sum(1, keepdim=True), value=-1)
     if isinstance(factor, Tensor): gradient.mul_(factor)
-
-# %% ../../nbs/engine/14_fused.ipynb #1b8a2a28
-def _in_the_middle(cosine, cheap=True):
-    "Angles and sines of cosines all far from both ends; None if they are not."
-    if not cheap: return None
-    low, high = cosine.aminmax()
-    if not (low.item() > -.7 and high.item() < .7): return None
-    sine = torch.addcmul(_constant(1., cosine.dtype), cosine, cosine, value=-1).sqrt_()
-    return cosine.acos(), sine
 
 # %% ../../nbs/engine/14_fused.ipynb #ca13f85d
 def _by_chords(unit, own, cosine, s, usual=True):
@@ -165,7 +248,6 @@ class _Cosines:
             check_finite('features', features)
             check_finite('prototypes', prototypes)
             for rows in (self.z, self.w): rows.with_care()
-        self.by_kernel = self.z.by_kernel and self.w.by_kernel
         if not self.w.at_once: self.to_logits = plan.scale / self.w.norms[:, 0]
         self.x = self.z.x
         if features.shape[0] > plan.size:
@@ -180,8 +262,8 @@ class _Cosines:
         return torch.mm(w, unit.t()).t()
 
     def angles(self, unit, columns, cosine):
-        return _in_the_middle(cosine, self.plan.cheap) or _by_chords(
-            unit, self.w.long(columns), cosine, self.plan.scale, self.usual)
+        return _by_chords(unit, self.w.long(columns), cosine, self.plan.scale,
+                          self.usual)
 
 # %% ../../nbs/engine/14_fused.ipynb #5c8f6b49
 class _OfRows(_Cosines):
@@ -203,17 +285,17 @@ class _OfRows(_Cosines):
         turned = chord.mul_(pull * nearer / (-s * lengths))
         self.by_prototypes.index_add_(0, columns, turned)
 
-    def gradients(self, by_features, factor):
+    def gradients(self, by_features):
         "The gradients by what was given, by name."
         by_rows = dict(features=(self.z, by_features),
                        prototypes=(self.w, self.by_prototypes))
-        return {name: rows.gradient(by_x, factor)
+        return {name: rows.gradient(by_x)
                 for name, (rows, by_x) in by_rows.items() if by_x is not None}
 
 # %% ../../nbs/engine/14_fused.ipynb #7ef985da
 class _OfCosines:
     "A pass over the rows of a matrix of cosines."
-    inputs, to_logits, by_kernel = ('targets', 'cosines'), None, False
+    inputs, to_logits = ('targets', 'cosines'), None
 
     def __init__(self, plan, cosines):
         self.plan, self.x, self.per_logit = plan, cosines, plan.scale
@@ -222,14 +304,13 @@ class _OfCosines:
 
     def angles(self, cosines, columns, cosine):
         "Angles and sines; near both ends a cosine tells less than a chord."
-        if angles := _in_the_middle(cosine, self.plan.cheap): return angles
         most = 1 - self.plan.resolution
         inside = cosine.clamp(-most, most)
         return cosine.clamp(-1, 1).acos_(), ((1 - inside) * (1 + inside)).sqrt_()
 
     def back(self, g, cosines, wanted): return g
 
-    def gradients(self, by_cosines, factor): return dict(cosines=by_cosines)
+    def gradients(self, by_cosines): return dict(cosines=by_cosines)
 
 # %% ../../nbs/engine/14_fused.ipynb #93cf9292
 def _exponentials(g, at, here, job, wanted):
@@ -307,7 +388,7 @@ def _chunk(x, targets, weights, pooled, job, wanted, *numbers):
 # %% ../../nbs/engine/14_fused.ipynb #cbd40ab0
 def _pass(plan, tensors, wanted, weights):
     "Losses, negative margins and gradients of all chunks, outside of autocast."
-    last, pooled, factor = len(plan.kind.inputs), weights, 1.
+    last, pooled = len(plan.kind.inputs), weights
     targets, numbers = tensors[0], tensors[last:]
     with full_precision(targets.device.type):
         job = plan.kind(plan, *tensors[1:last])
@@ -317,13 +398,11 @@ def _pass(plan, tensors, wanted, weights):
             losses = chunks(())[0] if targets.shape[0] > plan.size else None
             pooled = None if losses is None else _pooled(
                 plan.logs + plan.loss.tilt * losses)
-        elif job.by_kernel and not numbers and isinstance(weights, float):
-            weights, pooled, factor = 1., 1., weights
         losses, negative_margins, *gradients = chunks(wanted)
         if not wanted: return losses, negative_margins, None
         by_x, *by_numbers = gradients
         learned = [name for name in plan.numbers if name in wanted]
-        return losses, negative_margins, job.gradients(by_x, factor) | dict(
+        return losses, negative_margins, job.gradients(by_x) | dict(
             zip(learned, by_numbers))
 
 # %% ../../nbs/engine/14_fused.ipynb #155e697c
@@ -343,7 +422,7 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx, slope):
         plan, tensors, twice = ctx.plan, ctx.saved_tensors, torch.is_grad_enabled()
-        by_matrix = twice or _many_at_once(slope)
+        by_matrix = twice or many_at_once(slope)
         if by_matrix: gradients = _by_matrix(plan, tensors, slope, twice)
         else: gradients = _by_pass(plan, tensors, slope)
         return None, *map(gradients.get, plan.names)
@@ -366,19 +445,10 @@ def _by_matrix(plan, tensors, slope, twice):
         raise RuntimeError('create_graph=True: classes shared out among processes '
                            'have no second derivatives; use one process')
     last = len(plan.kind.inputs)
-    with torch.enable_grad():  # of views: one tensor may depend on another
-        views = [t.view_as(t) for t in tensors]
-        numbers = dict(zip(plan.numbers, views[last:]))
-        value = plan.in_steps(*views[1:last], views[0], plan.valid, numbers)
-        wanted = [v for n, v in zip(plan.names, views) if n in plan.wanted]
-        return dict(zip(plan.wanted, torch.autograd.grad(
-            value, wanted, slope, create_graph=twice, materialize_grads=True)))
-
-# %% ../../nbs/engine/14_fused.ipynb #582c6750
-def _many_at_once(slope):
-    "Whether many slopes are asked for together, as `is_grads_batched` does."
-    functorch = torch._C._functorch
-    return functorch.is_legacy_batchedtensor(slope) or functorch.is_batchedtensor(slope)
+    def loss(*views): return plan.in_steps(
+        *views[1:last], views[0], plan.valid, dict(zip(plan.numbers, views[last:])))
+    needed = [name in plan.wanted for name in plan.names]
+    return dict(zip(plan.names, by_steps(loss, tensors, needed, slope)))
 
 # %% ../../nbs/engine/14_fused.ipynb #00bf8a3d
 BUFFER_BYTES = 72 * 2**20  # what chunk_size='auto' allows the buffer
