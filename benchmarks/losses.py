@@ -7,11 +7,12 @@
 A step takes features [N, d] and prototypes [k, d] to a loss and to the gradients of both. All rows of a shape take
 turns in one process, on one thread; what is stored are ratios of median CPU times: to plain cross-entropy, to the line
 that everybody writes by hand, `F.cross_entropy(s * normalize(z) @ normalize(W).T, y)`, and to the three matrix products
-that every row contains. Operations are counted by a dispatch mode over forward and backward: what a GPU waits for.
-Memory is the peak resident size of a fresh process during one step less the size before it and less the gradients, in
-units of one N × k matrix. The error is the largest of loss, dz and dW against the same loss by autograd in float64,
-relative; of ours, against the loss of the whole matrix. A profile of one more step says which share of its time the
-matrix products take. Rows named `dense` are the loss of a matrix of cosines, with the cosines made by hand.
+that every row contains. Operations are counted by a dispatch mode over forward and backward, here and on a device
+whose values nobody can look at, as a GPU's, which waits for each of them. Memory is the peak resident size of a fresh
+process during one step less the size before it and less the gradients, in units of one N × k matrix. The error is the
+largest of loss, dz and dW against the same loss by autograd in float64, relative; of ours, against the loss of the
+whole matrix. A profile of one more step says which share of its time the matrix products take. Rows named `dense` are
+the loss of the matrix that `CosineLinear` returns, rows named `by hand` that of `F.normalize(z) @ F.normalize(w).T`.
 
 What one shape measured is stored before the next begins, so whoever interrupts goes on with the shapes that are left.
 """
@@ -103,7 +104,7 @@ def of_metric_learning(name):
     return make
 
 
-def numbers(targets): return {name: torch.ones(len(targets)) for name in ('alpha1', 'alpha2')}
+def numbers(targets): return {name: torch.ones(len(targets), device=targets.device) for name in ('alpha1', 'alpha2')}
 
 
 CE, HAND, FLOOR = 'cross-entropy', 'cross-entropy of s·cos', 'three products'
@@ -134,8 +135,9 @@ ROWS = {
     **{f'metric-learning {name}': of_metric_learning(name) for name in
        ('ArcFaceLoss', 'CosFaceLoss', 'NormalizedSoftmaxLoss', 'SphereFaceLoss')},
     **{f'ours, {name}': of_function(function) for name, function in LINEAR.items()},
-    **{f'dense, {name}': of_function(lambda z, w, y, loss=loss: loss(F.normalize(z) @ F.normalize(w).T, y))
-       for name, loss in OURS.items()}}
+    **{f'dense, {name}': of_function(DENSE[name]) for name in OURS},
+    **{f'by hand, {name}': of_function(lambda z, w, y, loss=OURS[name]: loss(F.normalize(z) @ F.normalize(w).T, y))
+       for name in ('NormFace', 'ArcFace', 'CosFace', 'LM-Softmax')}}
 
 
 @contextmanager
@@ -181,6 +183,13 @@ def profiled(step):
     return {'operations': count.operations, 'share of products': round(times[0] / times[1], 3)}
 
 
+def unseen(name, shape):
+    "How many operations a step is on a device whose values nobody looks at, as a GPU; here there are none to see."
+    batch = [x.detach().to('meta').requires_grad_(x.is_floating_point()) for x in inputs(*shape)]
+    with Count() as count: CHECKED[name](*batch).backward()
+    return count.operations
+
+
 def memory(name, shape):
     "The peak of a process of its own, less the gradients and in units of N × k floats."
     n, d, k = shape
@@ -209,6 +218,7 @@ def measured(names, shape, rounds):
         for unit, of in (('CE', CE), ('hand', HAND), ('products', FLOOR)):
             row[f'over {unit}'] = round(times[name] / times[of], 3)
         row |= profiled(step)
+        if name in (CE, HAND) or 'ours' in name: row['operations unseen'] = unseen(name, shape)
         if FLOOR not in name and k >= 10_000: row['matrices'] = round(memory(name, shape), 3)
         if name in CHECKED and k <= 10_000: row['error'] = error(name, shape)
         if 'ours' in name and k <= 1000: row['error in float64'] = error(name, shape, torch.float64)
@@ -243,7 +253,7 @@ def main():
     wanted = options.rows.split(',') if options.rows else ['']
     chosen = [name for name in ROWS if name in (FLOOR, CE, HAND) or any(part in name for part in wanted)]
     for shape in shapes:
-        start, names = process_time(), [n for n in chosen if shape[2] <= 1000 or not n.startswith('dense')]
+        start, names = process_time(), [n for n in chosen if shape[2] <= 1000 or not n.startswith(('dense', 'by hand'))]
         keep([*measured(names, shape, options.rounds)], options.out)
         print(f'{shape}: stored after {process_time() - start:.0f} s of CPU', flush=True)
 

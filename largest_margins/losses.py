@@ -137,7 +137,7 @@ class _Reduction(_Options):
             loss_weights = loss_weights / counts[targets].clamp_min(1)
         if reduction in ('none', 'sum'): return loss_weights
         total = loss_weights.sum()
-        return loss_weights / torch.where(total > 0, total, 1)
+        return loss_weights / total.clamp_min(torch.finfo(dtype).tiny)
 
     def aggregate(self, losses, loss_weights):
         "The losses of a batch as the reduction wants them, [] or, for 'none', [N]."
@@ -152,13 +152,14 @@ class ClassificationLoss(_Reduction):
 
     def split_ignored(self, targets, num_classes, seen=None):
         "Class 0 in the place of `ignore_index`, and which samples count (None: all)."
-        if values_are_cheap(targets) if seen is None else seen:
+        if seen is None: seen = values_are_cheap(targets)
+        if seen:
             low, high = map(Tensor.item, targets.aminmax())
             fine = 0 <= low and high < num_classes
             if fine and not low <= self.ignore_index <= high: return targets, None
         valid = targets != self.ignore_index
-        check_range(targets, num_classes, ~valid)
-        return torch.where(valid, targets, 0), valid
+        if seen: check_range(targets, num_classes, ~valid)
+        return targets * valid, valid
 
     def checked(self, scores, targets, name):
         "Scores in at least float32, [N, k]; targets, and which of them count, [N]."

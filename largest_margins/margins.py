@@ -9,6 +9,7 @@ __all__ = ['class_margin', 'sample_margins', 'class_sample_margins', 'min_sample
            'neural_collapse']
 
 # %% ../nbs/theory/01_margins.ipynb #33f7b327
+import math
 from typing import NamedTuple
 
 import torch
@@ -21,18 +22,19 @@ from largest_margins.checks import (
 # %% ../nbs/theory/01_margins.ipynb #10725e62
 def row_norms(x: Tensor) -> Tensor:
     "The norms of the rows, [n, 1]; no square overflows or vanishes on the way."
-    _, norms, peaks = _scaled(x)
+    _, norms, peaks = scaled_rows(x)
     return norms if peaks is None else peaks * norms
 
 
-def _scaled(x):
+def scaled_rows(x):
     "Rows, norms and, where squares ask for it, what rows were divided by, or None."
-    norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    if moderate(norms): return x, norms, None
-    peaks = x.detach().abs().amax(-1, keepdim=True)
-    x = x / torch.where(peaks > 0, peaks, 1)
-    norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x, torch.where(norms > 0, norms, 1), peaks
+    if values_are_cheap(x):
+        norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        if moderate(norms, True): return x, norms, None
+    peaks = torch.linalg.vector_norm(x.detach(), math.inf, dim=-1, keepdim=True)
+    peaks = peaks + (peaks == 0)
+    x = x / peaks
+    return x, torch.linalg.vector_norm(x, dim=-1, keepdim=True), peaks
 
 # %% ../nbs/theory/01_margins.ipynb #10725e63
 def moderate(norms: Tensor, seen: bool | None = None) -> bool:
@@ -46,8 +48,8 @@ def moderate(norms: Tensor, seen: bool | None = None) -> bool:
 def unit_rows(x: Tensor) -> Tensor:
     "Each row of `x` divided by its Euclidean norm; a row of zeros stays zero."
     if not x.numel(): return x
-    x, norms, _ = _scaled(x)
-    return x / norms
+    x, norms, peaks = scaled_rows(x)
+    return x / (norms if peaks is None else norms.clamp_min(1))
 
 # %% ../nbs/theory/01_margins.ipynb #09c802f0
 def angle(x: Tensor, y: Tensor) -> Tensor:

@@ -199,7 +199,8 @@ def test_cosines_have_tangents_second_derivatives_and_many_gradients_at_once():
     true, tangent = torch.func.jvp(cosine_matrix, (z, w), (dz, dw))
     with forward_ad.dual_level():
         got = forward_ad.unpack_dual(cosine_matrix(forward_ad.make_dual(z, dz), forward_ad.make_dual(w, dw)))
-    for mine, func in zip(got, (true, tangent), strict=True): torch.testing.assert_close(mine, func, rtol=1e-14, atol=1e-15)
+    for mine, func in zip(got, (true, tangent), strict=True):
+        torch.testing.assert_close(mine, func, rtol=1e-14, atol=1e-15)
     rows = z.requires_grad_(), w.requires_grad_()
     assert torch.autograd.gradgradcheck(cosine_matrix, rows)
     jacobians = (torch.autograd.functional.jacobian(cosine_matrix, rows, vectorize=v) for v in (True, False))

@@ -156,6 +156,14 @@ def test_few_operations_also_for_tensors_of_fastai():
     assert count(*fastais) <= count(*batch) + 8 <= 45  # the ways into a subclass and out of it
 
 
+@pytest.mark.parametrize('loss, most', [(NormFaceLoss(16.), 70), (ArcFaceLoss(16.), 100)])
+def test_not_many_more_operations_where_values_are_not_seen(loss, most):
+    "As on a GPU, which waits for each of them: rows of odd norms are taken care of without a look."
+    batch = [x.detach().to('meta').requires_grad_(x.is_floating_point()) for x in inputs(dtype=torch.float32)]
+    with Count() as found: loss.linear(*batch).backward()
+    assert found.operations <= most
+
+
 @pytest.mark.parametrize('chunk_size', [1, 7, N])
 def test_numbers_for_each_sample_have_gradients(chunk_size):
     features, prototypes, targets = inputs()

@@ -18,7 +18,8 @@ from torch import Tensor
 from largest_margins.checks import (
     check_features, check_finite, integer, is_traced, plain_tensor, values_are_cheap,
     work_dtype)
-from ..margins import moderate, row_blocks, row_norms, unit_rows
+from ..margins import (
+    moderate, row_blocks, row_norms, scaled_rows, unit_rows)
 from .cosines import (
     Unusual, are_usual, by_rows, by_steps, constant, full_precision, many_at_once,
     plain, rows_of_length, times, usual_rows)
@@ -165,15 +166,17 @@ class _Rows:
 
     def __init__(self, x, at_once, length=1., cheap=False):
         self.given, self.at_once, self.length = x.contiguous(), at_once, length
-        self.by_kernel = cheap and at_once
+        self.x, self.by_kernel = self.given, cheap and at_once
         if self.by_kernel: self.x, self.norms = rows_of_length(self.given, length)
-        else: self.x, self.norms = x, torch.linalg.vector_norm(x, dim=1, keepdim=True)
+        elif cheap: self.norms = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+        else: self.with_care()
 
     def with_care(self):
         "Divide again: squares on the way to the norms overflowed or vanished."
         self.at_once = self.at_once or values_are_cheap(self.given)
-        self.by_kernel, self.norms = False, _safe_norms(self.given)
-        self.x = unit_rows(self.given) * self.length if self.at_once else self.given
+        self.by_kernel, self.x = False, self.given
+        if not self.at_once: self.norms = _safe_norms(self.given)
+        else: self.x, self.inverse = _long_rows(self.given, self.length)
 
     def long(self, which):
         "Some rows, as long as `length`."
@@ -183,10 +186,10 @@ class _Rows:
     def gradient(self, by_x):
         "From the gradient by `x`, whose rows point where the given ones do, to theirs."
         if self.by_kernel: return by_rows(by_x, self.given, self.norms, self.length)
-        norms = self.length if self.at_once else self.norms
-        factor = self.length / self.norms if self.at_once else 1.
         size = max(1, 2**17 // self.x.shape[1]) if self.x.is_cpu else len(self.x)
-        _by_parts(_tangential, size, by_x, self.x, norms, factor)
+        if self.at_once: _by_parts(_tangential_at_once, size, by_x, self.x, self.length,
+                                   self.inverse)
+        else: _by_parts(_tangential, size, by_x, self.x, self.norms)
         return by_x
 
 # %% ../../nbs/engine/14_fused.ipynb #801ca3e3
@@ -196,11 +199,24 @@ def _safe_norms(x):
     return torch.where(norms > torch.finfo(x.dtype).tiny, norms, 1)
 
 
-def _tangential(gradient, x, norms, factor):
-    "Take off what is radial, and multiply by a factor, in place."
+def _long_rows(x, length):
+    "Rows as long as `length`, and their length over that of the given ones."
+    x, norms, peaks = scaled_rows(x)
+    if peaks is not None: norms = norms.clamp_min_(1)
+    inverse = times(length, norms.reciprocal())
+    return x * inverse, inverse if peaks is None else inverse / peaks
+
+
+def _tangential(gradient, x, norms):
+    "Take off what is radial, in place."
     unit = x / norms
     gradient.addcmul_(unit, (gradient * unit).sum(1, keepdim=True), value=-1)
-    if isinstance(factor, Tensor): gradient.mul_(factor)
+
+
+def _tangential_at_once(gradient, x, length, inverse):
+    "The same for rows of one length, and divide as they were."
+    radial = (gradient * x).sum(1, keepdim=True)
+    gradient.addcmul_(x, radial, value=-length**-2).mul_(inverse)
 
 # %% ../../nbs/engine/14_fused.ipynb #ca13f85d
 def _by_chords(unit, own, cosine, s, usual=True):
@@ -243,8 +259,8 @@ class _Cosines:
         self.plan, few = plan, prototypes.numel() <= 2**18
         self.z = _Rows(features, True, 1., plan.cheap)
         self.w = _Rows(prototypes, few, plan.scale, plan.cheap)
-        self.usual = moderate(torch.cat([self.z.norms, self.w.norms]), plan.cheap)
-        if not self.usual:
+        self.usual = plan.cheap and moderate(torch.cat([self.z.norms, self.w.norms]))
+        if plan.cheap and not self.usual:
             check_finite('features', features)
             check_finite('prototypes', prototypes)
             for rows in (self.z, self.w): rows.with_care()
@@ -369,7 +385,7 @@ def _chunk(x, targets, weights, pooled, job, wanted, *numbers):
     if not wanted: return losses, negative_margins
     if pooled is None: pooled = _pooled(plan.logs + loss.tilt * losses)     # slopes
     if here is not None: total = (rest if shift is None else rest - shift).exp()
-    factor, pull, at_largest, by_largest = job.per_logit * pooled, None, None, None
+    factor, pull, at_largest, by_largest = times(job.per_logit, pooled), None, None, None
     by_others = times(factor, slopes['rest']) / total
     by_own = times(factor if loss.angular else -factor, slopes['pull'])
     if loss.angular: by_own = by_own / sine
@@ -508,8 +524,9 @@ def nearest_classes(features, prototypes, n=1, shards=None):
     shards = shards or one_process(len(w))
     n = integer('n', n, at_least=1, at_most=shards.num_classes)
     check_finite('features', features)
-    w = _Rows(w, False)
-    if not moderate(w.norms):
+    cheap = values_are_cheap(w)
+    w = _Rows(w, False, cheap=cheap)
+    if cheap and not moderate(w.norms):
         if shards.alone: check_finite('prototypes', w.x)
         w.with_care()
 
