@@ -61,7 +61,7 @@ def by_rows(by_long, x, norms, length):
     return _kernel(by_long, x, lengths, norms, 0)[0]
 
 
-_kernel = torch.ops.aten._weight_norm_interface_backward.default._op
+_kernel = torch.ops.aten._weight_norm_interface_backward.default
 
 # %% ../../nbs/engine/11_cosines.ipynb #7141e363
 class Unusual(Exception): 'What goes another way, which is slower.'
