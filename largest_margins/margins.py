@@ -49,7 +49,7 @@ def unit_rows(x: Tensor) -> Tensor:
     "Each row of `x` divided by its Euclidean norm; a row of zeros stays zero."
     if not x.numel(): return x
     x, norms, peaks = scaled_rows(x)
-    return x / (norms if peaks is None else norms.clamp_min(1))
+    return x / (norms if peaks is None else norms + (norms == 0))
 
 # %% ../nbs/theory/01_margins.ipynb #09c802f0
 def angle(x: Tensor, y: Tensor) -> Tensor:
