@@ -178,10 +178,13 @@ def _factored(square):
     return splu(square.tocsc(), permc_spec='MMD_AT_PLUS_A').solve
 
 
-def _solved(square, wanted):
+def _solved(square, wanted, lift=1e-13):
     "The solution of a symmetric system that may be singular."
-    lift = 1e-13 * square.diagonal().max()
-    return _factored(square + lift * identity(square.shape[0]))(wanted)
+    lifts = lift * square.diagonal().max() * identity(square.shape[0])
+    try: return _factored(square + lifts)(wanted)
+    except np.linalg.LinAlgError:  # rounding made it worse than singular
+        if lift > 1e-6: raise
+        return _solved(square, wanted, 100 * lift)
 
 
 # %% ../nbs/theory/03_packing.ipynb #5d1e8a43

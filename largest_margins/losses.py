@@ -405,7 +405,7 @@ class _Softmax(CosineLoss):
         kind, options = type(self), vars(self)
         plain = (kind.__module__ == __name__ and kind.per_batch is _Hooks.per_batch
                  and options.get('weight', 0) is None is options.get('prior', 0)
-                 and not options['sample_margin'] and options['ignore_index'] < 0
+                 and options['ignore_index'] < 0
                  and options.get('aggregation', 'mean') == 'mean'
                  and not options.get('label_smoothing'))
         return dict(mean=True, sum=False).get(options['reduction']) if plain else None

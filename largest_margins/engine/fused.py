@@ -60,22 +60,28 @@ def _in_the_middle(cosine):
 # %% ../../nbs/engine/14_fused.ipynb #98bdb882
 def _line(loss, s, logits, targets, factor, learns, chords):
     "Losses, [n]; if it learns, logits become slopes, times a factor."
-    at, angle = targets.unsqueeze(1), None
+    at, angle, lead = targets.unsqueeze(1), None, loss.sample_margin
     try: own = logits.gather(1, at).squeeze(1) / s
     except RuntimeError: raise Unusual from None  # a target is no class
     if loss.angular:
         angle, sine, *near_an_end = _in_the_middle(own) or chords(own)
         if near_an_end: raise Unusual
-    total = logits.scatter_(1, at, -math.inf).exp_().sum(1)
+    logits.scatter_(1, at, -math.inf)
+    if lead: largest, where_largest = logits.max(1, keepdim=True)
+    total = logits.exp_().sum(1)
     found = loss.with_slopes(Own(targets, own, angle), total.log(), {})
     if not found: raise Unusual  # it says its curves only
     losses, slopes = found
+    if lead: losses = losses + lead * (largest.squeeze(1) / s - own)
     if not learns: return losses
     by_own = slopes['pull'] * -factor
     if loss.angular: by_own = by_own / -sine
+    if lead: by_own = by_own - factor * lead / s
     by_others = times(factor, slopes['rest']) / total
     logits.mul_(by_others.unsqueeze(1))
     logits.scatter_(1, at, by_own.unsqueeze(1) if isinstance(by_own, Tensor) else by_own)
+    if lead: logits.scatter_add_(1, where_largest, constant(
+        factor * lead / s, total.dtype, *largest.shape))
     return losses
 
 # %% ../../nbs/engine/14_fused.ipynb #98bdb884
