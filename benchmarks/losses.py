@@ -10,9 +10,10 @@ that everybody writes by hand, `F.cross_entropy(s * normalize(z) @ normalize(W).
 that every row contains. Operations are counted by a dispatch mode over forward and backward, here and on a device
 whose values nobody can look at, as a GPU's, which waits for each of them. Memory is the peak resident size of a fresh
 process during one step less the size before it and less the gradients, in units of one N × k matrix. The error is the
-largest of loss, dz and dW against the same loss by autograd in float64, relative; of ours, against the loss of the
-whole matrix. A profile of one more step says which share of its time the matrix products take. Rows named `dense` are
-the loss of the matrix that `CosineLinear` returns, rows named `by hand` that of `F.normalize(z) @ F.normalize(w).T`.
+largest of loss, dz and dW against the same loss by autograd in float64, relative; of ours, against the loss in steps
+that autograd sees. A profile of one more step says which share of its time the matrix products take. Rows named
+`dense` are the loss of the matrix that `CosineLinear` returns, rows named `by hand` that of
+`F.normalize(z) @ F.normalize(w).T`.
 
 What one shape measured is stored before the next begins, so whoever interrupts goes on with the shapes that are left.
 """
@@ -117,10 +118,8 @@ LINEAR = {name: loss.linear for name, loss in OURS.items()}
 DENSE = {name: lambda z, w, y, loss=loss: loss(cosine_matrix(z, w), y) for name, loss in OURS.items()}
 PER_SAMPLE, NARROW, FAST = 'GM-Softmax, per sample', 'CosFace, 64 rows', 'ArcFace, oneDNN'
 LINEAR[PER_SAMPLE] = lambda z, w, y: OURS['GM-Softmax'].linear(z, w, y, **numbers(y))
-DENSE[PER_SAMPLE] = lambda z, w, y: OURS['GM-Softmax'](cosine_matrix(z, w), y, **numbers(y))
 LINEAR[NARROW] = lambda z, w, y: OURS['CosFace'].linear(z, w, y, chunk_size=64)
 LINEAR[FAST] = OURS['ArcFace'].linear
-DENSE |= {NARROW: DENSE['CosFace'], FAST: DENSE['ArcFace']}
 OTHERS = {
     CE: lambda z, w, y: F.cross_entropy(F.linear(z, w), y),
     HAND: lambda z, w, y: F.cross_entropy(S * F.normalize(z) @ F.normalize(w).T, y),
@@ -128,7 +127,10 @@ OTHERS = {
     'torch linear_cross_entropy': lambda z, w, y: F.linear_cross_entropy(
         z, w, y, options=torch.nn.LinearCrossEntropyOptions())}
 CHECKED = OTHERS | {f'ours, {name}': function for name, function in LINEAR.items()}
-EXACT = OTHERS | {f'ours, {name}': function for name, function in DENSE.items()}
+STEPS = {name: lambda z, w, y, loss=loss: loss.of_matrix(z, w, y, None, {}) for name, loss in OURS.items()}
+STEPS[PER_SAMPLE] = lambda z, w, y: OURS['GM-Softmax'].of_matrix(z, w, y, None, numbers(y))
+STEPS |= {NARROW: STEPS['CosFace'], FAST: STEPS['ArcFace']}
+EXACT = OTHERS | {f'ours, {name}': function for name, function in STEPS.items()}
 ROWS = {
     FLOOR: products, f'{FLOOR}, oneDNN': products,
     **{name: of_function(function) for name, function in OTHERS.items()},
