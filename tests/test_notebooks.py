@@ -9,10 +9,12 @@ from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
+from IPython.display import Markdown
 from pages import notebooks, root
 from pasting import UNSEEN, fences, run_notebook
 from processes import run_alone
 
+from largest_margins import cli
 from largest_margins.cli import main
 
 QUIET = dict(MPLBACKEND='agg', OMP_NUM_THREADS='1', PYTHONWARNINGS='ignore',
@@ -50,6 +52,18 @@ def blocks(notebook, languages):
         if cell['cell_type'] == 'markdown': found += fences(text, languages)
         elif 'python' in languages and not UNSEEN.search(text): found.append(text)
     return found
+
+
+def test_the_options_on_the_page_of_the_command_are_those_of_today():
+    "Its tables are stored, and made from what `--help` prints."
+    cells = json.loads((root/'nbs/study/33_cli.ipynb').read_text(encoding='utf-8'))['cells']
+    source = {cell['id']: ''.join(cell['source']) for cell in cells}
+    names, known = [cell for cell in cells if '\noptions(' in source[cell['id']]], dict(vars(cli), Markdown=Markdown)
+    exec(next(text for text in source.values() if 'def options(' in text), known)
+    assert len(names) >= 6
+    for cell in names:
+        made = eval(source[cell['id']].partition('\n')[2], known).data
+        assert made == ''.join(cell['outputs'][0]['data']['text/markdown'])
 
 
 CHECK = re.compile(r'^\s*(?:assert\b|test_\w+\(|with expect_fail)|: assert\b', re.M)
