@@ -230,7 +230,7 @@ class _Terms(_Hooks):
     "What the engine asks of a loss."
 
     def plain_mean(self):
-        "Whether this is the mean of a loss of ours, not the sum; None if it is neither."
+        "Whether this is the mean of a loss of ours, or the sum; None: neither."
         return None
 
     def terms(self, own, rest, numbers, wanted=()):

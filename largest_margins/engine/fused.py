@@ -79,7 +79,8 @@ def _line(loss, s, logits, targets, factor, learns, chords):
     if lead: by_own = by_own - factor * lead / s
     by_others = times(factor, slopes['rest']) / total
     logits.mul_(by_others.unsqueeze(1))
-    logits.scatter_(1, at, by_own.unsqueeze(1) if isinstance(by_own, Tensor) else by_own)
+    if isinstance(by_own, Tensor): by_own = by_own.unsqueeze(1)
+    logits.scatter_(1, at, by_own)
     if lead: logits.scatter_add_(1, where_largest, constant(
         factor * lead / s, total.dtype, *largest.shape))
     return losses
@@ -391,7 +392,8 @@ def _chunk(x, targets, weights, pooled, job, wanted, *numbers):
     if not wanted: return losses, negative_margins
     if pooled is None: pooled = _pooled(plan.logs + loss.tilt * losses)     # slopes
     if here is not None: total = (rest if shift is None else rest - shift).exp()
-    factor, pull, at_largest, by_largest = times(job.per_logit, pooled), None, None, None
+    factor, pull = times(job.per_logit, pooled), None
+    at_largest = by_largest = None
     by_others = times(factor, slopes['rest']) / total
     by_own = times(factor if loss.angular else -factor, slopes['pull'])
     if loss.angular: by_own = by_own / sine
