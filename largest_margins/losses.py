@@ -230,7 +230,7 @@ class _Terms(_Hooks):
     "What the engine asks of a loss."
 
     def plain_mean(self):
-        "Whether this is the mean of a loss of ours, or the sum; None: neither."
+        "True: the mean of a loss of ours, no more; False: the sum; None: neither."
         return None
 
     def terms(self, own, rest, numbers, wanted=()):

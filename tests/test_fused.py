@@ -16,7 +16,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from largest_margins.checks import NotFinite
 from largest_margins.engine.cosines import cosine_matrix
 from largest_margins.engine.fused import BUFFER_BYTES, rows_at_once
-from largest_margins.losses import AdaFaceLoss, ArcFaceLoss, CosFaceLoss, GMSoftmaxLoss, LMSoftmaxLoss, NormFaceLoss
+from largest_margins.losses import (
+    AdaFaceLoss,
+    ArcFaceLoss,
+    CosFaceLoss,
+    GMSoftmaxLoss,
+    LDAMLoss,
+    LMSoftmaxLoss,
+    NormFaceLoss,
+)
 from largest_margins.margins import angle
 
 N, D, K = 23, 6, 11
@@ -126,6 +134,16 @@ def test_any_shape(n, d, k, chunk_size, row, seed):
     slack = max(1, 1e-3 / sine**2) if row in ANGULAR else 1
     for g, t, size in zip(got, value_and_gradients(dense(loss), *batch), sizes, strict=True):
         assert (size * (g - t)).norm() <= slack * 1e-12 * (1 + (size * t).norm())
+
+
+@pytest.mark.parametrize('loss', [LDAMLoss([5, 3, 2]), LDAMLoss(range(1, 9)), GMSoftmaxLoss(8., alpha1=[1.] * 3)],
+                         ids=repr)
+@pytest.mark.parametrize('targets', [[0, 1, 2, 0], [0, 1, 3, 0]])
+def test_numbers_for_other_classes_are_refused_on_every_way(loss, targets):
+    "Also where the batch has none of the classes that are missing."
+    (features, prototypes, _), targets = inputs(4, 3, 4), torch.tensor(targets)
+    for way in (loss.linear, dense(loss), lambda *a: loss.linear(*a, chunk_size=2)):
+        with pytest.raises(ValueError, match=r'must be \[k\] with k = 4'): way(features, prototypes, targets)
 
 
 @each_loss

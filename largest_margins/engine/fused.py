@@ -127,6 +127,7 @@ def straight_loss(loss, targets, *tensors):
     if len(tensors) == 1: k, d = d, 1
     few = 0 < n * k <= 2**18 >= k * d and k > 1
     if not few or s + math.log(k) > _MOST[x.dtype]: return None
+    loss.check_classes(k, x.device)
     with full_precision('cpu'):
         learns = torch.is_grad_enabled()
         try: return _Straight.apply(loss, s, mean, learns, targets, *tensors)
@@ -153,7 +154,7 @@ class _Straight(torch.autograd.Function):
             steps = ctx.loss.of_matrix if len(tensors) == 2 else partial(
                 ctx.loss.of_dense, resolution=torch.finfo(tensors[0].dtype).eps / 2)
             gradients = by_steps(lambda *views: steps(*views, targets, None, {}),
-                                  tensors, ctx.needs_input_grad[5:], slope)
+                                 tensors, ctx.needs_input_grad[5:], slope)
         elif slope.item() != 1:
             for gradient in gradients:
                 if gradient is not None: gradient.mul_(slope)
