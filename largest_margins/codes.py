@@ -440,7 +440,7 @@ def _holes(points, rng):
         faces = ConvexHull(points).equations  # the normal, and minus its distance
         return faces[faces[:, d].argsort()[-8:], :d]
     tries = _normalised(rng.standard_normal((2000, d)))
-    return tries[(tries @ points.T).max(1).argsort()[:200]]
+    return tries[(tries @ points.T).max(1, initial=-1.).argsort()[:200]]
 
 
 def _hop(best, rng):
