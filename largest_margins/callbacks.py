@@ -634,9 +634,10 @@ def after_loss(self: DeferredReweighting):
 
 # %% ../nbs/training/23_callbacks.ipynb #c1d0f00c
 def has_bfloat16() -> bool:
-    "Return whether this CPU multiplies in bfloat16 and PyTorch uses it."
+    "Return whether this CPU multiplies in bfloat16 and PyTorch does so correctly."
     capabilities = getattr(torch.cpu, 'get_capabilities', dict)()
-    native = any(capabilities.get(name) for name in ('avx512_bf16', 'amx_bf16'))
+    if capabilities.get('amx_bf16'): return False  # PyTorch 2.14: NaN on small maps
+    native = bool(capabilities.get('avx512_bf16'))
     return native and torch.backends.mkldnn.is_available()
 
 # %% ../nbs/training/23_callbacks.ipynb #4e01aa07
