@@ -297,7 +297,8 @@ def per_sample(name: str, value, x: Tensor, **bounds: float) -> Tensor:
                          f'got shape {tuple(value.shape)}')
     check_device(name, value, x.device)
     if values_are_cheap(value := plain_tensor(value)):
-        for extreme in value.detach().aminmax(): number(name, extreme, **bounds)
+        for extreme in value.detach().aminmax():
+            number(name, extreme.item(), **bounds)
     return value.to(dtype).expand(x.shape[0])
 
 # %% ../nbs/losses/10_checks.ipynb #5d34aefa

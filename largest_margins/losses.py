@@ -203,7 +203,7 @@ class _Hooks(ClassificationLoss):
         "A hook, once a batch: numbers for each sample that the loss makes itself."
         return numbers
 
-    def _checked_numbers(self, numbers, x):
+    def checked_numbers(self, numbers, x):
         "The caller's numbers, checked, under the names of what they replace, [N]."
         checked = {}
         for name, value in numbers.items():
@@ -219,19 +219,24 @@ class _Hooks(ClassificationLoss):
 
     def _filled(self, numbers, targets, dtype):
         "Each of the loss's numbers: for each sample, for each class, or one for all."
-        for attribute in {*self.numbers.values()} - numbers.keys():
+        filled = dict(numbers)
+        for attribute in self.numbers.values():
+            if attribute in filled: continue
             value = getattr(self, attribute)
             if isinstance(value, Tensor): value = value.to(dtype)[targets]
-            numbers = numbers | {attribute: value}
-        return numbers
+            filled[attribute] = value
+        return filled
 
 # %% ../nbs/losses/12_losses.ipynb #7bc740c9
 class _Terms(_Hooks):
     "What the engine asks of a loss."
 
-    def plain_mean(self):
-        "True: the mean of a loss of ours, no more; False: the sum; None: neither."
-        return None
+    def is_usual(self):
+        "Whether this is a loss of ours that the engine's straight line knows."
+        kind = type(self)
+        return (kind.__module__ == __name__ and kind.per_batch is _Hooks.per_batch
+                and self.reduction != 'none' and self.ignore_index < 0
+                and self.prior is None and not self.label_smoothing)
 
     def terms(self, own, rest, numbers, wanted=()):
         """Losses, [n]; if any are wanted, slopes by 'rest' and what is given, and
@@ -325,10 +330,10 @@ class _OnCosines(_OfMatrix):
         "The loss of a matrix of cosines."
         if is_symbol(cosines):
             return as_one_node(self, cosines, targets, numbers=numbers)
-        usual = None if numbers else straight_loss(self, targets, cosines)
+        usual = straight_loss(self, targets, numbers, cosines)
         if usual is not None: return usual
         wide, targets, valid = self.checked(cosines, targets, 'cosines')
-        numbers = self.per_batch(self._checked_numbers(numbers, wide), None, targets)
+        numbers = self.per_batch(self.checked_numbers(numbers, wide), None, targets)
         own = type(self).__module__ != __name__  # a user's; it may read what learns
         by_steps = own or is_traced() or self.label_smoothing
         way = self.of_dense if by_steps else partial(dense_loss, self)
@@ -355,8 +360,8 @@ class CosineLoss(_OnCosines):
         **numbers: float | Tensor,  # what `numbers` names, a number or [N]
     ) -> Tensor:  # the loss, [] (or [N] for reduction='none')
         "The loss of features and prototypes, both normalized here; no matrix is kept."
-        if group is None and not numbers and chunk_size == 'auto':
-            usual = straight_loss(self, targets, features, prototypes)
+        if group is None and chunk_size == 'auto':
+            usual = straight_loss(self, targets, numbers, features, prototypes)
             if usual is not None: return usual
         if self.label_smoothing:
             raise ValueError('label_smoothing needs the matrix of cosines: call the '
@@ -367,7 +372,7 @@ class CosineLoss(_OnCosines):
         check_features(features, prototypes, 1, 2 if group is None else 1)
         targets = check_integers(targets, features.shape[0], features.device)
         ranks = group.group if isinstance(group, ClassShards) else group
-        numbers = self._checked_numbers(numbers, features)
+        numbers = self.checked_numbers(numbers, features)
         numbers = self.per_batch(numbers, features, targets, ranks)
         return fused_loss(self, features, prototypes, targets, numbers, chunk_size,
                           group)
@@ -401,25 +406,12 @@ class _Softmax(CosineLoss):
         num, den, *_ = self.curves(own, **numbers)
         return _with_slopes(num, den, 1., 1., rest, self.scale)[0]
 
-    def plain_mean(self):
-        kind, options = type(self), vars(self)
-        plain = (kind.__module__ == __name__ and kind.per_batch is _Hooks.per_batch
-                 and options.get('weight', 0) is None is options.get('prior', 0)
-                 and options['ignore_index'] < 0
-                 and options.get('aggregation', 'mean') == 'mean'
-                 and not options.get('label_smoothing'))
-        return dict(mean=True, sum=False).get(options['reduction']) if plain else None
-
-    def with_slopes(self, own, rest, numbers):
-        "Losses, [n], and their slopes as `terms` gives them; None without slopes."
-        if self.numbers: numbers = self._filled(numbers, own.targets, rest.dtype)
-        curves = self.curves(own, **numbers)
-        return _with_slopes(*curves, rest, self.scale) if len(curves) == 4 else None
-
     def terms(self, own, rest, numbers, wanted=()):
         ours = type(self).per_sample is _Softmax.per_sample and not self._parameters
         if ours and wanted and numbers.keys().isdisjoint(wanted):
-            if found := self.with_slopes(own, rest, numbers): return found
+            filled = self._filled(numbers, own.targets, rest.dtype)
+            curves = self.curves(own, **filled)
+            if len(curves) == 4: return _with_slopes(*curves, rest, self.scale)
         return super().terms(own, rest, numbers, wanted)
 
 # %% ../nbs/losses/12_losses.ipynb #28dc9c66

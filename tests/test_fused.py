@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from loss_family import ANGULAR, FAMILY, ON_COSINES, SMOOTHABLE, ignoring
 from pairs import named, pairs
 from processes import interpret, run_alone
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from largest_margins import losses
 from largest_margins.checks import NotFinite
 from largest_margins.engine.cosines import cosine_matrix
-from largest_margins.engine.fused import BUFFER_BYTES, rows_at_once
+from largest_margins.engine.fused import BUFFER_BYTES, rows_at_once, straight_loss
 from largest_margins.losses import (
     AdaFaceLoss,
     ArcFaceLoss,
@@ -24,6 +25,7 @@ from largest_margins.losses import (
     LDAMLoss,
     LMSoftmaxLoss,
     NormFaceLoss,
+    SphereFaceLoss,
 )
 from largest_margins.margins import angle
 
@@ -146,14 +148,42 @@ def test_numbers_for_other_classes_are_refused_on_every_way(loss, targets):
         with pytest.raises(ValueError, match=r'must be \[k\] with k = 4'): way(features, prototypes, targets)
 
 
-@each_loss
-@pytest.mark.parametrize('reduction', ['mean', 'sum'])
-@pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-13), (torch.float32, 2e-6)])
-def test_the_straight_line_and_the_careful_engine_agree(row, reduction, dtype, tolerance):
-    loss, batch = row.make(16., range(K), reduction=reduction), inputs(dtype=dtype)
+STRAIGHT = [{}, dict(reduction='sum'), dict(reduction='class-mean'), dict(weight=torch.arange(1., K + 1)),
+            dict(weight=torch.zeros(K)), dict(weight=torch.arange(1., K + 1), reduction='class-mean', sample_margin=.5)]
+
+
+@pytest.mark.parametrize('row, options, dtype', pairs(ON_COSINES, STRAIGHT, [torch.float64, torch.float32]), ids=named)
+def test_the_straight_line_and_the_careful_engine_agree(row, options, dtype):
+    loss, batch = row.make(16., range(K)), inputs(dtype=dtype)
+    for name, value in options.items():
+        if name != 'sample_margin' or loss.scale: setattr(loss, name, value)
+    usual = type(loss).__module__ == losses.__name__ and type(loss).per_batch is CosFaceLoss.per_batch
+    assert (straight_loss(loss, batch[2], {}, *batch[:2]) is not None) == (usual and loss.prior is None)
     straight, careful = (value_and_gradients(lambda *a, size=size: loss.linear(*a, chunk_size=size), *batch)
                          for size in ('auto', N))
-    assert distance(straight, careful) < tolerance
+    tolerance = 1e-13 if dtype == torch.float64 else 2e-6
+    assert all((a - b).norm() <= tolerance * b.norm() for a, b in zip(straight, careful, strict=True))
+
+
+@pytest.mark.parametrize('loss, names', [
+    (GMSoftmaxLoss(8.), ('alpha1', 'beta2')), (CosFaceLoss(8.), ('margin',)), (SphereFaceLoss(8.), ('m1', 'm3')),
+    (GMSoftmaxLoss(8., sample_margin=.5, weight=torch.arange(1., K + 1)), ('alpha2',))], ids=repr)
+def test_numbers_for_each_sample_go_straight(loss, names):
+    "Also the way back a second time, and gradients of gradients."
+    batch, numbers = inputs(), dict(zip(names, 1 + torch.rand(2, N, dtype=torch.float64)))
+    straight, careful = (lambda *a, size=size: loss.linear(*a, chunk_size=size, **numbers) for size in ('auto', N))
+    assert straight_loss(loss, batch[2], numbers, *batch[:2]) is not None
+    assert distance(value_and_gradients(straight, *batch), value_and_gradients(careful, *batch)) < 1e-13
+    def of_matrix(z, w, y): return loss(cosine_matrix(z, w), y, **numbers)
+    assert distance(value_and_gradients(of_matrix, *batch), value_and_gradients(careful, *batch)) < 1e-12
+    leaves = [x.detach().requires_grad_() for x in batch[:2]]
+    value = straight(*leaves, batch[2])
+    once, again = (torch.autograd.grad(value, leaves, retain_graph=True) for _ in range(2))
+    assert all(map(torch.equal, once, again))
+    assert gradgradcheck(lambda z: straight(z, batch[1].detach(), batch[2]), leaves[:1])
+    learned = {name: x.clone().requires_grad_() for name, x in numbers.items()}
+    loss.linear(*batch, **learned).backward()
+    assert all(x.grad.any() for x in learned.values())
 
 
 class Count(TorchDispatchMode):
@@ -171,7 +201,7 @@ def test_few_operations_also_for_tensors_of_fastai():
     batch = features.requires_grad_(), prototypes.requires_grad_(), targets
     count(*batch)
     fastais = TensorBase(features), prototypes, TensorCategory(targets)
-    assert count(*fastais) <= count(*batch) + 8 <= 45  # the ways into a subclass and out of it
+    assert count(*fastais) <= count(*batch) + 8 <= 46  # the ways into a subclass and out of it
 
 
 @pytest.mark.parametrize('loss, most', [(NormFaceLoss(16.), 70), (ArcFaceLoss(16.), 100)])

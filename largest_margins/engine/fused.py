@@ -58,54 +58,58 @@ def _in_the_middle(cosine):
     return cosine.acos(), sine
 
 # %% ../../nbs/engine/14_fused.ipynb #98bdb882
-def _line(loss, s, logits, targets, factor, learns, chords):
-    "Losses, [n]; if it learns, logits become slopes, times a factor."
-    at, angle, lead = targets.unsqueeze(1), None, loss.sample_margin
+def _line(loss, s, logits, targets, numbers, factor, learns, chords):
+    "The loss; if it learns, logits become slopes by what is `factor` times as large."
+    at, angle, negative_margins = targets.unsqueeze(1), None, None
+    lead, learning = loss.sample_margin, ('rest',) if learns else ()
     try: own = logits.gather(1, at).squeeze(1) / s
     except RuntimeError: raise Unusual from None  # a target is no class
     if loss.angular:
         angle, sine, *near_an_end = _in_the_middle(own) or chords(own)
         if near_an_end: raise Unusual
     logits.scatter_(1, at, -math.inf)
-    if lead: largest, where_largest = logits.max(1, keepdim=True)
-    total = logits.exp_().sum(1)
-    found = loss.with_slopes(Own(targets, own, angle), total.log(), {})
-    if not found: raise Unusual  # it says its curves only
-    losses, slopes = found
-    if lead: losses = losses + lead * (largest.squeeze(1) / s - own)
-    if not learns: return losses
-    by_own = slopes['pull'] * -factor
+    if lead:
+        largest, where_largest = logits.max(1, keepdim=True)
+        negative_margins = largest.squeeze(1) / s - own
+    if loss.scale: total = logits.exp_().sum(1)
+    else: total = torch.ones_like(own)  # R_sm alone needs no sum
+    losses, slopes = loss.terms(Own(targets, own, angle), total.log(), numbers,
+                                learning)
+    batch = targets, None, logits.shape[1], own.dtype
+    weights, logs = loss.loss_weights(*batch), loss.log_weights(*batch)
+    value = loss.total(losses, negative_margins, weights, logs)
+    if not learns: return value
+    pooled = weights if logs is None else _pooled(logs + loss.tilt * losses)
+    by_own = slopes['pull'] * (-factor * pooled)
     if loss.angular: by_own = by_own / -sine
-    if lead: by_own = by_own - factor * lead / s
-    by_others = times(factor, slopes['rest']) / total
+    by_others = times(factor * pooled, slopes['rest']) / total
     logits.mul_(by_others.unsqueeze(1))
-    if isinstance(by_own, Tensor): by_own = by_own.unsqueeze(1)
-    logits.scatter_(1, at, by_own)
-    if lead: logits.scatter_add_(1, where_largest, constant(
-        factor * lead / s, total.dtype, *largest.shape))
-    return losses
+    if lead: by_own = by_own - (by_largest := weights * (factor * lead / s))
+    logits.scatter_(1, at, _column(by_own, total, None))
+    if lead: logits.scatter_add_(1, where_largest, _column(by_largest, total, None))
+    return value
 
 # %% ../../nbs/engine/14_fused.ipynb #98bdb884
-def _straight_rows(loss, s, factor, targets, features, prototypes, learns):
-    "Losses, [n], and the gradients by both."
+def _straight_rows(loss, s, targets, numbers, features, prototypes, learns):
+    "The loss, and the gradients by both."
     x, norms, w, lengths = usual_rows(features, prototypes, s)
     few = x.shape[0] < w.shape[0]  # the longer side is made of whole rows
     g = torch.mm(x, w.t()) if few else torch.mm(w, x.t()).t()
-    losses = _line(loss, s, g, targets, 1., any(learns), lambda own: _by_chords(
+    value = _line(loss, s, g, targets, numbers, 1., any(learns), lambda own: _by_chords(
         x, w.index_select(0, targets), own, s))
     by_z, by_w = learns
-    return losses, (
-        by_rows(torch.mm(g, w), features, norms, factor) if by_z else None,
-        by_rows(torch.mm(g.t(), x), prototypes, lengths, s * factor) if by_w else None)
+    return value, (
+        by_rows(torch.mm(g, w), features, norms, 1.) if by_z else None,
+        by_rows(torch.mm(g.t(), x), prototypes, lengths, s) if by_w else None)
 
 # %% ../../nbs/engine/14_fused.ipynb #98bdb886
-def _straight_cosines(loss, s, factor, targets, cosines, learns):
-    "Losses, [n], and the gradient."
+def _straight_cosines(loss, s, targets, numbers, cosines, learns):
+    "The loss, and the gradient."
     low, high = cosines.aminmax()
     if not (low.item() >= -1.001 and high.item() <= 1.001): raise Unusual
     slopes = cosines * s
     def no_chords(own): raise Unusual
-    return _line(loss, s, slopes, targets, factor * s, *learns, no_chords), (slopes,)
+    return _line(loss, s, slopes, targets, numbers, s, *learns, no_chords), (slopes,)
 
 # %% ../../nbs/engine/14_fused.ipynb #98bdb888
 _MOST = {torch.float32: 80, torch.float64: 600}
@@ -117,20 +121,21 @@ def _are_usual(targets, x, w):
             and targets.dtype is torch.int64 and targets.shape == x.shape[:1])
 
 # %% ../../nbs/engine/14_fused.ipynb #98bdb889
-def straight_loss(loss, targets, *tensors):
+def straight_loss(loss, targets, numbers, *tensors):
     "The loss of cosines, or of features and prototypes, if it is usual; else None."
     targets, *tensors = map(plain, (targets, *tensors))
     x, w = tensors[0], tensors[-1]
-    mean = loss.plain_mean() if _are_usual(targets, x, w) else None
-    if mean is None: return None
-    (n, d), k, s = x.shape, w.shape[0], loss.scale
+    if not (_are_usual(targets, x, w) and loss.is_usual()): return None
+    (n, d), k, s = x.shape, w.shape[0], loss.scale or 1.
     if len(tensors) == 1: k, d = d, 1
     few = 0 < n * k <= 2**18 >= k * d and k > 1
     if not few or s + math.log(k) > _MOST[x.dtype]: return None
     loss.check_classes(k, x.device)
+    numbers = loss.checked_numbers(numbers, x)
+    learns = torch.is_grad_enabled()
+    if learns and any(v.requires_grad for v in numbers.values()): return None
     with full_precision('cpu'):
-        learns = torch.is_grad_enabled()
-        try: return _Straight.apply(loss, s, mean, learns, targets, *tensors)
+        try: return _Straight.apply(loss, s, learns, numbers, targets, *tensors)
         except Unusual: return None
 
 # %% ../../nbs/engine/14_fused.ipynb #98bdb890
@@ -138,27 +143,49 @@ class _Straight(torch.autograd.Function):
     "A loss in one line, whose gradients are made with its value."
 
     @staticmethod
-    def forward(ctx, loss, s, mean, learns, targets, *tensors):
-        ctx.save_for_backward(targets, *tensors)
-        ctx.loss, factor = loss.frozen(), 1 / targets.shape[0] if mean else 1.
+    def forward(ctx, loss, s, learns, numbers, targets, *tensors):
+        ctx.save_for_backward(targets, *tensors, *numbers.values())
+        ctx.loss, ctx.s, ctx.names = loss.frozen(), s, (*numbers,)
         needed = ctx.needs_input_grad[5:] if learns else (False,) * len(tensors)
         way = _straight_rows if len(tensors) == 2 else _straight_cosines
-        losses, ctx.gradients = way(loss, s, factor, targets, *tensors, needed)
-        return losses.mean() if mean else losses.sum()
+        value, ctx.gradients = way(loss, s, targets, numbers, *tensors, needed)
+        return value
 
     @staticmethod
     def backward(ctx, slope):
         gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None or torch.is_grad_enabled() or many_at_once(slope):
-            targets, *tensors = ctx.saved_tensors
-            steps = ctx.loss.of_matrix if len(tensors) == 2 else partial(
-                ctx.loss.of_dense, resolution=torch.finfo(tensors[0].dtype).eps / 2)
-            gradients = by_steps(lambda *views: steps(*views, targets, None, {}),
-                                 tensors, ctx.needs_input_grad[5:], slope)
-        elif slope.item() != 1:
+        in_steps = torch.is_grad_enabled() or many_at_once(slope)
+        if in_steps: gradients = _in_steps(ctx, slope)
+        elif gradients is None: gradients = _again(ctx)
+        if not in_steps and slope.item() != 1:
             for gradient in gradients:
                 if gradient is not None: gradient.mul_(slope)
         return None, None, None, None, None, *gradients
+
+# %% ../../nbs/engine/14_fused.ipynb #98bdb897
+def _given(ctx):
+    "What the straight line was given: targets, tensors and numbers."
+    targets, *tensors = ctx.saved_tensors
+    last = len(tensors) - len(ctx.names)
+    return targets, tensors[:last], dict(zip(ctx.names, tensors[last:]))
+
+
+def _again(ctx):
+    "The gradients once more."
+    targets, tensors, numbers = _given(ctx)
+    way = _straight_rows if len(tensors) == 2 else _straight_cosines
+    with full_precision('cpu'):
+        return way(ctx.loss, ctx.s, targets, numbers, *tensors,
+                   ctx.needs_input_grad[5:])[1]
+
+
+def _in_steps(ctx, slope):
+    "Gradients that have gradients, or many at once."
+    targets, tensors, numbers = _given(ctx)
+    steps = ctx.loss.of_matrix if len(tensors) == 2 else partial(
+        ctx.loss.of_dense, resolution=torch.finfo(tensors[0].dtype).eps / 2)
+    return by_steps(lambda *views: steps(*views, targets, None, numbers), tensors,
+                    ctx.needs_input_grad[5:], slope)
 
 # %% ../../nbs/engine/14_fused.ipynb #f42ed633
 def _by_parts(function, size, *values):
