@@ -10,6 +10,7 @@ __all__ = []
 # %% ../nbs/study/33_cli.ipynb #d648674f
 import argparse
 import ast
+import glob
 import json
 import os
 import re
@@ -130,6 +131,9 @@ def main(
 def _run(argv):
     "Do what the arguments say."
     args = _parser().parse_args(argv)
+    for name, value in vars(args).items():
+        if '' in (value if isinstance(value, list) else [value]):
+            raise ValueError(f'{name} must not be empty')
     warnings.simplefilter('ignore', FutureWarning)  # of libraries about libraries
     warnings.filterwarnings('ignore', 'Creating legend')  # of a busy machine
     outputs = [path for name in ('json', 'html', 'out')
@@ -449,13 +453,15 @@ def _numbers(name):
 
 
 def _parts_beside(files):
-    "A note if one part of a classifier is inspected and others lie beside it."
-    path = Path(files[0])
-    pattern = re.sub(r'((?:rank|gpu|part|shard)[-_]?)\d+', r'\1*', path.name)
-    if len(files) > 1 or pattern == path.name or not path.is_file(): return []
-    others = [p.name for p in sorted(path.parent.glob(pattern)) if p != path]
-    return [f'{others[0]} lies beside it: if these are parts of one classifier, name '
-            'them all.'] if others else []
+    "Notes about several files as parts of one classifier, and about parts left out."
+    path, joined = Path(files[0]), []
+    if len(files) > 1: joined = [f'{len(files)} files were read as parts of one model.']
+    pattern = re.sub(r'((?:rank|gpu|part|shard)[-_:]?)\d+', r'\1*',
+                     glob.escape(path.name))
+    if pattern == glob.escape(path.name) or not path.is_file(): return joined
+    others = {*path.parent.glob(pattern)} - {*map(Path, files)}
+    return [*joined, *(f'{other.name} lies beside it: if these are parts of one '
+                       'classifier, name them all.' for other in sorted(others)[:1])]
 
 # %% ../nbs/study/33_cli.ipynb #772e653f
 def _inspect_arguments(p):

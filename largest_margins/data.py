@@ -13,6 +13,7 @@ import gzip
 import hashlib
 import json
 import math
+import os
 import re
 import warnings
 import zlib
@@ -520,6 +521,9 @@ def _refuse_others(path, train):
     "Refuse a folder beside the only split that has a folder for a class, too."
     classes = {folder.name for folder in _subfolders(train)}
     for other in _subfolders(path):
+        if other.name in classes:
+            raise ValueError(f'{other} and {train.name}/{other.name} are both of one '
+                             'class: move one of them away')
         if other != train and classes & {folder.name for folder in _subfolders(other)}:
             raise ValueError(f'{other} has folders of classes, as {train.name} has: '
                              'call it test to test with it, or move it away')
@@ -542,7 +546,8 @@ def class_folders(
         if not own:
             raise ValueError(f'{folder} must hold the images of a class, it holds '
                              f'{"only folders" if paths else "none"}: give the folder '
-                             'whose folders are the classes, or remove this one')
+                             'whose folders are the classes, or train and test, or '
+                             'remove this one')
         files += paths
         targets += [len(classes)] * len(paths)
         classes.append(folder.name)
@@ -569,12 +574,33 @@ def image_folder(
                       held_out and held_out[:2], classes, size, budget)
 
 # %% ../nbs/training/21_data.ipynb #ba6eb9c8
+def _check_once(name, train, test):
+    "Refuse an image that is in both splits, or in two classes, by whatever name."
+    seen = {}
+    for split, (files, targets) in dict(training=train, test=test).items():
+        for file, label in zip(files, targets.tolist(), strict=True):
+            there = os.stat(file)  # its number is 0 where files have none
+            first, its_label, its_split = seen.setdefault(
+                (there.st_dev, there.st_ino or file), (file, label, split))
+            if label != its_label:
+                raise ValueError(f'{name} must give each image one label, {file} has '
+                                 f'another than {first}, which is the same file')
+            if split != its_split:
+                raise ValueError(f'{name} must not share images between training and '
+                                 f'test, {file} is in both')
+
+
 def _file_data(name, train, test, classes, size, budget):
     "Image files and their targets as data; without a test split a quarter is held out."
+    if len(classes) < 2:
+        raise ValueError(f'{name} must have two classes or more, got {classes}')
     if test is None:
         files, targets = train
         train, test = (([files[i] for i in rows], targets[rows])
                        for rows in _split(targets, .25))
+        if not test[0]: raise ValueError(f'{name} must have two images of a class or '
+                                         'more, to train and to test with')
+    _check_once(name, train, test)
     images = [ImageFiles(files, size) for files, _ in (train, test)]
     if sum(math.prod(x.shape) for x in images) <= budget:
         images = [x[:] for x in images]
@@ -593,10 +619,7 @@ def image_list(
     if test is None: test = _list_beside(train)
     files, targets = _read_list(train, root)
     held_out = _read_list(Path(test), root) if test else None
-    tested, labels = held_out or ([], targets)
-    both = sorted({*files} & {*tested})
-    if both: raise ValueError(f'{train} and {test} must not share images, {len(both)} '
-                              f'are in both, such as {both[0]}')
+    _, labels = held_out or ([], targets)
     k = 1 + max(targets.max().item(), labels.max().item())
     there = {*targets.tolist()}
     absent = [*islice((label for label in range(k) if label not in there), 5)]
@@ -615,16 +638,13 @@ def _list_beside(train):
 # %% ../nbs/training/21_data.ipynb #48447d94
 def _read_list(path, root):
     "The files and labels of a list, after a look whether they are there."
-    lines = match_lines(path, r'(\S.*?)[\s,]+([0-9]{1,9})', '"path label"')
+    lines = match_lines(path, r'("?)(\S.*?)\1[\s,;]+([0-9]{1,9})', '"path label"')
     root = Path(path.parent if root is None else root)
-    files, labels = [root/match[1] for match in lines], [int(m[2]) for m in lines]
+    files, labels = [root/match[2] for match in lines], [int(m[3]) for m in lines]
     missing = [file for file in files if not file.is_file()]
     if missing: raise FileNotFoundError(
         f'{path}: {len(missing)} of {len(files)} images were not found, such as '
         f'{missing[0]}; say where the paths start (root=DIR, --data DIR)')
-    twice = len({*zip(files, labels)}) - len({*files})
-    if twice:
-        raise ValueError(f'{path} must give each image one label, {twice} have more')
     return files, torch.tensor(labels)
 
 # %% ../nbs/training/21_data.ipynb #75218b86

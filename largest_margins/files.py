@@ -78,14 +78,13 @@ def _replace(target, data):
     target.parent.mkdir(parents=True, exist_ok=True)
     _sweep(target)
     there = target.stat() if target.exists() else None
-    if there and not os.access(target, os.W_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    if there: os.close(os.open(target, os.O_WRONLY))  # only what one may write
     aside, file = _create(target)
     try:
         with file:
             file.write(data)
             file.flush()
-            if there: _keep_mode(file.fileno(), there)
+            if there: _keep_mode(file.fileno(), target, there)
             os.fsync(file.fileno())
             if fcntl: os.replace(aside, target)  # while it is locked
         if not fcntl: os.replace(aside, target)
@@ -102,9 +101,14 @@ def _create(target):
         file.close()  # somebody swept before it was locked
 
 # %% ../nbs/training/20_files.ipynb #78495a5e
-def _keep_mode(descriptor, there):
+def _keep_mode(descriptor, target, there):
+    "Give an open file the owner, the attributes and the mode of the target."
     if not hasattr(os, 'fchown'): return
-    with suppress(OSError): os.fchown(descriptor, there.st_uid, there.st_gid)
+    os.fchown(descriptor, there.st_uid, there.st_gid)
+    if hasattr(os, 'listxattr'):  # such as access control lists
+        with suppress(OSError):
+            for name in os.listxattr(target):
+                os.setxattr(descriptor, name, os.getxattr(target, name))
     os.fchmod(descriptor, stat.S_IMODE(there.st_mode))
 
 # %% ../nbs/training/20_files.ipynb #1f1c87f0
@@ -148,11 +152,20 @@ def write_file(
         if descriptor is not None:
             for stream in filter(None, (sys.stdout, sys.stderr)): stream.flush()
             with os.fdopen(os.dup(descriptor), 'wb') as file: file.write(content)
-        elif target.exists() and not (target.is_file()
-                                      and os.access(target.parent, os.W_OK)):
-            with open(target, 'wb') as file: file.write(content)
-        else: _replace(target, content)
+            return Path(path)
+        if target.is_file() or not target.exists():
+            try:
+                _replace(target, content)
+                return Path(path)
+            except OSError as e:
+                if e.errno not in _IN_PLACE or not target.exists(): raise
+        with open(target, 'wb') as file: file.write(content)
     return Path(path)
+
+
+# Where one may write a file and not replace it: a read-only or sticky folder,
+# somebody else's file, a file that is mounted into a container
+_IN_PLACE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY}
 
 # %% ../nbs/training/20_files.ipynb #ddec1a8a
 def check_output(
@@ -171,7 +184,8 @@ def check_output(
         with _naming(path): os.write(descriptor, b'')  # fails if it is not for writing
         return
     near = next(p for p in (target, *target.parents) if p.exists())
-    wrong = (errno.EISDIR if near == target and near.is_dir() else
+    wrong = (errno.EISDIR if (near == target and near.is_dir())
+             or str(path).endswith(os.sep) else
              errno.ENOTDIR if near != target and not near.is_dir() else
              errno.EACCES if not os.access(near, os.W_OK) else None)
     if wrong: raise OSError(wrong, os.strerror(wrong), str(path))
@@ -296,6 +310,9 @@ class StandIn:
         self.name, self.content = name, {}  # content: the items, if it was a dict
 
     def __repr__(self): return f'StandIn({self.name!r})'
+
+
+STATE_DICT = 'save torch.save(model.state_dict(), FILE), or numpy.save(FILE, weight)'
 
 
 class _Refused(ValueError):
@@ -448,6 +465,7 @@ def _call(function, arguments):
         case 'torch._utils._rebuild_nested_tensor', _:
             return _without_values(None, (0, 0))  # rows of several lengths
         case 'torch.Size', (tuple(size),): return size
+        case 'copyreg._reconstructor', (_Name() as kind, *_): return StandIn(str(kind))
     return _call_of_others(function, arguments)
 
 # %% ../nbs/training/20_files.ipynb #ba7dfafe
@@ -732,10 +750,11 @@ def read_torch(
         return content
     except _Refused as e:
         why = ', which is no tensor and could be code' if isinstance(e, _Code) else ''
-        advice = ': save torch.save(model.state_dict(), FILE)' if why else ''
+        advice = f': {STATE_DICT}' if why else ''
         raise ValueError(f'{path} holds {e}{why}, and was not opened{advice}') from e
     except _DAMAGED as e:
-        raise ValueError(f'{path} is damaged, or not a file of tensors') from e
+        raise ValueError(f'{path} is damaged, or none of the files that are read: of '
+                         'torch.save, safetensors, NumPy, ONNX') from e
 
 # %% ../nbs/training/20_files.ipynb #a605baf6
 _DAMAGED = (ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError,

@@ -66,7 +66,7 @@ def _decoded(file, mode):
 # %% ../nbs/training/20_images.ipynb #7becde9a
 _CLUTTER = {'thumbs.db', 'thumbs.db:encryptable', 'ehthumbs.db', 'desktop.ini',
             'picasa.ini', 'icon\r', '@eadir', '__macosx', '__pycache__', '$recycle.bin',
-            'system volume information', 'lost+found'}
+            '#recycle', 'system volume information', 'lost+found'}
 
 
 def is_clutter(
@@ -76,8 +76,10 @@ def is_clutter(
     return name.startswith('.') or name.casefold() in _CLUTTER
 
 # %% ../nbs/training/20_images.ipynb #5fbe257a
-_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.ppm', '.pgm', '.webp', '.gif', '.tif',
-             '.tiff')
+_SUFFIXES = ('.jpg', '.jpeg', '.jfif', '.jpe', '.png', '.bmp', '.ppm', '.pgm', '.pbm',
+             '.pnm', '.webp', '.gif', '.tif', '.tiff')
+_OTHERS = ('.heic', '.heif', '.avif', '.jp2', '.j2k', '.jxl', '.dib', '.tga', '.ico',
+           '.svg', '.eps', '.psd', '.exr', '.hdr', '.dcm', '.dng', '.cr2', '.nef')
 
 # %% ../nbs/training/20_images.ipynb #a727544a
 def image_files(
@@ -89,12 +91,17 @@ def image_files(
         known = len(entered)
         entered.add(path.resolve())
         return len(entered) > known
+    def refuse(error): raise error
     files = []
-    for here, folders, names in os.walk(folder, followlinks=True):
+    for here, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         folders[:] = [name for name in sorted(folders)
                       if not is_clutter(name) and first_time(Path(here, name))]
-        files += [Path(here, name) for name in sorted(names)
-                  if name.lower().endswith(_SUFFIXES) and not is_clutter(name)]
+        names = [name for name in sorted(names) if not is_clutter(name)]
+        for name in names:
+            if name.lower().endswith(_OTHERS): raise ValueError(
+                f'the image {Path(here, name)} is of a kind that is not read: convert '
+                'it to PNG or JPEG, or remove it')
+            if name.lower().endswith(_SUFFIXES): files.append(Path(here, name))
     return files
 
 # %% ../nbs/training/20_images.ipynb #4d2df83a

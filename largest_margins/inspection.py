@@ -29,7 +29,7 @@ from torch import Tensor
 from .bounds import Bound, class_margin_bound
 from .codes import Packing, best_packing
 from .checks import check_prototypes, integer
-from .files import StandIn, escape, read_torch, write_file
+from .files import STATE_DICT, StandIn, escape, read_torch, write_file
 from .margins import (
     angle, closeness, norm_ratio, row_blocks, tiles_below, unit_rows)
 
@@ -61,8 +61,8 @@ def _from_torch(path):
     for value in places:
         if isinstance(value, StandIn): raise ValueError(
             f'{path} holds {value.name}, which is no tensor and could be code, '
-            'and was not opened: save torch.save(model.state_dict(), FILE)')
-    raise ValueError(f'{path} holds no named tensors')
+            f'and was not opened: {STATE_DICT}')
+    raise ValueError(f'{path} holds no named tensors: {STATE_DICT}')
 
 # %% ../nbs/study/40_inspect.ipynb #a1c40002
 def _flat(content, depth=50):
@@ -114,13 +114,22 @@ def _from_onnx(path):
                           'pip install onnx') from e
     try:
         graph = onnx.load(path, load_external_data=False).graph
-        arrays = {x.name: onnx.numpy_helper.to_array(x, str(path.parent))
-                  for x in graph.initializer}
+        arrays = {name: onnx.numpy_helper.to_array(x, str(path.parent))
+                  for name, x in _numbers_of(graph)}
     except Exception as e:  # of protobuf's many
         raise ValueError(f'{path} is damaged, or no ONNX model: {e}') from e
     return _tensors(_outputs_as_rows(graph, arrays))
 
 # %% ../nbs/study/40_inspect.ipynb #d2c09992
+def _numbers_of(graph):
+    "Names and numbers of the initializers and of the nodes that are constants."
+    for x in graph.initializer: yield x.name, x
+    for node in graph.node:
+        for a in node.attribute:
+            if node.op_type == 'Constant' and a.name == 'value':
+                yield node.output[0], a.t
+
+
 def _outputs_as_rows(graph, arrays):
     "The arrays in the order of the nodes, matrices with outputs as rows."
     ordered = {}
@@ -144,7 +153,8 @@ def _places(path):
     except (ValueError, LookupError, TypeError, RecursionError) as e:
         raise ValueError(f'{path} is JSON, but no index of parts with tensors') from e
     if not isinstance(places, dict) or not all(
-            isinstance(x, str) and x == Path(x).name for x in places.values()):
+            isinstance(x, str) and x.strip('.') and x == Path(x).name
+            for x in places.values()):
         raise ValueError(f'{path} must name parts beside it')
     return places
 
@@ -168,7 +178,8 @@ def _in_folder(folder):
     files = sorted(p for p in folder.iterdir() if p.is_file())
     indices = [p for p in files if p.name.endswith('.index.json')]
     whole = [p for p in files if p.suffix in _SUFFIXES]
-    for choice in (indices, whole, [p for p in whole if p.suffix == '.safetensors']):
+    for choice in (indices, whole, [p for p in whole if p.suffix == '.safetensors'],
+                   [p for p in whole if p.stem in ('model', 'pytorch_model')]):
         if len(choice) == 1: return choice[0]
     for name, what, line in _FOLDERS:
         if (folder/name).exists(): raise ValueError(f'{folder} is {what}: {line}')
@@ -192,15 +203,24 @@ _NOT_READ = [  # how it begins, what it is, and what to do
     (rb'GGUF', 'a GGUF file', 'numpy.savez(NEW, **{t.name: gguf.quants.dequantize('
      't.data, t.tensor_type) for t in gguf.GGUFReader(FILE).tensors})'),
     (rb'version https://git-lfs', 'a pointer of Git LFS, not the file', 'git lfs pull'),
-    (rb'(?i)\s*(<!doctype|<html|<\?xml|<head)', 'a web page, not the file',
+    (rb'(?i)(\xef\xbb\xbf)?\s*<[a-z!?]', 'XML or a web page, not the file',
      'download it again; the page may say why'),
+    (rb'MATLAB 7.3 MAT-file', 'a file of MATLAB in HDF5', 'numpy.savez(NEW, **{name: '
+     'x[()].T for name, x in h5py.File(FILE).items() if name[0] != "#"})'),
     (rb'MATLAB 5.0 MAT-file', 'a file of MATLAB', 'numpy.savez(NEW, **{name: array for '
      'name, array in scipy.io.loadmat(FILE).items() if name[0] != "_"})'),
+    (rb'(\xef\xbb\xbf)?\s*[-+]?[0-9.]+(e[-+]?[0-9]+)?[ \t,;]+[-+]?[0-9.]', 'a table of '
+     'text', 'numpy.save(NEW, numpy.loadtxt(FILE)), for commas with delimiter=","'),
+    (rb'PAR1|ARROW1|FEA1|SQLite', 'a table', 'numpy.save(NEW, its numbers)'),
+    (rb'\x80.{,400}cjoblib|\x80.{,400}\x8c.joblib', 'a file of joblib',
+     'torch.save(joblib.load(FILE), NEW) if you trust it; of a model of scikit-learn '
+     'numpy.save(NEW, joblib.load(FILE).coef_)'),
     (rb'\x12\x01\0{6}', 'a file of MXNet', 'numpy.savez(NEW, **{name: array.asnumpy() '
      'for name, array in mxnet.nd.load(FILE).items()})'),
     (rb'....TFL3', 'a TensorFlow Lite model', 'numpy.savez(NEW, **{t["name"]: '
      'interpreter.tensor(t["index"])() for t in interpreter.get_tensor_details()})'),
-    (rb'\x1f\x8b|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd|7z\xbc\xaf|Rar!|.{257}ustar',
+    (rb'\x1f[\x8b\x9d]|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd|7z\xbc\xaf|Rar!|.{257}ustar|'
+     rb'x[\x01\x5e\x9c\xda]|\x04\x22\x4d\x18|\x5d\0\0',
      'packed', 'unpack it, and inspect what was in it'),
     (rb'%PDF|\x7fELF|MZ|\x89PNG|\xff\xd8\xff|GIF8|RIFF|%!PS|#!',
      'a document, an image or a program', 'it holds no tensors')]
@@ -229,7 +249,7 @@ def _reader(path, head):
     known = [entry[1:] for entry in _NOT_READ if re.match(entry[0], head, re.DOTALL)]
     known += [entry[1:] for entry in _NAMES if re.search(f'{entry[0]}$', path.name)]
     for what, line in known: raise ValueError(f'{path} is {what}: {line}')
-    if head[:4] == b'PK\3\4': return _zip_reader(path)
+    if head[:4] in (b'PK\3\4', b'PK\5\6'): return _zip_reader(path)
     if head[:6] == b'\x93NUMPY': return _from_numpy
     if path.suffix == '.safetensors': return _from_safetensors
     if head.lstrip()[:1] == b'{': return _from_index
@@ -247,8 +267,9 @@ def _zip_reader(path):
             raise ValueError(f'{path} is {what}: {line}')
     if any(name.endswith('/data.pkl') for name in names): return _from_torch
     if names and all(name.endswith('.npy') for name in names): return _from_numpy
-    raise ValueError(f'{path} is a zip archive of {", ".join(names[:3])} …: unpack it, '
-                     'and inspect what was in it')
+    held = ', '.join(names[:3]) or 'nothing'
+    raise ValueError(f'{path} is a zip archive of {held} …: unpack it, and inspect '
+                     'what was in it')
 
 # %% ../nbs/study/40_inspect.ipynb #e87a80ee
 def read_tensors(
@@ -256,7 +277,7 @@ def read_tensors(
 ) -> dict[str, Tensor]:  # names like 'fc.weight', or 'model.fc.weight' if nested
     "All tensors of a file; nothing in it is executed."
     tensors = _composed(_read(Path(path)))
-    if not tensors: raise ValueError(f'{path} holds no named tensors')
+    if not tensors: raise ValueError(f'{path} holds no named tensors: {STATE_DICT}')
     longest = max(map(len, tensors))
     if longest > 1000: raise ValueError(f'{path} has a name of {longest} characters')
     return tensors
@@ -276,7 +297,9 @@ def _read(path, of_index=False):
         with tempfile.NamedTemporaryFile() as copy:  # of a pipe
             shutil.copyfileobj(file, copy)
             copy.flush()
-            return _read(Path(copy.name))
+            try: return _read(Path(copy.name))
+            except ValueError as e:
+                raise ValueError(str(e).replace(copy.name, str(path))) from e
 
 # %% ../nbs/study/40_inspect.ipynb #a1c4000a
 def files_of(
@@ -440,6 +463,10 @@ def _doubt(tensors, name):
     if norms:
         return (f'{name} makes {k} features for {norms[0].rsplit(".", 1)[0]}, which '
                 'normalizes as many')
+    takes = [other for other in _beside(tensors, name) if _may_classify(
+        other, tensors[other]) and tensors[other].shape[1] == k]
+    if takes and 'prototypes' not in parts:
+        return f'{name} makes {k} features, and {takes[0]} takes as many'
 
 # %% ../nbs/study/40_inspect.ipynb #019e74d8
 def _in_order(names):
@@ -497,9 +524,9 @@ def choose_classifier(
     "Choose the classifier's weight; raise ValueError with a question if in doubt."
     name, notes = find_classifier(tensors, key), []
     weight = tensors[name]
-    if re.search(r'\.weight_v$|(^|\.)parametrizations\.', f'.{name}'):
-        raise ValueError(f'{name} is a part of what the weight is made of '
-                         '(weight_norm, a parametrization): save the weight itself')
+    if re.search(r'\.(weight_v$|parametrizations\.|base_layer\.|lora_)', f'.{name}'):
+        raise ValueError(f'{name} is a part of what the weight is made of (weight_norm,'
+                         ' a parametrization, LoRA): save the weight itself')
     scaled = any('scale' in n for n in _siblings(tensors, name))
     if _is_packed(name, weight) or (weight.element_size() < 2 and scaled):
         raise ValueError(f'{name} is quantized, {str(weight.dtype)[6:]}: save its '
@@ -514,18 +541,25 @@ def choose_classifier(
         if what is None:
             notes.append(f'Nothing says which side of {name} the classes are: its rows '
                          'were taken; for its columns, --transposed.')
-    twins = [n for n in tensors if n != name and tensors[n].shape == weight.shape
-             and re.search('head|classif|fc|logits|linear', n)
-             and n.rsplit('.', 2)[:-2] == name.rsplit('.', 2)[:-2]]
     k = weight.shape[1 if transposed or _is_kernel(name) else 0]
     if key is None and k >= 64 and _is_width(k) and 'prototypes' not in _parts(name):
         notes.append(f'{k} is a usual number of features: this may be the layer before '
                      'the classifier.')
-    if twins and key is None:
-        notes.append(f'{twins[0]} has the same shape: there may be more than one head.')
+    notes += [f'{twin} takes the same features: it may be another head, or a copy.'
+              for twin in _twins(tensors, name)[:1] if key is None]
     return Classifier(name, as_prototypes(weight, name, transposed), notes)
 
 # %% ../nbs/study/40_inspect.ipynb #db2ffe35
+def _twins(tensors, name):
+    "Other heads beside this one, and copies of it, such as averages of its weights."
+    def ends(name): return name.rsplit('.', 2)[-2:]
+    (_, d), place = tensors[name].shape[:2], name.rsplit('.', 2)[:-2]
+    return [n for n, t in tensors.items() if n != name and t.ndim == tensors[name].ndim
+            and ((ends(n) == ends(name) and t.shape == tensors[name].shape)
+                 or (n.rsplit('.', 2)[:-2] == place and t.shape[1] == d != t.shape[0]
+                     and re.search('head|classif|fc|logits|linear', n)))]
+
+
 def _siblings(tensors, name):
     "The last parts of the names of what is in the same layer."
     stem = name[:len(name) - len(_parts(name)[-1])]
@@ -539,7 +573,8 @@ def _evidence(tensors, name, classes):
     beside, names = _siblings(tensors, name), list(tensors)
     bias = tensors[beside['bias']].numel() if 'bias' in beside else None
     before = names[:names.index(name)] if _in_order(names) else []
-    before = [n for n in before if tensors[n].ndim and n not in beside.values()][-1:]
+    before = [n for n in before if tensors[n].ndim and tensors[n].is_floating_point()
+              and n not in beside.values()][-1:]
     width = tensors[before[0]].shape[0] if before else None  # what this layer takes
     for size, other, what in ((bias, a, f'its bias has {bias}'),
                               (classes, a, f'there are {classes} names'),

@@ -1,4 +1,5 @@
 "Every loader on real files or small ones in the same format, every kind of damage, and the batches."
+import errno
 import gzip
 import hashlib
 import io
@@ -419,14 +420,17 @@ def test_two_splits_of_a_kind_are_refused(folder):
 def test_a_split_under_another_name_and_the_same_split_twice(folder):
     copied(folder, 'train', 'holdout')
     with pytest.raises(ValueError, match='holdout has folders of classes, as train has: call it test'): load(folder)
+    (folder/'holdout'/'red').rename(folder/'red')
     shutil.rmtree(folder/'holdout')
+    with pytest.raises(ValueError, match='red and train/red are both of one class'): load(folder)
+    shutil.rmtree(folder/'red')
     (folder/'test').symlink_to('train')
     with pytest.raises(ValueError, match='the same folder as train'): load(folder)
 
 
 def test_what_systems_and_fastai_leave_behind_is_no_class(folder):
     expected = load(folder)
-    for name in ('.ipynb_checkpoints', '__MACOSX/blue', 'models', '@eaDir', '.git', '__pycache__'):
+    for name in ('.ipynb_checkpoints', '__MACOSX/blue', 'models', '@eaDir', '.git', '__pycache__', '#recycle'):
         (folder/name).mkdir(parents=True)
     (folder/'models'/'best.pth').touch()
     for name in ('__MACOSX/blue/._0.png', '.ipynb_checkpoints/0-checkpoint.png', 'blue/._0.png', 'blue/Thumbs.db',
@@ -473,6 +477,42 @@ def test_links_lead_to_every_folder_once(folder):
     assert load(folder).counts == expected.counts
 
 
+def test_no_image_is_left_out_in_silence(folder, monkeypatch):
+    "Neither one of a format that is not read nor a folder that may not be opened."
+    (folder/'red'/'0.png').rename(folder/'red'/'0.JFIF')
+    assert load(folder).counts == [6, 6]
+    for name in ('a.HEIC', 'a.avif', 'a.jp2'):
+        (folder/'red'/name).touch()
+        with pytest.raises(ValueError, match=f'red/{name} is of a kind that is not read: convert it'): load(folder)
+        (folder/'red'/name).unlink()
+    (folder/'red'/'more').mkdir()
+    scan = os.scandir
+    def refuse(path):
+        if os.path.basename(path) == 'more': raise PermissionError(errno.EACCES, 'denied', path)
+        return scan(path)
+    monkeypatch.setattr(os, 'scandir', refuse)
+    with pytest.raises(PermissionError, match='more'): load(folder)
+
+
+@pytest.mark.parametrize('link', [os.symlink, os.link])
+def test_one_image_is_in_one_class_and_one_split(folder, link):
+    link(folder/'red'/'0.png', folder/'blue'/'x.png')
+    with pytest.raises(ValueError, match='one label, .*which is the same file'): load(folder)
+    (folder/'blue'/'x.png').unlink()
+    copied(folder, 'train', 'test')
+    link(folder/'train'/'red'/'0.png', folder/'test'/'red'/'x.png')
+    with pytest.raises(ValueError, match='must not share images .*x.png is in both'): load(folder)
+
+
+def test_too_few_classes_or_images_to_train_and_test(folder):
+    shutil.rmtree(folder/'blue')
+    with pytest.raises(ValueError, match='must have two classes or more'): load(folder)
+    (folder/'blue').mkdir()
+    for path in sorted((folder/'red').iterdir())[1:]: path.rename(folder/'blue'/path.name)
+    for path in sorted((folder/'blue').iterdir())[1:]: path.unlink()
+    with pytest.raises(ValueError, match='two images of a class or more'): load(folder)
+
+
 # Lists of images
 
 @pytest.fixture
@@ -492,7 +532,7 @@ def test_lists_of_paths_and_labels(lists):
     assert len(load(elsewhere, data=lists).test_targets) == 2, 'a quarter of each class, at least one'
     assert image_list(elsewhere, lists/'X_LT_test.txt', lists).counts == [5, 2]
     with pytest.raises(FileNotFoundError, match=r'7 of 7 images were not found.*0\.png.*--data DIR'): load(elsewhere)
-    (lists/'val.csv').write_text('blue/0.png,0\nred/a b.png\t1\n')
+    (lists/'val.csv').write_text('"blue/0.png";0\nred/a b.png\t1\n')
     (lists/'red'/'0.png').rename(lists/'red'/'a b.png')
     assert image_list(lists/'val.csv', lists/'X_LT_test.txt').counts == [1, 1]
 
@@ -501,8 +541,9 @@ def test_lists_of_paths_and_labels(lists):
     ('blue/0.png 0\nred/0.png\n', 'line 2: wanted "path label"'), ('blue/0.png -1\n', 'line 1: wanted'),
     ('blue/0.png 0\nred/0.png 2\n', r'each of the labels 0\.\.2, 1 are missing, such as \[1\]'),
     ('blue/0.png 1\nred/0.png 2\n', r'missing, such as \[0\]'), ('\n', 'is empty'),
-    ('blue/0.png 0\nred/0.png 999999999\n', '999999998 are missing'), ('blue/0.png 0\nblue/0.png 1\n', '1 have more'),
-    ('blue/6.png 0\nred/0.png 1\n', r'must not share images, 1 are in both, such as .*6\.png')])
+    ('blue/0.png 0\nred/0.png 999999999\n', '999999998 are missing'), ('blue/0.png 0\nblue/0.png 1\n', 'one label'),
+    ('blue/0.png 0\nred/../blue/0.png 1\n', 'one label'),
+    ('red/../blue/6.png 0\nred/0.png 1\n', r'must not share images .*6\.png is in both')])
 def test_bad_lists(lists, text, message):
     (lists/'X_LT_train.txt').write_text(text)
     with pytest.raises(ValueError, match=message): load(lists/'X_LT_train.txt')

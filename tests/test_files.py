@@ -71,12 +71,26 @@ def test_links_stay_links(tmp_path):
     with pytest.raises(OSError, match=r'link'): write_file(link, 'x')
 
 
-def test_a_file_in_a_read_only_folder_is_overwritten(tmp_path, monkeypatch):
-    (tmp_path/'file').write_text('old')
-    number = (tmp_path/'file').stat().st_ino
-    monkeypatch.setattr(os, 'access', lambda path, mode: Path(path) != tmp_path)
-    write_file(tmp_path/'file', 'new')
-    assert (tmp_path/'file').read_text() == 'new' and (tmp_path/'file').stat().st_ino == number
+@pytest.mark.parametrize('call,number', [
+    ('replace', errno.EROFS), ('replace', errno.EACCES), ('replace', errno.EPERM), ('replace', errno.EBUSY),
+    ('fchown', errno.EPERM)])
+def test_what_can_be_written_and_not_replaced_is_overwritten(tmp_path, monkeypatch, call, number):
+    "In a read-only or a sticky folder, mounted into a container, somebody else's."
+    def refuse(*_): raise OSError(number, os.strerror(number))
+    monkeypatch.setattr(os, call, refuse)
+    path = tmp_path/'file'
+    path.write_text('old')
+    inode = path.stat().st_ino
+    write_file(path, 'new')
+    assert path.read_text() == 'new' and path.stat().st_ino == inode and os.listdir(tmp_path) == ['file']
+
+
+def test_attributes_such_as_access_control_lists_stay(tmp_path):
+    path = write_file(tmp_path/'file', 'old')
+    try: os.setxattr(path, 'user.note', b'x')
+    except OSError: pytest.skip('a file system without attributes')
+    write_file(path, 'new')
+    assert path.read_text() == 'new' and os.getxattr(path, 'user.note') == b'x'
 
 
 def test_what_is_no_file_is_written_to(tmp_path):
@@ -181,8 +195,9 @@ def test_outputs_are_checked_before_the_work(tmp_path):
     os.link(source, tmp_path/'hard')
     for name in ('a', 'link', 'hard'):
         with pytest.raises(ValueError, match='is read'): check_output(tmp_path/name, source)
-    for name, error in (('', IsADirectoryError), ('a/b', NotADirectoryError), ('a/b/c', NotADirectoryError)):
-        with pytest.raises(error): check_output(tmp_path/name)
+    for name, error in (('', IsADirectoryError), ('a/b', NotADirectoryError), ('a/b/c', NotADirectoryError),
+                        ('new/', IsADirectoryError)):
+        with pytest.raises(error): check_output(f'{tmp_path}/{name}')
     with pytest.raises(ValueError, match='empty'): check_output('')
     for name in (tmp_path/'new/new', '-', '/dev/null', '/dev/stdout', tmp_path/'hard'): check_output(name)
     with open(source, 'rb+') as file, pytest.raises(ValueError, match='is read'):

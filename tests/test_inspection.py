@@ -20,6 +20,7 @@ import types
 import uuid
 import warnings
 import zipfile
+import zlib
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -209,6 +210,9 @@ def test_onnx(tmp_path):
                                   [numpy_helper.from_array(a.numpy(), n) for n, a in arrays.items()])
         onnx.save(helper.make_model(graph), tmp_path/'net.bin')
     node = helper.make_node
+    held = node('Constant', [], ['fc.weight'], value=numpy_helper.from_array(W.T.contiguous().numpy()))
+    model(held, node('MatMul', ['x', 'fc.weight'], ['y']))
+    torch.testing.assert_close(read_classifier(tmp_path/'net.bin'), W, rtol=0, atol=0)
     for columns in (True, False):
         last = (node('MatMul', ['h', 'fc.weight'], ['y']) if columns else
                 node('Gemm', ['h', 'fc.weight', 'fc.bias'], ['y'], transB=1))
@@ -234,7 +238,8 @@ def test_parts_with_an_index_and_folders(tmp_path, capsys):
     for path in (index, tmp_path):
         torch.testing.assert_close(read_classifier(path), W, rtol=0, atol=0)
         assert run(capsys, 'inspect', path, '--json', part)[0] == 2 and load_file(part)
-    for wrong in ('{}', '[]', '{"weight_map": {"a": "../x"}}', '{"weight_map": 3}', '{"a":' * 9999):
+    for wrong in ('{}', '[]', '{"weight_map": 3}', '{"a":' * 9999,
+                  *(f'{{"weight_map": {{"a": "{part}"}}}}' for part in ('../x', '..', '.', '', '/x'))):
         index.write_text(wrong)
         with pytest.raises(ValueError, match='index'): read_tensors(index)
     index.write_text(json.dumps({'weight_map': {'fc.weight': index.name}}))
@@ -248,6 +253,8 @@ def test_parts_with_an_index_and_folders(tmp_path, capsys):
     with pytest.raises(ValueError, match='a folder without a file of tensors'): read_tensors(tmp_path/'new')
     torch.save({'weight': W}, tmp_path/'new/pytorch_model.bin')
     assert read_tensors(tmp_path/'new')['weight'].shape == (K, D)
+    for name in ('optimizer.bin', 'random_states_0.pkl'): torch.save({}, tmp_path/'new'/name)  # of accelerate
+    torch.testing.assert_close(read_classifier(tmp_path/'new'), W, rtol=0, atol=0)
     save_file({'weight': 2 * W}, tmp_path/'new/model.safetensors')
     torch.testing.assert_close(read_classifier(tmp_path/'new'), 2 * W)
 
@@ -256,6 +263,10 @@ def test_parts_with_an_index_and_folders(tmp_path, capsys):
     (b'\x89HDF\r\n\x1a\n' + bytes(99), 'HDF5 .*keras'), (b'GGUF\3' + bytes(99), 'GGUF .*gguf'),
     (b'version https://git-lfs.github.com/spec/v1\noid', 'git lfs pull'), (b'\n<!DOCTYPE html><html>', 'web page'),
     (b'<html>404', 'web page'), (b'<?xml version="1.0"?><Error>', 'web page'),
+    (b'\xef\xbb\xbf<!-- 404 -->', 'web page'), (b'MATLAB 7.3 MAT-file' + bytes(99), 'h5py'),
+    (b'# x\n', 'none of the files that are read'), (b'1.5, -2\n', r'numpy\.loadtxt'), (b'1e-5 2\n', r'numpy\.loadtxt'),
+    (b'PAR1' + bytes(9), 'a table'), (b'\x80\x04\x95\0\0\0\0\0\0\0\0\x8c\x13joblib.numpy_pickle', r'joblib\.load'),
+    (zlib.compress(b'x'), 'unpack it'), (b'\x04\x22\x4d\x18' + bytes(9), 'unpack it'), (b'PK\5\6' + bytes(18), 'zip'),
     (gzip.compress(b'x', mtime=0), 'unpack it'),
     (bz2.compress(b'x'), 'unpack it'), (lzma.compress(b'x'), 'unpack it'), (b'\x1c\0\0\0TFL3' + bytes(9), 'TensorFlow'),
     (b'%PDF-1.4', 'document'), (b'\x89PNG\r\n', 'image'), (b'', 'is damaged'), (b'just some text', 'is damaged')])
@@ -354,6 +365,7 @@ def matrices(**shapes): return {name.replace('__', '.'): torch.rand(shape) for n
     (matrices(head1__weight=(5, 8), head2__weight=(5, 8), head3__weight=(9, 8)), 'head1.weight'),
     (matrices(fc_age__weight=(5, 8), fc_sex__weight=(2, 8)), 'fc_age.weight'),
     (matrices(conv__bias=(64,), linear__weight=(64, 10)), 'conv.bias gives 64 features'),
+    (matrices(fc__weight=(30, 48), fc__bias=(30,), margin__weight=(100, 30)), 'and margin.weight takes as many'),
     (matrices(weight=(512, 10575)), '512 is a usual number'),
     (matrices(weight=(64, 100)), '64 is a usual number'),
     (matrices(fc__weight=(5, 7), fc__bias=(7,)), 'its bias has 7')])
@@ -377,7 +389,11 @@ def test_a_doubt_is_a_question(tmp_path, capsys, tensors, said, kind):
     (matrices(layers__0__weight=(64, 784), layers__2__weight=(10, 64), layers__2__bias=(10,)), 'layers.2.weight', []),
     (matrices(encoder__layers__0__attn__qkv__weight=(9, 3), classifier__dense__weight=(7, 7),
               classifier__out_proj__weight=(5, 7), classifier__out_proj__bias=(5,)), 'classifier.out_proj.weight', []),
-    (matrices(head__weight=(9, 64), head__bias=(9,), head_dist__weight=(9, 64)), 'head.weight', ['more than one head']),
+    (matrices(head__weight=(9, 64), head__bias=(9,), head_dist__weight=(9, 64)), 'head.weight', ['another head']),
+    (matrices(fc__weight=(9, 64), fc__bias=(9,), fc2__weight=(5, 64), fc2__bias=(5,)), 'fc.weight', ['another head']),
+    (matrices(model__fc__weight=(9, 64), model__fc__bias=(9,), ema__fc__weight=(9, 64)), 'model.fc.weight', ['a copy']),
+    (matrices(head__fc1__weight=(64, 64), head__fc2__weight=(9, 64), head__fc2__bias=(9,)), 'head.fc2.weight', []),
+    (matrices(fc__weight=(5, 7), fc__bias=(5,)) | {'mask': torch.ones(5, 7).bool()}, 'fc.weight', []),
     (matrices(last_linear__weight=(512, 64), last_bn__running_mean=(512,), logits__weight=(900, 512),
               logits__bias=(900,)) | {'last_linear.weight': torch.rand(512, 64, 1, 1)}, None, None)])
 def test_no_doubt_is_no_question(tensors, name, notes):
@@ -392,6 +408,7 @@ def test_no_doubt_is_no_question(tensors, name, notes):
 @pytest.mark.parametrize('tensors,said', [
     (matrices(fc__parametrizations__weight__original1=(10, 64)), 'original1 is a part of what'),
     (matrices(fc__weight_v=(10, 64), fc__weight_g=(9, 1)), 'fc.weight_v is a part of what'),
+    (matrices(fc__base_layer__weight=(10, 64)), 'fc.base_layer.weight is a part of what'),
     ({'stages.3.attn.fc.weight': torch.rand(8, 8, 1, 1), 'stem.weight': torch.rand(8, 3, 4, 4)}, 'hold a classifier')])
 def test_parts_of_a_weight_and_squeezes_are_no_classifier(tensors, said):
     with pytest.raises(ValueError, match=said): choose_classifier(tensors)
@@ -436,8 +453,10 @@ def test_parts_of_one_classifier(tmp_path, capsys):
     code, out, err = run(capsys, 'inspect', *files, '--key', 'softmax_fc.weight', '--json', tmp_path/'a.json')
     assert code == 0 and str(inspect_prototypes(rows)).split('\n\n')[0] in out
     assert len(json.loads((tmp_path/'a.json').read_text())['file']) == 11
-    code, out, err = run(capsys, 'inspect', files[0], '--key', 'softmax_fc.weight')
-    assert code == 0 and 'if these are parts of one classifier' in ' '.join(out.split())
+    assert '11 files were read as parts' in out and 'lies beside it' not in ' '.join(out.split())
+    for some in (1, 2):
+        code, out, err = run(capsys, 'inspect', *files[:some], '--key', 'softmax_fc.weight')
+        assert code == 0 and 'if these are parts of one classifier' in ' '.join(out.split())
     code, out, err = run(capsys, 'inspect', files[0], files[0], '--key', 'softmax_fc.weight')
     assert code == 2 and 'no parts' in err
     torch.save({'softmax_fc': {'weight': torch.rand(3, 9)}}, files[0])
@@ -595,9 +614,10 @@ def test_every_mutant_is_read_or_refused(tmp_path, kind):
 def test_empty_and_missing_files(tmp_path, capsys):
     torch.save({'epoch': 3, 'loss': [1.]}, tmp_path/'empty.pth')
     with pytest.raises(ValueError, match='holds no named tensors'): read_tensors(tmp_path/'empty.pth')
-    for name in ('none.pth', 'none.safetensors'):
-        code, out, err = run(capsys, 'inspect', tmp_path/name)
-        assert (code, out, err.count('\n')) == (2, '', 1) and 'No such file' in err
+    for name, said in ((tmp_path/'none.pth', 'No such file'), (tmp_path/'none.safetensors', 'No such file'),
+                       ('', 'file must not be empty'), ('/dev/null', '/dev/null is damaged: it is empty')):
+        code, out, err = run(capsys, 'inspect', name)
+        assert (code, out, err.count('\n')) == (2, '', 1) and said in err
 
 
 def test_weights_that_cannot_be_prototypes():

@@ -206,9 +206,14 @@ def test_a_record_answers_one_question(whole, tmp_path):
         (tmp_path/'foreign.json').write_text(json.dumps(content))
         with pytest.raises(ValueError, match='foreign.json is'):
             read_record(tmp_path/'foreign.json', one.configuration)
-    (tmp_path/'half.json').write_text('{"asked": {')
-    with pytest.raises(ValueError, match='half.json is not the record of a run: remove it'):
-        read_record(tmp_path/'half.json', one.configuration)
+    record = json.loads((whole/one.path).read_text())
+    needed = 'asked', 'diverged', 'measured', 'machine', 'seconds', 'classes', 'bound'
+    contents = [json.dumps({**record, name: None}) for name in needed]
+    contents += [json.dumps({k: v for k, v in record.items() if k != name}) for name in needed]
+    for content in ('', '{"asked": {', '[' * 9999, *contents):
+        (tmp_path/'half.json').write_text(content)
+        with pytest.raises(ValueError, match='half.json is not the record of a run: remove it'):
+            read_record(tmp_path/'half.json', one.configuration)
 
 
 def test_records_of_before_tasks_are_read(tmp_path):
@@ -443,7 +448,9 @@ def test_finished_runs_are_not_repeated(whole, capsys):
     (['1', '--seeds', '0'], 'seeds must be'), (['1', '--jobs', '0'], 'jobs must be'),
     (['1', '--jobs', '-2'], 'or −1 for one a core'),
     (['1', '--epochs', '0'], 'epochs must be'), (['1', '--jobs', 'all'], 'invalid int'),
-    (['1', '--threads', '0'], 'threads must be'), (['2', '--dataset', 'nothing'], 'neither a directory nor'),
+    (['1', '--threads', '0'], 'threads must be'), (['1', '--threads', '100000'], 'threads must be ≥ 1 and ≤ 1024'),
+    (['1', '--jobs', '100000'], 'jobs must be'), (['1', '--out', ''], 'out must not be empty'),
+    (['2', '--dataset', 'nothing'], 'neither a directory nor'),
     (['2', '--dataset', 'cifar10', '--data', 'nowhere'], 'data_batch_1')])
 def test_usage_errors_are_one_line_and_2(argv, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

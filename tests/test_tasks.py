@@ -150,14 +150,15 @@ def test_a_record_answers_its_configuration_only(tmp_path):
     one, = plan(TABLES['3'], rows=['ce'], **SMALL)
     asked = json.loads(json.dumps(one.configuration.__dict__))
     for name in ('data', 'despite_withdrawal'): del asked[name]
-    (tmp_path/'a.json').write_text(json.dumps(dict(asked=asked)))
+    rest = dict(diverged=False, measured={}, machine={}, seconds=1., identities=2, queries=1, gallery=1, bound=90.)
+    (tmp_path/'a.json').write_text(json.dumps(dict(asked=asked, **rest)))
     c = one.configuration
     assert read_record(tmp_path/'a.json', replace(c, data='elsewhere', despite_withdrawal=True))
     for other in (dict(seed=1), dict(height=32), dict(loss='focal')):
         with pytest.raises(ValueError, match='of another training'):
             read_record(tmp_path/'a.json', replace(c, **other))
     del asked['channels'], asked['weights']  # as if these were newer than the record
-    (tmp_path/'a.json').write_text(json.dumps(dict(asked=asked)))
+    (tmp_path/'a.json').write_text(json.dumps(dict(asked=asked, **rest)))
     assert read_record(tmp_path/'a.json', c) and not read_records([one], tmp_path)
 
 

@@ -150,17 +150,23 @@ def read_record(
     configuration: Any,  # that is asked for
 ) -> dict | None:  # the record; None if there is none
     "Read the record of a run; ValueError if it is of another configuration, or none."
-    try: record = json.loads(path.read_text(encoding='utf-8'))
+    try:
+        record = json.loads(path.read_text(encoding='utf-8'))
+        defaults = _asked(type(configuration)())  # of fields newer than the record
+        changes = differences(defaults | record['asked'], _asked(configuration))
+        for name, kind in _FIELDS.items():
+            if not (changes or isinstance(record[name], kind)): raise TypeError(name)
+        if not changes: configuration.note(record)
     except FileNotFoundError: return None
-    except ValueError as e:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
         raise ValueError(f'{path} is not the record of a run: remove it') from e
-    if not isinstance(record, dict) or not isinstance(record.get('asked'), dict):
-        raise ValueError(f'{path} is not the record of a run: remove it')
-    defaults = _asked(type(configuration)())  # of fields newer than the record
-    changes = differences(defaults | record['asked'], _asked(configuration))
     if not changes: return record
     raise ValueError(f'{path} is of another training, choose another directory or '
                      f'remove it: {changes}')
+
+
+_FIELDS = dict(asked=dict, diverged=bool, measured=dict, machine=dict,
+               seconds=float | int)  # of every record
 
 # %% ../../nbs/study/37_tables.ipynb #565ee78b
 def read_records(
@@ -180,9 +186,9 @@ def execute(
     progress: Callable[[int, dict], None] | None = None,  # called after each epoch
 ) -> Iterator[tuple[Run, dict]]:  # each with its record, as it ends
     "Train the runs; write each record before returning it."
-    if integer('jobs', jobs) < 1 and jobs != -1:
+    if integer('jobs', jobs, at_most=1024) < 1 and jobs != -1:
         raise ValueError(f'jobs must be ≥ 1, or −1 for one a core, got {jobs}')
-    if threads is not None: integer('threads', threads, at_least=1)
+    if threads is not None: integer('threads', threads, at_least=1, at_most=1024)
     backend, _ = get_active_backend()
     local = dict(idle_worker_timeout=2, initializer=_follower(os.getpid()))
     workers = Parallel(n_jobs=jobs, return_as='generator_unordered', batch_size=1,
@@ -364,7 +370,8 @@ def _figures(finished, out):
     return [(run.title, figures_of(run.row.label, load_file(out/run.tensors, 'tensors'),
                                    record['history']), '')
             for run, record in finished
-            if out and not record['diverged'] and (out/run.tensors).exists()]
+            if out and record.get('history') and not record['diverged']
+            and (out/run.tensors).exists()]
 
 # %% ../../nbs/study/37_tables.ipynb #377ae3f7
 def make_table(
