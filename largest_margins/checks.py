@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch._C import (
     _are_functorch_transforms_active, _get_tracing_state, _len_torch_dispatch_stack)
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 # %% ../nbs/losses/10_checks.ipynb #377e9bec
@@ -152,9 +153,9 @@ def values_are_cheap(x: Tensor) -> bool:
 
 # %% ../nbs/losses/10_checks.ipynb #a62ef312
 def is_traced() -> bool:
-    "Say whether code is being recorded or transformed: compile, trace, `torch.func`."
+    "Whether code is recorded or transformed: compile, trace, `torch.func`, forward AD."
     return (is_compiling() or _get_tracing_state() is not None
-            or _are_functorch_transforms_active())
+            or _are_functorch_transforms_active() or forward_ad._current_level >= 0)
 
 
 def _is_fake():

@@ -213,7 +213,7 @@ class _Hooks(ClassificationLoss):
             attribute = self.numbers[name]
             if attribute in checked: raise TypeError(f'{name} is given twice')
             known = getattr_static(type(self), attribute, None)
-            bounds = known.allowed if isinstance(known, (Number, PerClass)) else {}
+            bounds = getattr(known, 'allowed', {})
             checked[attribute] = per_sample(name, value, x, **bounds)
         return checked
 

@@ -19,7 +19,7 @@ from .margins import precise, row_blocks, row_norms, unit_rows
 # %% ../nbs/losses/13_regularizers.ipynb #2c7ea6f1
 def _to_prototypes(prototypes, slope):
     "The gradient by the prototypes of Σ_j ŵ_j·slope, some rows at a time."
-    gradient = torch.empty_like(prototypes)
+    gradient = slope.new_empty(prototypes.shape, dtype=prototypes.dtype)
     for rows in row_blocks(prototypes):
         some = at_least_float32(prototypes[rows])
         norms = row_norms(some)

@@ -7,6 +7,7 @@ import torch
 from loss_family import ON_COSINES
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -63,6 +64,9 @@ def test_function_transforms(loss):
             torch.testing.assert_close(slope, torch.autograd.grad(way(leaf, prototypes, counted[i:i + 1]), leaf)[0][0])
         _, along = torch.func.jvp(lambda z, way=way: way(z, prototypes, targets), (features,), (features.sin(),))
         torch.testing.assert_close(along, (true[0] * features.sin()).sum())
+        with forward_ad.dual_level():
+            dual = way(forward_ad.make_dual(features, features.sin()), prototypes, targets)
+            torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, along)
     hessian = torch.func.hessian(loss.linear)(features, prototypes, targets)
     torch.testing.assert_close(hessian, torch.autograd.functional.hessian(
         lambda z: loss.linear(z, prototypes, targets), features))

@@ -9,7 +9,14 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from largest_margins.heads import CosineLinear, MarginHead
-from largest_margins.losses import AdaFaceLoss, ArcFaceLoss, CosFaceLoss, ElasticFaceLoss, GMSoftmaxLoss
+from largest_margins.losses import (
+    AdaFaceLoss,
+    ArcFaceLoss,
+    CombinedMarginLoss,
+    CosFaceLoss,
+    ElasticFaceLoss,
+    GMSoftmaxLoss,
+)
 from largest_margins.margins import class_margin, class_sample_margins, min_sample_margin, sample_margins
 from largest_margins.regularizers import zero_centroid
 
@@ -95,6 +102,16 @@ def test_running_statistics_move_in_a_graph():
     torch.testing.assert_close(value, eager(x, TARGETS))
     torch.testing.assert_close(compiled.loss.norm_mean, eager.loss.norm_mean)
     assert eager.loss.norm_mean != 20
+
+
+@pytest.mark.parametrize('loss, name', [(CosFaceLoss(8.), 'margin'), (GMSoftmaxLoss(8.), 'alpha2'),
+                                        (CombinedMarginLoss(8.), 'm1')], ids=repr)
+def test_numbers_for_each_sample_in_a_compiled_function(loss, name):
+    "Which has the loss from around it, so that the compiler guards what it reads of the class."
+    batch, numbers = (torch.randn(5, 3), torch.randn(4, 3), torch.arange(5) % 4), 1 + torch.rand(5)
+    def of(z, w, y, numbers): return loss.linear(z, w, y, **{name: numbers})
+    compiled = torch.compile(of, fullgraph=True, backend='aot_eager')
+    torch.testing.assert_close(compiled(*batch, numbers), of(*batch, numbers))
 
 
 def test_random_margins_in_a_compiled_model_are_drawn_by_its_generator():

@@ -189,6 +189,19 @@ def test_sample_margin_term_is_the_mean_of_the_negative_margins():
     assert value.item() == pytest.approx(-sum(margins) / 6, abs=1e-14)
 
 
+def test_many_gradients_at_once():
+    "As `is_grads_batched` and the vectorized Hessian ask for them."
+    torch.manual_seed(0)
+    prototypes = torch.randn(4, 3).double().requires_grad_()
+    one, = torch.autograd.grad(zero_centroid(prototypes), prototypes)
+    many, = torch.autograd.grad(zero_centroid(prototypes), prototypes, torch.tensor([1., -2.]).double(),
+                                is_grads_batched=True)
+    torch.testing.assert_close(many, torch.stack([one, -2 * one]))
+    each, vectorized = (torch.autograd.functional.hessian(zero_centroid, prototypes, vectorize=v)
+                        for v in (False, True))
+    torch.testing.assert_close(vectorized, each)
+
+
 @pytest.mark.parametrize('weight', [.5, 2.])
 def test_half_the_sample_margin_adds_its_gradient(weight):
     "The sum of the loss and the term is what a plain loop minimises; both see one matrix of cosines."

@@ -194,9 +194,6 @@ def _training_measures():
     return dict(mean_train_margin=Measure('mean training margin', 3, of('mean')),
                 min_train_margin=Measure('min training margin', 3, of('min')))
 
-
-RELIABILITY = tuple(_reliability_measures())
-
 # %% ../../nbs/training/30_measures.ipynb #a758954f
 MEASURES: dict[str, Measure] = {
     **_accuracy_measures(), **_prototype_measures(), **_identity_measures(),
