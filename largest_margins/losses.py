@@ -236,7 +236,7 @@ class _Terms(_Hooks):
         kind = type(self)
         return (kind.__module__ == __name__ and kind.per_batch is _Hooks.per_batch
                 and self.reduction != 'none' and self.ignore_index < 0
-                and self.prior is None and not self.label_smoothing)
+                and not self.label_smoothing)
 
     def terms(self, own, rest, numbers, wanted=()):
         """Losses, [n]; if any are wanted, slopes by 'rest' and what is given, and

@@ -149,16 +149,17 @@ def test_numbers_for_other_classes_are_refused_on_every_way(loss, targets):
 
 
 STRAIGHT = [{}, dict(reduction='sum'), dict(reduction='class-mean'), dict(weight=torch.arange(1., K + 1)),
-            dict(weight=torch.zeros(K)), dict(weight=torch.arange(1., K + 1), reduction='class-mean', sample_margin=.5)]
+            dict(weight=torch.zeros(K)), dict(weight=torch.arange(1., K + 1), reduction='class-mean', sample_margin=.5),
+            dict(prior=PRIOR), dict(prior=PRIOR.flip(0), sample_margin=.5, reduction='sum'), dict(scale=200.)]
 
 
 @pytest.mark.parametrize('row, options, dtype', pairs(ON_COSINES, STRAIGHT, [torch.float64, torch.float32]), ids=named)
 def test_the_straight_line_and_the_careful_engine_agree(row, options, dtype):
     loss, batch = row.make(16., range(K)), inputs(dtype=dtype)
     for name, value in options.items():
-        if name != 'sample_margin' or loss.scale: setattr(loss, name, value)
+        if loss.scale or name in ('reduction', 'weight'): setattr(loss, name, value)
     usual = type(loss).__module__ == losses.__name__ and type(loss).per_batch is CosFaceLoss.per_batch
-    assert (straight_loss(loss, batch[2], {}, *batch[:2]) is not None) == (usual and loss.prior is None)
+    assert (straight_loss(loss, batch[2], {}, *batch[:2]) is not None) == usual
     straight, careful = (value_and_gradients(lambda *a, size=size: loss.linear(*a, chunk_size=size), *batch)
                          for size in ('auto', N))
     tolerance = 1e-13 if dtype == torch.float64 else 2e-6

@@ -57,6 +57,23 @@ def _in_the_middle(cosine):
     sine = torch.addcmul(constant(1., cosine.dtype), cosine, cosine, value=-1).sqrt_()
     return cosine.acos(), sine
 
+# %% ../../nbs/engine/14_fused.ipynb #98bdb898
+def _is_bounded(s, k, prior, dtype):
+    "Whether Σ exp(s·c) of k classes is a number without a shift."
+    return prior is None and s + math.log(k) < (80 if dtype == torch.float32 else 600)
+
+
+def _total(logits, targets, s, prior):
+    "Sums of exponentials, which are left there, and log Σ (π_j/π_y) exp(s·c_j), [n]."
+    if _is_bounded(s, logits.shape[1], prior, logits.dtype):
+        total = logits.exp_().sum(1)
+        return total, total.log()
+    if prior is not None: logits.add_(prior)
+    shift = logits.amax(1, keepdim=True)
+    total = logits.sub_(shift).exp_().sum(1)
+    rest = total.log() + shift.squeeze(1)
+    return total, rest if prior is None else rest - prior[targets]
+
 # %% ../../nbs/engine/14_fused.ipynb #98bdb882
 def _line(loss, s, logits, targets, numbers, factor, learns, chords):
     "The loss; if it learns, logits become slopes by what is `factor` times as large."
@@ -71,10 +88,9 @@ def _line(loss, s, logits, targets, numbers, factor, learns, chords):
     if lead:
         largest, where_largest = logits.max(1, keepdim=True)
         negative_margins = largest.squeeze(1) / s - own
-    if loss.scale: total = logits.exp_().sum(1)
-    else: total = torch.ones_like(own)  # R_sm alone needs no sum
-    losses, slopes = loss.terms(Own(targets, own, angle), total.log(), numbers,
-                                learning)
+    if loss.scale: total, rest = _total(logits, targets, s, loss.log_prior(own.dtype))
+    else: total = rest = torch.ones_like(own)  # R_sm alone needs no sum
+    losses, slopes = loss.terms(Own(targets, own, angle), rest, numbers, learning)
     batch = targets, None, logits.shape[1], own.dtype
     weights, logs = loss.loss_weights(*batch), loss.log_weights(*batch)
     value = loss.total(losses, negative_margins, weights, logs)
@@ -112,9 +128,6 @@ def _straight_cosines(loss, s, targets, numbers, cosines, learns):
     return _line(loss, s, slopes, targets, numbers, s, *learns, no_chords), (slopes,)
 
 # %% ../../nbs/engine/14_fused.ipynb #98bdb888
-_MOST = {torch.float32: 80, torch.float64: 600}
-
-
 def _are_usual(targets, x, w):
     "Whether these are matrices that fit, and targets for the rows of the first."
     return (type(targets) is Tensor and are_usual(x, w) and targets.is_cpu
@@ -128,8 +141,7 @@ def straight_loss(loss, targets, numbers, *tensors):
     if not (_are_usual(targets, x, w) and loss.is_usual()): return None
     (n, d), k, s = x.shape, w.shape[0], loss.scale or 1.
     if len(tensors) == 1: k, d = d, 1
-    few = 0 < n * k <= 2**18 >= k * d and k > 1
-    if not few or s + math.log(k) > _MOST[x.dtype]: return None
+    if not (0 < n * k <= 2**18 >= k * d and k > 1): return None
     loss.check_classes(k, x.device)
     numbers = loss.checked_numbers(numbers, x)
     learns = torch.is_grad_enabled()
@@ -277,8 +289,7 @@ class _Plan:
         self.names, self.learns = kind.inputs + self.numbers, torch.is_grad_enabled()
         self.scale, self.lead = loss.scale or 1., loss.sample_margin
         self.prior, self.block = loss.log_prior(dtype), max(1, 2**18 // shards.size)
-        most = 80 if dtype == torch.float32 else 600
-        self.bounded = self.prior is None and self.scale + math.log(shards.size) < most
+        self.bounded = _is_bounded(self.scale, shards.size, self.prior, dtype)
         batch = targets, valid, shards.num_classes, dtype
         self.weights, self.logs = loss.loss_weights(*batch), loss.log_weights(*batch)
         self.loss, self.by_sample = loss.frozen(), loss.reduction == 'none'
