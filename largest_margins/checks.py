@@ -178,6 +178,9 @@ def plain_tensor(x: Tensor) -> Tensor:
 @cache
 def work_dtype(*dtypes):
     "Return at least float32: half precision is for storage."
+    for dtype in dtypes:
+        if dtype.is_floating_point and dtype.itemsize < 2:
+            raise TypeError(f'{dtype} has no arithmetic: convert it to float32')
     return reduce(torch.promote_types, dtypes, torch.float32)
 
 # %% ../nbs/losses/10_checks.ipynb #68661f2f
@@ -201,11 +204,14 @@ def as_one_node(module: torch.nn.Module, *args, numbers=None) -> torch.fx.Proxy:
 
 # %% ../nbs/losses/10_checks.ipynb #80317c70
 def _check_floating(name, x, shape):
-    if isinstance(x, Tensor) and x.is_floating_point(): return
+    dense = isinstance(x, Tensor) and x.layout == torch.strided
+    if dense and x.is_floating_point(): return
     raise TypeError(f'{name} must be a floating-point tensor {shape}, got {_kind(x)}')
 
 
-def _kind(x): return x.dtype if isinstance(x, Tensor) else type(x).__name__
+def _kind(x):
+    if not isinstance(x, Tensor): return type(x).__name__
+    return x.dtype if x.layout == torch.strided else x.layout
 
 
 def check_device(name: str, value: Tensor, device: torch.device):

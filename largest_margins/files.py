@@ -270,12 +270,13 @@ def read_lines(
     if not isinstance(text, str) or '\n' not in text:
         source = Path(text)
         with (gzip.open if source.suffix == '.gz' else open)(source, 'rb') as file:
-            try: text = file.read(_MOST_TEXT).decode('utf-8-sig')
+            try: text = file.read(_MOST_TEXT).decode('utf-8')
             except (UnicodeDecodeError, EOFError, zlib.error) as e:
                 raise ValueError(f'{source} is not a text in UTF-8: {e}') from e
             if file.read(1): raise ValueError(f'{source} is no text: it is too long')
+    lines = enumerate(text.removeprefix('\ufeff').split('\n'), 1)
     lines = [(f'{source}, line {number}', line.strip())
-             for number, line in enumerate(text.split('\n'), 1) if line.strip()]
+             for number, line in lines if line.strip()]
     if not lines: raise ValueError(f'{source} is empty')
     return lines
 
@@ -768,4 +769,4 @@ def read_pickle(
     "Read a pickle; run no code."
     try: return _read_pickle(_in_memory(content))[0]
     except _Refused as e: raise ValueError(f'it holds {e}') from e
-    except _DAMAGED as e: raise ValueError(f'it is damaged: {e!r}') from e
+    except _DAMAGED as e: raise ValueError(f'it is no pickle, or damaged: {e!r}') from e

@@ -17,7 +17,7 @@ from bisect import bisect
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import cycle
-from numbers import Integral
+from numbers import Number
 from pathlib import Path
 
 # %% ../nbs/evaluation/34_reid.ipynb #e45f9d45
@@ -30,7 +30,7 @@ from matplotlib.axes import Axes
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
-from .checks import choice, integer, plain_tensor
+from .checks import choice, integer, plain_tensor, work_dtype
 from .data import ImageData, ImageDataset, ImageLoader
 from .engine.cosines import cosine_matrix
 from .files import match_lines, read_torch
@@ -340,7 +340,7 @@ def _match_ranks(distances, labels, junk):
 # %% ../nbs/evaluation/34_reid.ipynb #fb0c2aa2
 def _junk(junk):
     "Return the junk persons as int64."
-    junk = [junk] if isinstance(junk, Integral) else junk
+    junk = [junk] if isinstance(junk, Number) else junk
     return np.array([] if junk is None else as_int64('junk', list(junk)), np.int64)
 
 # %% ../nbs/evaluation/34_reid.ipynb #b8046965
@@ -380,7 +380,7 @@ def _check_rankings(distances, *labels):
         raise ValueError('distances must be [Q, G] with Q, G ≥ 1, '
                          f'got {tuple(distances.shape)}')
     if not distances.is_floating_point(): distances = distances.double()
-    distances = distances.to(torch.promote_types(distances.dtype, torch.float32))
+    distances = distances.to(work_dtype(distances.dtype))
     low, high = distances.aminmax()
     if not (low.isfinite() and high.isfinite()):
         raise ValueError(f'distances must be finite, got {low} to {high}')

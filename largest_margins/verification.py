@@ -459,7 +459,7 @@ def decode_image(
 ) -> Tensor:  # RGB in [−1, 1], float32, [3, h, w]
     "Decode an image for a face network."
     if size is not None and (
-            len(size) != 2 or not 1 <= min(size) <= max(size) <= 10**4):
+            not isinstance(size, tuple | list) or len(size) != 2 or not 1 <= min(size) <= max(size) <= 10**4):
         raise ValueError(f'size must be (height, width), 1 to 10,000, got {size}')
     picture = read_image(image if isinstance(image, bytes) else _file(image, root))
     if size is not None and picture.size != (size[1], size[0]):
@@ -565,6 +565,7 @@ def _evaluating(embed):
         for module, mode in zip(modules, modes, strict=True): module.training = mode
 
 # %% ../nbs/evaluation/35_verification.ipynb #8b3ccc66
+@torch.no_grad()
 def pair_distances(
     features: Tensor,  # rows of any norm, [n, d]
     first,  # row of the first image of each pair, integers 0..n−1, [N]
@@ -723,9 +724,13 @@ def read_template_pairs(
     path: str | Path,  # such as ijbc_template_pair_label.txt
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # first, second, same, [N] each
     "Read IJB's lines `t1 t2 label`, one for each pair of templates."
-    try: table = np.loadtxt(path, dtype=np.int32, ndmin=2)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of an empty file
+            table = np.loadtxt(path, dtype=np.int32, ndmin=2)
     except ValueError as e:
         raise ValueError(f'{path}: wanted lines "t1 t2 label": {e}') from e
+    if not table.size: raise ValueError(f'{path} is empty')
     if table.shape[1] != 3:
         raise ValueError(f'{path}: wanted lines "t1 t2 label", got {table.shape[1]} '
                          'numbers in a line')

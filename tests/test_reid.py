@@ -234,6 +234,7 @@ def replaced(i, value): return [*ONE[:i], value, *ONE[i + 1:]]
     (replaced(0, torch.tensor([[0., float('inf')]])), ValueError, 'finite'),
     (replaced(0, torch.ones(1, 2).bool()), TypeError, 'distances'),
     (replaced(0, torch.ones(1, 2) * 1j), TypeError, 'distances'),
+    (replaced(0, torch.ones(1, 2).to(torch.float8_e5m2)), TypeError, 'convert it to float32'),
     (replaced(1, [1, 1]), ValueError, r'query_ids must be \[1\]'),
     (replaced(2, [[1]]), ValueError, 'query_cameras'), (replaced(3, [1.5, 2.]), TypeError, 'gallery_ids'),
     (replaced(4, [True, False]), TypeError, 'gallery_cameras'), (replaced(4, [1]), ValueError, 'gallery_cameras')])

@@ -386,6 +386,7 @@ def test_bad_files_of_pairs(tmp_path):
     with pytest.raises(ValueError, match=r'bad\.txt, line 3'): read_pairs(tmp_path/'bad.txt')
     with pytest.raises(FileNotFoundError): read_pairs(tmp_path/'none.txt')
     with pytest.raises(TypeError, match='path_or_text'): read_pairs(7)
+    assert len(read_pairs('\ufeff1\nA 1 2\nA 1 B 1\n')) == 2, 'a text that an editor marked as UTF-8'
 
 
 @pytest.mark.parametrize('pairs,message', [
@@ -764,7 +765,7 @@ def test_images_that_are_refused(noise, tmp_path):
     (tmp_path/'inside').mkdir()
     for name in ('../a.png', str(tmp_path/'a.png'), 'x/../../a', '..\\a.png'):
         with pytest.raises(ValueError, match='must be a path below the root'): decode_image(name, tmp_path/'inside')
-    for size in ((0, 5), (5,)):
+    for size in ((0, 5), (5,), 5):
         with pytest.raises(ValueError, match='size must be'): decode_image(png(noise[0]), size=size)
 
 
@@ -898,6 +899,11 @@ def test_bad_rows():
         with pytest.raises(ValueError, match=message): pair_distances(z, first, second)
     with pytest.raises(ValueError, match='features must be'): pair_distances(z[0], [0], [0])
     with pytest.raises(TypeError, match='first must be integers, got float64'): pair_distances(z, [0.], [0])
+    with pytest.raises(TypeError, match='float8_e4m3fn has no arithmetic: convert it'):
+        pair_distances(z.to(torch.float8_e4m3fn), [0], [0])
+    with pytest.raises(TypeError, match=r'features must be .*, got torch\.sparse_coo'):
+        pair_distances(z.to_sparse(), [0], [0])
+    assert not pair_distances(nn.Parameter(z), [0], [1]).requires_grad, 'it is a measure, also of what is trained'
 
 
 @pytest.mark.parametrize('dtype', [np.uint8, np.uint16, np.uint32, np.uint64, np.int8, '>i4', '>u8'])
@@ -1050,7 +1056,7 @@ def test_the_files_of_ijb(tmp_path):
     with pytest.raises(ValueError, match=r'media\.txt, line 2: wanted "name template medium"'):
         read_template_media(tmp_path/'media.txt')
     for text, message in (('1 2 1\n1 2 7\n', 'label 0 or 1, got 7 in line 2'), ('1 2\n', 'got 2 numbers in a line'),
-                          ('1 2 x\n', 'wanted lines'), ('1 2 1\n1 2\n', 'wanted lines')):
+                          ('1 2 x\n', 'wanted lines'), ('1 2 1\n1 2\n', 'wanted lines'), ('', 'pairs.txt is empty')):
         (tmp_path/'pairs.txt').write_text(text)
         with pytest.raises(ValueError, match=message): read_template_pairs(tmp_path/'pairs.txt')
 
