@@ -8,6 +8,7 @@ Docs: https://largest-margins.github.io/largest-margins/study/inspect.html.md"""
 __all__ = ['read_classifier', 'Inspection', 'inspect_prototypes', 'write_prototypes']
 
 # %% ../nbs/study/40_inspect.ipynb #e276ac8c
+import hashlib
 import json
 import math
 import re
@@ -46,10 +47,24 @@ def _safetensors():
 def _from_safetensors(path):
     "The tensors of a safetensors file, which keeps no order."
     safetensors = _safetensors()
-    try: tensors = safetensors.torch.load_file(path)
+    try:
+        tensors = safetensors.torch.load_file(path)
+        with safetensors.safe_open(path, 'pt') as file: facts = file.metadata() or {}
     except (safetensors.SafetensorError, LookupError, ValueError, RuntimeError) as e:
         raise ValueError(f'{path} is damaged, or not a safetensors file: {e}') from e
+    kept = facts.pop('checksum', '')
+    if kept.startswith('largest-margins') and kept != _checksum(tensors, facts):
+        raise ValueError(f'{path} is damaged: its checksum is wrong')
     return dict(sorted(tensors.items()))
+
+
+def _checksum(tensors, facts):
+    "What `write_prototypes` keeps in the header, since the format has none."
+    kinds = {name: f'{t.dtype} {list(t.shape)}' for name, t in tensors.items()}
+    digest = hashlib.sha256(json.dumps([kinds, facts], sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy())
+    return f'largest-margins {digest.hexdigest()}'
 
 # %% ../nbs/study/40_inspect.ipynb #3109dc75
 def _from_torch(path):
@@ -879,8 +894,9 @@ def write_prototypes(
 
 # %% ../nbs/study/40_inspect.ipynb #50d62ff0
 def _header(packing):
-    "What the file says about its prototypes, in words and radians."
+    "What the file says about its prototypes, in words and radians, and a checksum."
     (k, d), bound = packing.points.shape, class_margin_bound(*packing.points.shape)
     facts = dict(k=k, d=d, class_margin=packing.class_margin, bound=bound.radians,
                  gap=packing.gap, bound_method=bound.method, how=packing.how)
-    return {name: str(value) for name, value in facts.items()}
+    facts = {name: str(value) for name, value in facts.items()}
+    return facts | dict(checksum=_checksum({'weight': packing.points}, facts))

@@ -302,6 +302,22 @@ def test_a_flipped_bit_is_found_out(tmp_path):
         with pytest.raises(ValueError, match='checksum|CRC'): read_tensors(tmp_path/name)
 
 
+def test_every_flipped_bit_in_our_prototypes_is_refused_or_without_effect(tmp_path):
+    path = tmp_path/'p.safetensors'
+    whole, refused = write_prototypes(path, 5, 2).points, 0
+    content, rng = path.read_bytes(), np.random.default_rng(0)
+    for at in range(len(content)):
+        flipped = bytearray(content)
+        flipped[at] ^= 1 << rng.integers(8)
+        path.write_bytes(flipped)
+        try: assert next(iter(read_tensors(path).values())).equal(whole)
+        except ValueError as e: refused += str(path) in str(e)
+    assert refused > len(content) // 2
+    facts = {'checksum': 'somebody else’s'}
+    save_file({'weight': W}, path, facts)
+    assert torch.equal(read_classifier(path), W)
+
+
 # Which tensor
 
 @pytest.mark.parametrize('name', ['alexnet', 'convnext_tiny', 'densenet121', 'efficientnet_b0', 'googlenet',
