@@ -459,7 +459,8 @@ def decode_image(
 ) -> Tensor:  # RGB in [−1, 1], float32, [3, h, w]
     "Decode an image for a face network."
     if size is not None and (
-            not isinstance(size, tuple | list) or len(size) != 2 or not 1 <= min(size) <= max(size) <= 10**4):
+            not isinstance(size, tuple | list) or len(size) != 2
+            or not 1 <= min(size) <= max(size) <= 10**4):
         raise ValueError(f'size must be (height, width), 1 to 10,000, got {size}')
     picture = read_image(image if isinstance(image, bytes) else _file(image, root))
     if size is not None and picture.size != (size[1], size[0]):
