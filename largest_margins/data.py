@@ -589,7 +589,7 @@ def _check_once(name, train, test):
                 raise ValueError(f'{name} must not share images between training and '
                                  f'test, {file} is in both')
 
-
+# %% ../nbs/training/21_data.ipynb #8eb9ceca
 def _file_data(name, train, test, classes, size, budget):
     "Image files and their targets as data; without a test split a quarter is held out."
     if len(classes) < 2:

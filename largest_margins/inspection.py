@@ -239,6 +239,8 @@ _NOT_READ = [  # how it begins, what it is, and what to do
      'packed', 'unpack it, and inspect what was in it'),
     (rb'%PDF|\x7fELF|MZ|\x89PNG|\xff\xd8\xff|GIF8|RIFF|%!PS|#!',
      'a document, an image or a program', 'it holds no tensors')]
+
+# %% ../nbs/study/40_inspect.ipynb #38e42d52
 _ZIPS = [  # a member, what the archive is, and what to do
     (r'[^/]+/constants\.pkl', 'a program: it holds TorchScript, which is no tensor and '
      'was not opened',
@@ -539,13 +541,7 @@ def choose_classifier(
     "Choose the classifier's weight; raise ValueError with a question if in doubt."
     name, notes = find_classifier(tensors, key), []
     weight = tensors[name]
-    if re.search(r'\.(weight_v$|parametrizations\.|base_layer\.|lora_)', f'.{name}'):
-        raise ValueError(f'{name} is a part of what the weight is made of (weight_norm,'
-                         ' a parametrization, LoRA): save the weight itself')
-    scaled = any('scale' in n for n in _siblings(tensors, name))
-    if _is_packed(name, weight) or (weight.element_size() < 2 and scaled):
-        raise ValueError(f'{name} is quantized, {str(weight.dtype)[6:]}: save its '
-                         'dequantized values')
+    _refuse_parts(tensors, name)
     if transposed is None and weight.ndim == 2 and not _is_kernel(name):
         columns, what = next(_evidence(tensors, name, classes), (False, None))
         if columns:
@@ -565,6 +561,18 @@ def choose_classifier(
     return Classifier(name, as_prototypes(weight, name, transposed), notes)
 
 # %% ../nbs/study/40_inspect.ipynb #db2ffe35
+def _refuse_parts(tensors, name):
+    "Refuse what a layer does not multiply with."
+    weight, siblings = tensors[name], _siblings(tensors, name)
+    if re.search(r'\.(weight_v$|parametrizations\.|base_layer\.|lora_)', f'.{name}'):
+        raise ValueError(f'{name} is a part of what the weight is made of (weight_norm,'
+                         ' a parametrization, LoRA): save the weight itself')
+    scaled = weight.element_size() < 2 and any('scale' in n for n in siblings)
+    if _is_packed(name, weight) or scaled:
+        raise ValueError(f'{name} is quantized, {str(weight.dtype)[6:]}: save its '
+                         'dequantized values')
+
+
 def _twins(tensors, name):
     "Other heads beside this one, and copies of it, such as averages of its weights."
     def ends(name): return name.rsplit('.', 2)[-2:]

@@ -679,11 +679,7 @@ def template_features(
     check_matrix('features', features, M=1, d=1)
     check_finite('features', features.cpu())
     features = at_least_float32(features)
-    keys = [as_int64('templates', templates), as_int64('media', media)]
-    for name, key in zip(('templates', 'media'), keys, strict=True):
-        if key.shape != (count,):
-            raise ValueError(f'{name} must be {count} integers, got shape {key.shape}')
-    keys = np.stack(keys, 1)
+    keys = _keys(count, templates=templates, media=media)
     if flipped is not None:
         if flipped.shape != features.shape:
             raise ValueError(f'flipped must be {tuple(features.shape)}, as features '
@@ -705,6 +701,15 @@ def template_features(
     return Templates(ids, unit_features(sums, 'templates'))
 
 # %% ../nbs/evaluation/35_verification.ipynb #d339a5ef
+def _keys(count, **columns):
+    "The integers of each image as a row, [M, 2]."
+    keys = [as_int64(name, values) for name, values in columns.items()]
+    for name, key in zip(columns, keys, strict=True):
+        if key.shape != (count,):
+            raise ValueError(f'{name} must be {count} integers, got shape {key.shape}')
+    return np.stack(keys, 1)
+
+
 def _sums(rows, group, count):
     "The sum of the rows of each group."
     group = torch.as_tensor(group, device=rows.device)
