@@ -594,7 +594,7 @@ def _evidence(tensors, name, classes):
     "Whether the columns are the classes, and what says so, the surest first."
     a, b = tensors[name].shape
     beside, names = _siblings(tensors, name), list(tensors)
-    bias = tensors[beside['bias']].numel() if 'bias' in beside else None
+    bias = next((tensors[beside[n]].numel() for n in _BIASES if n in beside), None)
     before = names[:names.index(name)] if _in_order(names) else []
     before = [n for n in before if tensors[n].ndim and tensors[n].is_floating_point()
               and n not in beside.values()][-1:]
@@ -608,6 +608,9 @@ def _evidence(tensors, name, classes):
         yield _is_width(a), f'{max(a, b, key=_is_width)} is a usual number of features'
 
 # %% ../nbs/study/40_inspect.ipynb #54a96339
+_BIASES = 'bias', 'bias:0', 'biases', 'biases:0', 'b'  # the last of TensorFlow and JAX
+
+
 def _is_width(n): return n >= 32 and n & (n - 1) == 0  # 32, 64, 128, …
 
 # %% ../nbs/study/40_inspect.ipynb #a1c40014

@@ -384,6 +384,7 @@ def matrices(**shapes): return {name.replace('__', '.'): torch.rand(shape) for n
     (matrices(fc__weight=(30, 48), fc__bias=(30,), margin__weight=(100, 30)), 'and margin.weight takes as many'),
     (matrices(weight=(512, 10575)), '512 is a usual number'),
     (matrices(weight=(64, 100)), '64 is a usual number'),
+    ({'fc/weights:0': torch.rand(5, 7), 'fc/biases:0': torch.rand(7)}, 'its bias has 7'),
     (matrices(fc__weight=(5, 7), fc__bias=(7,)), 'its bias has 7')])
 @pytest.mark.parametrize('kind', ['pth', 'safetensors'])
 def test_a_doubt_is_a_question(tmp_path, capsys, tensors, said, kind):
