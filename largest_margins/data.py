@@ -444,8 +444,9 @@ def _cifar(name, torchvision_name, data=None, download=False, strict=False):
     root = Path(_folder_named(data) if download else data or '.')
     if download: dataset(root, download=True)
     def read(file, md5):
-        path = root/dataset.base_folder/file
-        if not path.exists(): raise _absent(name, file, [path.parent], _DOWNLOAD)
+        places = [root/dataset.base_folder, root]
+        path = _first(places, (file,))
+        if path is None: raise _absent(name, file, places, _DOWNLOAD)
         if hashlib.md5(path.read_bytes()).hexdigest() != md5:
             problem = f'{path} is not the published file (its MD5 is not {md5})'
             if strict: raise ValueError(f'{problem}: replace it')

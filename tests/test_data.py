@@ -252,6 +252,7 @@ def test_cifar(cifar):
     data = load(name, root)
     assert data.train_images.shape[1:] == (3, 32, 32) and data.train_images.dtype == torch.uint8
     assert len(data.test_images) == 3 and data.classes[3] == 'class 3'
+    assert torch.equal(load(name, cifar[2].parent).test_images, data.test_images), 'the folder of the files itself'
     raw = pickle.loads((root/cifar[2]).read_bytes())['data']
     assert np.array_equal(data.train_images[:4].numpy().reshape(4, -1), raw)
 
