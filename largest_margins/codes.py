@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from scipy.linalg import cho_factor, cho_solve
 from scipy.optimize import linprog, minimize
-from scipy.sparse import csr_matrix, hstack, identity, vstack
+from scipy.sparse import bsr_matrix, csr_matrix, hstack, identity, issparse, vstack
 from scipy.sparse.linalg import splu
 from scipy.spatial import ConvexHull, cKDTree
 from torch import Tensor
@@ -88,7 +88,7 @@ def _near_energy(points, p):
 
 # %% ../nbs/theory/03_packing.ipynb #6fa38346
 _EXPONENTS = 2, 8, 40, 200, 1000, 5000
-_LAST = 30_000, 200_000  # of packings too large for the polish
+_LAST = 30_000, 200_000  # of large packings
 
 
 class _TimeIsUp(Exception): pass
@@ -138,6 +138,10 @@ def _pairs_in_tree(points, slack):
     return tree.query_pairs(reach, output_type='ndarray').T
 
 
+def _cosines(points, i, j):
+    return 1 - np.square(points[i] - points[j]).sum(1) / 2
+
+
 def _close_pairs(points, slack):
     "Pairs i < j whose cosine is within `slack` of the largest, and these cosines."
     d = points.shape[1]
@@ -145,7 +149,7 @@ def _close_pairs(points, slack):
     cosines, size = np.empty(len(i)), max(1, 16 * _PAIRS // d)
     for a in range(0, len(i), size):
         part = slice(a, a + size)
-        cosines[part] = 1 - np.square(points[i[part]] - points[j[part]]).sum(1) / 2
+        cosines[part] = _cosines(points, i[part], j[part])
     near = cosines >= cosines.max() - slack
     return i[near], j[near], cosines[near]
 
@@ -172,10 +176,12 @@ def _tangents(points):
 # %% ../nbs/theory/03_packing.ipynb #5d1e8a42
 def _factored(square):
     "A function that solves with a positive definite matrix, dense or sparse."
-    if square.nnz > .05 * square.shape[0]**2 or square.shape[0] < 200:
-        factor = cho_factor(square.toarray(), overwrite_a=True, check_finite=False)
-        return lambda wanted: cho_solve(factor, wanted, check_finite=False)
-    return splu(square.tocsc(), permc_spec='MMD_AT_PLUS_A').solve
+    if issparse(square):
+        if square.nnz < .01 * square.shape[0]**2 and square.shape[0] > 200:
+            return splu(square.tocsc(), permc_spec='MMD_AT_PLUS_A').solve
+        square = square.toarray()
+    factor = cho_factor(square, overwrite_a=True, check_finite=False)
+    return lambda wanted: cho_solve(factor, wanted, check_finite=False)
 
 
 def _solved(square, wanted, lift=1e-13):
@@ -186,13 +192,12 @@ def _solved(square, wanted, lift=1e-13):
         if lift > 1e-6: raise
         return _solved(square, wanted, 100 * lift)
 
-
 # %% ../nbs/theory/03_packing.ipynb #5d1e8a43
 def _newton(points, i, j, steps=10):
     "Move the points so that these pairs all have the same cosine."
     (k, d), off = points.shape, math.inf
     for _ in range(steps):
-        c = 1 - np.square(points[i] - points[j]).sum(1, keepdims=True) / 2
+        c = _cosines(points, i, j)[:, None]
         wanted = (c.mean() - c)[:, 0]
         before, off = off, abs(wanted).max()
         if off < 2e-16 or off >= before: break
@@ -217,10 +222,23 @@ def _in_balance(points, i, j, slack=1e-9):
 
 
 # %% ../nbs/theory/03_packing.ipynb #7a9c3e17
-def _curvature(points, tangents, pairs, pulls, slack, stress):
+def _of_blocks(own, both, i, j):
+    "The symmetric matrix with these blocks on the diagonal, and at (i, j) and (j, i)."
+    (k, n, _), at, mirrored = own.shape, np.arange(len(own)), both.transpose(0, 2, 1)
+    if n < 4 and k > 300:
+        rows, columns = np.concatenate([at, i, j]), np.concatenate([at, j, i])
+        order, ends = rows.argsort(kind='stable'), np.bincount(rows).cumsum()
+        blocks = np.concatenate([own, both, mirrored])[order]
+        return bsr_matrix((blocks, columns[order], np.append(0, ends)), (k * n, k * n))
+    square = np.zeros((k, n, k, n))
+    square[at, :, at], square[i, :, j], square[j, :, i] = own, both, mirrored
+    return square.reshape(k * n, -1)
+
+
+def _curvature(points, tangents, pairs, pulls, slack, stress, damping=0.):
     "The matrix of Newton's method; pulls: each pair's gradients at its two points."
     (k, d), (i, j, c), (left, right) = points.shape, pairs, pulls
-    heavy, own, at = stress / slack, np.zeros((k, d - 1, d - 1)), np.arange(k)
+    heavy, own = stress / slack, np.tile(damping * np.eye(d - 1), (k, 1, 1))
     for n, pull in (i, left), (j, right):
         np.add.at(own, n, (heavy[:, None] * pull)[:, :, None] * pull[:, None])
     both = (heavy[:, None] * left)[:, :, None] * right[:, None]
@@ -228,10 +246,7 @@ def _curvature(points, tangents, pairs, pulls, slack, stress):
         held = np.bincount(i, stress * c, k) + np.bincount(j, stress * c, k)
         own -= held[:, None, None] * np.eye(d - 1)
         both += stress[:, None, None] * (tangents[i] @ tangents[j].transpose(0, 2, 1))
-    square = np.zeros((k, d - 1, k, d - 1))
-    square[at, :, at], square[i, :, j] = own, both
-    square[j, :, i] = both.transpose(0, 2, 1)
-    return square.reshape(k * (d - 1), -1)
+    return _of_blocks(own, both, i, j)
 
 # %% ../nbs/theory/03_packing.ipynb #4869f29d
 def _interior_step(points, pairs, slack, stress, centre, damping):
@@ -239,15 +254,13 @@ def _interior_step(points, pairs, slack, stress, centre, damping):
     (k, d), (i, j, _), tangents = points.shape, pairs, _tangents(points)
     left = (tangents[i] @ points[j][:, :, None])[:, :, 0]
     right = (tangents[j] @ points[i][:, :, None])[:, :, 0]
-    square = _curvature(points, tangents, pairs, (left, right), slack, stress)
-    square[np.diag_indices_from(square)] += damping
-    factor = cho_factor(square, overwrite_a=True, check_finite=False)
+    square = _curvature(points, tangents, pairs, (left, right), slack, stress, damping)
     aim, heavy, pushes = centre / slack, stress / slack, np.zeros((k, d - 1, 2))
     both = np.stack([heavy, aim], 1)[:, None]
     np.add.at(pushes, i, left[:, :, None] * both)
     np.add.at(pushes, j, right[:, :, None] * both)
     pushes = pushes.reshape(-1, 2)
-    raised, still = cho_solve(factor, pushes, check_finite=False).T
+    raised, still = _factored(square)(pushes).T
     dt = aim.sum() - 1 - pushes[:, 0] @ still
     dt /= heavy.sum() - pushes[:, 0] @ raised
     moves = (raised * dt - still).reshape(k, d - 1)
@@ -267,9 +280,35 @@ def _moved(points, step, pairs, slack, dt, most):
     t = slack[0] + cosines[0]
     for part in most / 2**np.arange(9):
         moved = _normalised(points + part * step)
-        chords = np.square(moved[i] - moved[j]).sum(1)
-        if (t + part * dt - 1 + chords / 2 > .01 * slack).all(): return moved, part
+        left = t + part * dt - _cosines(moved, i, j)
+        if (left > .01 * slack).all(): return moved, part
     return points, 0.
+
+
+def _advanced(points, pairs, slack, stress, found):
+    "What is allowed of a step: points, rise of t, stress, and the parts of both."
+    step, dt, room, change = found
+    longest = .1 * math.sqrt(2 - 2 * pairs[2].max()) / max(1e-30, abs(step).max())
+    most = min(_part(slack, room), longest)
+    points, part = _moved(points, step, pairs, slack, dt, most)
+    dual = _part(stress, change)
+    return points, part * dt, stress + dual * change, part, dual
+
+# %% ../nbs/theory/03_packing.ipynb #7a9c3e1h
+def _weights(stress, slack, centre):
+    "The stress of each close pair: what it had, or what the center gives a new one."
+    if not stress.any(): return 1 / slack / (1 / slack).sum()
+    return np.where(stress > 0, stress, centre / slack)
+
+
+def _straight(points, i, j, gap):
+    "The points, these pairs at one cosine, if that may be the end; and whether it is."
+    d, free = points.shape[1], len(np.union1d(i, j))  # points that are not rattlers
+    few = len(i) + d * (d - 1) // 2 <= free * (d - 1)
+    if not free or (few and gap > 1e-9): return points, False
+    straight = _newton(points, i, j)
+    if _largest_cosine(straight) >= _largest_cosine(points): return points, False
+    return straight, _in_balance(straight, i, j)
 
 # %% ../nbs/theory/03_packing.ipynb #6776ec2b
 _FEW = 400  # coordinates, up to which we look for motions
@@ -279,40 +318,43 @@ _FEWER = 1000  # coordinates, up to which each good end of a search is polished
 def _lift(points, deadline, exact=True, first=.05, goal=2.):
     "An interior-point method: lower the largest cosine while that is possible."
     (k, d), best, top = points.shape, points, _largest_cosine(points)
-    chord, took, known = math.sqrt(2 - 2 * top), 0., np.zeros((k, k))
-    t, reach, damping, share = top + first * chord**2, .4 * chord**2, 1 / k, 1.
-    gap = centre = 0.
-    for _ in range(150):
+    square, known = 2 - 2 * top, np.zeros((k, k))  # of the smallest chord; all stress
+    t, reach = top + first * square, max(.001, 8 * first) * square
+    damping, share = 1 / k, 1.
+    took = gap = centre = kept = 0.
+    before = math.inf
+    for n in range(150):
+        if n % 25 == 0:  # in a flat valley it could creep for hours
+            if before - t < 1e-8 * square: break
+            before = t
         if (began := time.monotonic()) + took > deadline: break
         pairs = i, j, c = _close_pairs(points, reach)
         if c.max() >= t: t = c.max() + gap  # a pair that was not close before
-        slack, stress = t - c, known[i, j]
-        if not stress.any(): stress = 1 / slack / (1 / slack).sum()
-        else: stress = np.where(stress > 0, stress, centre / slack)
-        centre = share * (stress @ slack) / len(i)
+        slack = t - c
+        stress = _weights(known[i, j], slack, centre)
+        mean = stress @ slack / len(i)
+        centre = min(mean, max(share * mean, 1000 * kept**2 / len(i)))
         try: found = _interior_step(points, pairs, slack, stress, centre, damping)
         except np.linalg.LinAlgError:  # not positive definite
             damping *= 4
             continue
-        step, dt, room, change = found
-        part = min(_part(slack, room), .1 * chord / max(1e-30, abs(step).max()))
-        points, part = _moved(points, step, pairs, slack, dt, part)
-        dual, t = _part(stress, change), t + part * dt
+        points, rise, stress, part, dual = _advanced(
+            points, pairs, slack, stress, found)
+        t, gap = t + rise, centre * len(i)
+        if d > 4: kept = damping * np.linalg.norm(found[0])  # of the push, by damping
         known[:] = 0
-        known[i, j] = stress + dual * change
-        damping = max(.7 * damping, .2 / k) if d > 4 else max(.3 * damping, .03 / k)
-        share = max(.2, 1 - min(part, dual))
-        now = 1 - np.square(points[i] - points[j]).sum(1) / 2
-        gap, tries = centre * len(i), [points]
-        reach = min(.4 * chord**2, max(1e4 * gap, 3 * abs(now - c).max()))
-        if exact and gap < 5e-6 * chord**2:
-            held = known[i, j] * len(i) > (t - now) / chord**2
-            tries.append(_newton(points, i[held], j[held]))
-        tried = min(tries, key=_largest_cosine)
+        known[i, j] = stress
+        damping = max(damping * (.5 if part > .5 else 1 if part > .2 else 3), .01 / k)
+        share, now = max(.2, 1 - min(part, dual)), _cosines(points, i, j)
+        farthest = max(1e-3 * square, 1e4 * gap, 3 * abs(now - c).max())
+        reach = min(.4 * square, farthest)
+        tried, done = points, False
+        if exact and gap < 5e-6 * square:
+            held = stress * len(i) > (t - now) / square
+            tried, done = _straight(points, i[held], j[held], gap)
         if (now := _largest_cosine(tried)) < top: best, top = tried, now
-        if tried is tries[-1] and len(tries) > 1 and _in_balance(
-                tried, i[held], j[held]): break
-        if gap < 1e-12 or t - 10 * gap > goal: break
+        if done or gap < 1e-12: break
+        if gap < 1e-3 * square and t - 10 * gap > goal: break  # too little is left
         took = time.monotonic() - began
     return best
 
@@ -329,14 +371,14 @@ def _tilted(points):
 # %% ../nbs/theory/03_packing.ipynb #9325b34b
 def _polish(points, deadline):
     "To a stationary arrangement nearby, and there to rounding."
-    if points.size <= _MANY:
-        points = _lift(points, deadline)
-        for first in (1e-3, 1e-5) if points.shape[1] < 5 else ():
-            if _in_balance(points, *_close_pairs(points, 1e-9)[:2]): break
-            points = _lift(points, deadline, first=first)
-    else:
-        for p in _LAST: points = min(points, _descend(points, p, 1000, deadline)[0],
-                                     key=_largest_cosine)
+    large, small = points.size > _FEWER, points.size <= _MANY
+    for p in _LAST if large else ():
+        lower = _descend(points, p, 4000 if small else 1000, deadline)[0]
+        points = min(points, lower, key=_largest_cosine)
+    for first in (.05, 1e-3, 1e-5)[large:] if small else ():
+        points = _lift(points, deadline, first=first)
+        if points.shape[1] > 4 or _in_balance(
+                points, *_close_pairs(points, 1e-9)[:2]): break
     for slack in (1e-3, 1e-4, 1e-6, 1e-9):
         if time.monotonic() > deadline: break
         i, j, _ = _close_pairs(points, slack)
@@ -465,20 +507,20 @@ _TURNS = (('random', 0), ('symmetric', 2), ('random', 3), ('hop', 3), ('random',
           ('crowded', 2), ('shaken', 3), ('symmetric', 2))  # and the first exponent
 
 # %% ../nbs/theory/03_packing.ipynb #05d791bg
-_STIRS = {'shaken': (.03, .06, .12, .24), 'stirred': (.02, .04, .07, .14),
-          'mixed': (.1, .2, .4)}  # standard deviations, in smallest chords
+_STIRS = {'shaken': (.03, .06, .12, .24), 'stirred': (.04, .08, .16),
+          'mixed': (.1, .2, .4), 'nudged': (.1, .2, .3)}  # in smallest chords
 
 
 def _stirred(kind, points, noise, rng):
     "The points, of which all, or some neighbors, are moved a little."
     k, closest = len(points), math.sqrt(2 - 2 * _largest_cosine(points))
     if kind != 'shaken':
-        some = rng.integers(4, max(6, k // 2))
+        fewest, most = (2, 9) if kind == 'nudged' else (4, max(6, k // 2))
+        some = rng.integers(fewest, most)
         if kind == 'stirred': some = rng.choice((k, some))
         moved = (points @ points[rng.integers(k)]).argsort()[-some:]
         noise[np.delete(np.arange(k), moved)] = 0
     return _normalised(points + rng.choice(_STIRS[kind]) * closest * noise)
-
 
 # %% ../nbs/theory/03_packing.ipynb #5fed0603
 def _symmetric_hop(points, group, fixed, free, rng):
@@ -529,20 +571,34 @@ def _cool(points, exponents, energies, deadline):
         energies[p].append(energy)
     return points, False
 
-
-def _all_seen(starts, optima):
-    "Whether an estimate of the number of all optima is below those seen and a half."
-    others = starts - optima - 2
-    return others > 0 and optima * (starts - 1) < (optima + .5) * others
-
 # %% ../nbs/theory/03_packing.ipynb #05d791bh
+class _Ends:
+    "Where starts ended, and what this says about optima not seen yet."
+    def __init__(self): self.cosines, self.random, self.distinct = [], 0, 0
+
+    def add(self, kind, end, known):
+        "Count a start; whether its end is new."
+        random = kind in ('random', 'crowded')
+        self.random += random
+        away = min((abs(end - other) for other in self.cosines), default=math.inf)
+        if known or away < 1e-7: return False
+        self.cosines.append(end)
+        self.distinct += random and away > 2e-6
+        return True
+
+    def all_seen(self):
+        "Whether we expect to have seen all optima, to half a one."
+        starts, optima = self.random, self.distinct
+        others = starts - optima - 2
+        return others > 0 and optima * (starts - 1) < (optima + .5) * others
+
+
 def _descents(k, d, rng, deadline, best=None):
     "The best points after each start, which goes down the energies to a polish."
     large = k * d > _FEWER  # then only the best end is polished
     top = 2. if best is None or large else _largest_cosine(best)
-    energies, optima = {p: [] for p in _EXPONENTS}, []
-    random = distinct = symmetric = 0
-    latest = deadline
+    energies, ends = {p: [] for p in _EXPONENTS}, _Ends()
+    symmetric, latest = 0, deadline
     if large and k * d <= _MANY and deadline < math.inf:  # half of it, then the polish
         latest = (deadline + time.monotonic()) / 2
     for m in count(1):
@@ -550,22 +606,17 @@ def _descents(k, d, rng, deadline, best=None):
         if m == 1 and best is not None and large: kind, first = 'shaken', 2
         points = _start(kind, k, d, symmetric, best, rng)
         symmetric += kind == 'symmetric'
-        random += kind in ('random', 'crowded')
         if kind == 'crowded': points = _less_one(_descend(points, 40, 300, deadline)[0])
         if best is None: best = points
         points, known = _cool(points, _EXPONENTS[first:], energies, latest)
         end = _largest_cosine(points)
         if end < top: best, top = points, end
-        away = min((abs(end - other) for other in optima), default=math.inf)
-        if not known and away > 1e-7:
-            optima.append(end)
-            distinct += away > 2e-6 and kind in ('random', 'crowded')
-            near = (.98 if d == 3 else .9995) * math.acos(min(optima))
-            if not large and math.acos(end) > near:
-                points = _polish(points, deadline)
-                if (now := _largest_cosine(points)) < top: best, top = points, now
+        if ends.add(kind, end, known) and not large:
+            near = (.98 if d == 3 else .9995) * math.acos(min(ends.cosines))
+            if math.acos(end) > near: points = _polish(points, deadline)
+            if (now := _largest_cosine(points)) < top: best, top = points, now
         yield best, top
-        all_seen = m > 8 and deadline == math.inf and _all_seen(random, distinct)
+        all_seen = m > 8 and deadline == math.inf and ends.all_seen()
         if all_seen or time.monotonic() > latest: return
 
 # %% ../nbs/theory/03_packing.ipynb #72834b89
@@ -578,37 +629,67 @@ def _overlap(points, top):
 # %% ../nbs/theory/03_packing.ipynb #446a1ab2
 _FRESH = 3 * ('symmetric',) + ('random',)
 _STEPS = ('symmetric', 'hop', 'symmetric', 'stirred', 'symmetric', 'mixed',
-          'symmetric', 'stirred', 'twisted')
+          'symmetric', 'nudged', 'twisted')
+
+
+class _Minima:
+    "The best points of a walk, and minima of the overlap that an angle beyond has."
+    def __init__(self, k, rng, deadline):
+        self.k, self.rng, self.deadline = k, rng, deadline
+        self.symmetries, self.own, self.turn = _symmetries(k), {}, 1
+        self.top = 2.
+
+    def polish(self, points):
+        "Keep the points, polished, if they are the best; then ask for more of minima."
+        points = _lift(points, self.deadline, goal=self.top)
+        if (now := _largest_cosine(points)) > self.top - 1e-10: return
+        self.best, self.top = points, now
+        self.aim = math.cos(1.002 * math.acos(now))
+        self.at, self.left = self.descend(points)
+        self.lows = [self.left]
+
+    def descend(self, points):
+        return _descend(points, self.aim, 400, self.deadline, _overlap)
+
+    def near(self, kind):
+        "Points near the best ones."
+        return _start(kind, self.k, 3, 0, self.best, self.rng)
+
+    def symmetric(self):
+        "A minimum from symmetric points: new ones, or the lowest so far with a hop."
+        self.turn += 1
+        n = self.turn % len(self.symmetries)
+        points = _start('symmetric', self.k, 3, n, None, self.rng)
+        lowest, known = self.own.get(n, (math.inf, None))
+        if known is not None and self.rng.random() < .7:
+            points = _symmetric_hop(known, *self.symmetries[n], self.rng)
+        points, over = self.descend(points)
+        if over < lowest: self.own[n] = over, points
+        return points, over
+
+    def step(self, kind):
+        "The next minimum, and whether it is low and new."
+        if kind == 'symmetric': points, over = self.symmetric()
+        else: points, over = self.descend(_start(kind, self.k, 3, 0, self.at, self.rng))
+        farther = 1.2 if kind in ('hop', 'mixed', 'twisted') else 1.
+        if over < farther * self.left: self.at, self.left = points, over
+        new = min(abs(over - low) for low in self.lows) > 1e-5 * over
+        low = over < 1.1 * min(self.lows)
+        self.lows.append(over)
+        return points, new and low
 
 # %% ../nbs/theory/03_packing.ipynb #348c1ad6
 def _walk(k, rng, deadline):
     "The best points after each step of a walk over minima of the overlap, in space."
+    minima = _Minima(k, rng, deadline)
     points = _descend(_start('symmetric', k, 3, 0, None, rng), 40, 300, deadline)[0]
-    symmetries, own, turn = _symmetries(k), {}, 1  # own: the lowest of each symmetry
-    best, top, promising = points, 2., True
+    promising = True
     for m in count(1):
-        if promising:
-            points = _lift(points, deadline, goal=top)
-            if (now := _largest_cosine(points)) < top - 1e-10:
-                best, top = points, now
-                aim = math.cos(1.002 * math.acos(top))
-                at, left = _descend(best, aim, 400, deadline, _overlap)
-                lows = [left]
-        yield best, top
+        if promising: minima.polish(points)
+        yield minima.best, minima.top
         kind = _STEPS[m % len(_STEPS)] if m > 40 else _FRESH[m % len(_FRESH)]
-        turn += (symmetric := kind == 'symmetric')
-        n = turn % len(symmetries)
-        points = _start(kind, k, 3, n, best if kind == 'stirred' else at, rng)
-        if promising := kind == 'stirred': continue
-        if symmetric and n in own and rng.random() < .7:
-            points = _symmetric_hop(own[n][1], *symmetries[n], rng)
-        points, over = _descend(points, aim, 400, deadline, _overlap)
-        if symmetric and over < own.get(n, (math.inf,))[0]: own[n] = over, points
-        farther = 1.2 if kind in ('hop', 'mixed', 'twisted') else 1.
-        if over < farther * left: at, left = points, over
-        new = min(abs(over - low) for low in lows) > 1e-5 * over
-        promising = new and over < 1.1 * min(lows)
-        lows.append(over)
+        if kind in ('stirred', 'nudged'): points, promising = minima.near(kind), True
+        else: points, promising = minima.step(kind)
 
 # %% ../nbs/theory/03_packing.ipynb #ee452904
 def _search(k, d, rng, starts, deadline, bound, progress, best=None):
@@ -739,8 +820,8 @@ def _flexes(points, step=.2):
     "Whether the points that touch can move, no rotation, and touch no closer."
     points = points[np.unique(np.concatenate(_close_pairs(points, 1e-9)[:2]))]
     cosines = points @ points.T
-    moved = _lift(_normalised(points + step * np.random.default_rng(0).standard_normal(
-        points.shape)), math.inf, exact=False)  # Newton's method would set it straight
+    moved = points + step * np.random.default_rng(0).standard_normal(points.shape)
+    moved = _lift(_normalised(moved), math.inf, exact=False, first=.001)
     as_good = abs(_largest_cosine(moved) - _largest_cosine(points)) < 1e-9
     return bool(as_good and abs(moved @ moved.T - cosines).max() > step / 10)
 
@@ -750,7 +831,7 @@ def best_packing(
     d: int,  # dimension, ≥ 2
     *,
     seed: int = 0,  # of the random starts; same seed, same points
-    starts: int | None = None,  # most starts, ≥ 1; None: by size, up to 800
+    starts: int | None = None,  # most starts, ≥ 1; None: by size, up to 1,500
     seconds: float | None = None,  # search time, > 0; None: until `starts` are done
     # called after each start: starts done, starts planned, class margin (radians)
     progress: Callable[[int, int, float], None] | None = None,
@@ -782,9 +863,8 @@ _SMALL = 10**7  # multiplications for all pairs, up to which one thread is best
 
 def _starts(k, d):
     "How many starts a search has if nobody says: less than a minute."
-    if _in_space(k, d): return min(1200, max(1, 14 * 10**6 // k**2))
-    most = 400 if d == 3 else 100 if k * d <= 300 else 40
-    return min(most, max(1, 2 * 10**6 // (k * k * d)))
+    if _in_space(k, d): return min(1500, max(1, 17 * 10**6 // k**2))
+    return min(400 if k * d <= 300 else 40, max(1, 2 * 10**6 // (k * k * d)))
 
 # %% ../nbs/theory/03_packing.ipynb #2fbb860g
 def _closed_form(k, d):

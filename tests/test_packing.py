@@ -107,6 +107,22 @@ def test_hundreds_of_coordinates_reach_a_certified_local_optimum(k, d):
     assert Packing(worse, 3.).optimum == 'none'
 
 
+def test_more_than_a_thousand_coordinates_end_stationary():
+    packing = best_packing(84, 12, starts=1)
+    assert packing.optimum in ('stationary', 'local')
+
+
+def test_a_polish_with_a_goal_is_not_given_up_before_it_began():
+    "Far from the best points nothing is known yet about where a polish ends."
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        points, _ = codes._descend(codes._normalised(rng.standard_normal((60, 3))), 40, 300, math.inf)
+        moved = codes._normalised(points + .08 * rng.standard_normal(points.shape))
+        end = codes._largest_cosine(codes._lift(moved, math.inf))
+        assert codes._largest_cosine(moved) > end + .05
+        assert codes._largest_cosine(codes._lift(moved, math.inf, goal=end + 1e-4)) == pytest.approx(end, abs=1e-9)
+
+
 def test_symmetric_starts_find_the_best_known_120_points():
     assert math.degrees(best_packing(120, 3, starts=1).class_margin) == pytest.approx(19.3240201, abs=1e-7)
 

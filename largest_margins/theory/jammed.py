@@ -170,6 +170,16 @@ def _stress(points, contacts):
                        method='highs', options=dict(time_limit=_PATIENCE))
     return None if solution.x is None else balanced(solution.x[:-1])
 
+# %% ../../nbs/theory/03b_jammed.ipynb #a0cb949g
+def _largest(points):
+    "The largest cosine of two of these points, in units, rounded up."
+    units = (points / _UNIT).astype(float)
+    cosines, top = np.triu(units @ units.T + 2, 1) - 2, -math.inf
+    for i, j in zip(*np.nonzero(cosines > cosines.max() - 1e-12)):
+        lengths = math.isqrt(int(points[i] @ points[i]) * int(points[j] @ points[j]))
+        top = max(top, int(points[i] @ points[j]) * _UNIT // lengths + 2)
+    return top
+
 # %% ../../nbs/theory/03b_jammed.ipynb #590a7b26
 def jammed_certificate(
     points: np.ndarray,  # unit rows, float64, [k, d]
@@ -178,7 +188,6 @@ def jammed_certificate(
     "A proof that no small change of the points makes the smallest angle larger."
     turns = points.shape[1] * (points.shape[1] - 1) // 2
     if points.size > _MOST[0] or not 0 < len(contacts) <= _MOST[1] >= turns: return None
-    cosine = max(points[i] @ points[j] for i, j in contacts)
     for _ in range(3):  # all contacts; then those with weight
         held, pairs = np.unique(contacts, return_inverse=True)
         pairs = pairs.reshape(-1, 2).tolist()
@@ -190,8 +199,8 @@ def jammed_certificate(
     def whole(x): return round(Fraction(x) * _UNIT)
     rows = [[whole(x) for x in row] for row in points[held].tolist()]
     stress = [whole(x) for x in weights.tolist()]
-    cosine = whole(float(cosine)) + _UNIT // 2**50
     rows = np.array(rows, object)
+    cosine = _largest(rows)
     try: a, b, c = map(float, _quadratic(rows, cosine, pairs, stress))
     except (np.linalg.LinAlgError, ValueError): return None  # the points can move
     if b <= 0 or b * b <= 8 * a * c: return None
