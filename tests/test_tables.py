@@ -24,7 +24,7 @@ from largest_margins.study.configurations import LOSSES
 from largest_margins.study.experiments import Configuration, train
 from largest_margins.study.identities import ReIDConfiguration
 from largest_margins.study.pages import comma_separated, html_page, latex, markdown
-from largest_margins.study.recipes import TABLES, choose, printed, printed_numbers
+from largest_margins.study.recipes import TABLES, choose, printed, printed_numbers, single
 from largest_margins.study.tables import (
     _shown,
     aggregate,
@@ -242,6 +242,16 @@ def test_resume_trains_what_is_missing(whole, tmp_path):
     assert heard[0] == '1 of 4 runs are there already' and sum('Balanced: CE' in line for line in heard) == 3
     assert (tmp_path/runs[1].path).stat().st_mtime_ns == before
     assert (tmp_path/'table.csv').read_text() == (whole/'table.csv').read_text()
+
+
+def test_no_other_table_is_replaced(whole):
+    "Neither that of another recipe, with or without resume, nor somebody's own file."
+    before = (whole/'table.md').read_text()
+    for recipe, rows in ((TWO, ['ce']), (single(Configuration()), None)):
+        for resume in (False, True):
+            with pytest.raises(ValueError, match='table.md is another table: # Table 1'):
+                make_table(recipe, 'digits', whole, rows=rows, epochs=1, resume=resume, tell=lambda _: None)
+    assert (whole/'table.md').read_text() == before
 
 
 def test_killed_and_resumed(whole, tmp_path):

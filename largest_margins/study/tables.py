@@ -31,7 +31,7 @@ from joblib.parallel import LokyBackend, get_active_backend
 import largest_margins
 from ..callbacks import Checkpoint, has_bfloat16, load_file, save_file
 from ..checks import integer
-from ..files import differences, write_file
+from ..files import differences, escape, write_file
 from .pages import WRITERS, Table, figures_of, markdown
 from .progress import progress_bar
 from .recipes import (
@@ -343,11 +343,14 @@ def summarise(
            f'{printed_numbers()["notes"][recipe.name]} Networks and schedules differ.']
           if beside else []), *([recipe.notes] if recipe.notes else []),
         *([NO_OPTIMUM] if missing else []), ran]
-    title = f'{recipe.title}, {Path(run.dataset).name}' if run.dataset else recipe.title
-    return Table(title, parts, notes, _numbers(lines, names),
+    return Table(_title(recipe, run), parts, notes, _numbers(lines, names),
                  figures=_figures(finished, out))
 
 # %% ../../nbs/study/37_tables.ipynb #9d3a9d27
+def _title(recipe, run):
+    return f'{recipe.title}, {Path(run.dataset).name}' if run.dataset else recipe.title
+
+
 _NAMES = dict(mnist='MNIST', cifar10='CIFAR-10', cifar100='CIFAR-100',
               market1501='Market-1501', dukemtmc='DukeMTMC')
 
@@ -407,6 +410,7 @@ def make_table(
         raise ValueError(f'out must be another directory, {out} has '
                          f'{len(done) + len(begun)} of these runs, finished or begun: '
                          'to keep them and train the others, resume')
+    _refuse_another(out/'table.md', _title(recipe, runs[0]))
     for run in done: Checkpoint(out/run.checkpoint).remove()  # killed in between
     complete = _run_all(recipe, missing, out, jobs, threads, tell)
     finished = read_records(runs, out)
@@ -438,6 +442,15 @@ KNOWN_CLASSES = {  # of data that may not be there when one looks at a plan
     'mnist': 10, 'mnist_5k': 10, 'fashion_mnist': 10, 'cifar10': 10, 'cifar100': 100,
     'mnist_10k': 10, 'fashion_small': 10, 'letters': 26, 'shuttle': 7,
     'market1501': 751, 'dukemtmc': 702}
+
+
+def _refuse_another(path, title):
+    "Refuse to replace another table, or what is none of ours."
+    if not path.exists(): return
+    heading = path.read_text(encoding='utf-8', errors='replace').split('\n')[0]
+    if heading != f'# {escape(title, "markdown")}':
+        raise ValueError(f'out must be another directory, {path} is another table: '
+                         f'{heading[:99]}')
 
 
 def _write(table, out, tell):
