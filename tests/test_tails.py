@@ -120,14 +120,20 @@ def test_stored_runs_are_the_whole_study_from_clean_clones(dataset, k, settings)
     for _, found in finished + changed: assert not (found['git']['changed'] or found['diverged'])
 
 
+LONGER = [('digits', 'natural', 80), *((name, 'long-tailed-100', epochs) for name, epochs in dict(
+    digits=160, letters=160, mnist_10k=48, fashion_small=48).items()), ('shuttle', 'natural', 32)]
+
+
 def test_the_longer_trainings_are_stored_from_clean_clones():
-    recipe = study('digits')
-    recipe = replace(recipe, settings=[s for s in recipe.settings if s.name == 'natural'])
     rows = ['ce', 'ce+prior', 'normface-*0+prior', 'normface-5+prior', 'cosface-10+prior', 'lm-*']
-    longer = read_records(plan(recipe, None, rows, seeds=5, epochs=80), RESULTS/'digits'/'converged')
-    assert len(longer) == len([*(RESULTS/'digits'/'converged').rglob('seed-*')]) == 8 * 5
+    longer = []
+    for name, setting, epochs in LONGER:
+        recipe, classes = study(name), dict(letters=26, shuttle=7).get(name, 10)
+        recipe = replace(recipe, settings=[s for s in recipe.settings if s.name == setting])
+        longer += read_records(plan(recipe, None, rows, 5, classes, epochs=epochs), RESULTS/name/'converged')
+    assert len(longer) == len([*RESULTS.glob('*/converged/**/seed-*')]) == 8 * 5 * len(LONGER)
     assert {(found['git']['commit'][:7], found['git']['changed']) for _, found in longer} == {
-        ('43f254f', False), ('fd79ed5', False)}
+        ('43f254f', False), ('fd79ed5', False), ('d8abc90', False)}
 
 
 @pytest.mark.parametrize('kind, folder, every', [
