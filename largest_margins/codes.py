@@ -379,12 +379,33 @@ def _polish(points, deadline):
         points = _lift(points, deadline, first=first)
         if points.shape[1] > 4 or _in_balance(
                 points, *_close_pairs(points, 1e-9)[:2]): break
-    for slack in (1e-3, 1e-4, 1e-6, 1e-9):
+    return _to_rounding(points, deadline)
+
+
+def _to_rounding(points, deadline):
+    "The contacts at one cosine, as far as rounding lets them."
+    for slack in (1e-3, 1e-4, 1e-6, 1e-7, 1e-9):
         if time.monotonic() > deadline: break
         i, j, _ = _close_pairs(points, slack)
         if len(i) > _MANY: continue
         points = min(points, _newton(points, i, j), key=_largest_cosine)
     return points
+
+# %% ../nbs/theory/03_packing.ipynb #f87e5b9g
+def _balances(points, slack=1e-9):
+    "Whether the pushes of the contacts balance, to `slack` of the sum of all pushes."
+    k, d = points.shape
+    if k * d > 3 * _MANY: return False
+    i, j, _ = _close_pairs(points, slack)
+    if len(i) > 3 * _MANY: return False
+    if _in_balance(points, i, j, slack): return True
+    c = (points[i] * points[j]).sum(1, keepdims=True)
+    pushes = _rows_of(i, j, points[j] - c * points[i], points[i] - c * points[j], k * d)
+    solution = linprog(np.zeros(len(i)), A_eq=vstack([pushes.T, np.ones((1, len(i)))]),
+                       b_eq=np.append(np.zeros(k * d), 1), method='highs',
+                       options={'primal_feasibility_tolerance': slack,
+                                'time_limit': _PATIENCE})
+    return solution.status == 0
 
 # %% ../nbs/theory/03_packing.ipynb #5c847bf9
 def _certified(points):
@@ -396,8 +417,13 @@ def _certified(points):
 def _settle(points, deadline):
     "Polish; and from what is not certified to be a local optimum, tilt and try again."
     points = _polish(points, deadline)
-    if points.size > _FEWER or _certified(points): return points
-    return min(points, _polish(_tilted(points), deadline), key=_largest_cosine)
+    if points.size <= _FEWER and not _certified(points):
+        points = min(points, _polish(_tilted(points), deadline), key=_largest_cosine)
+    rounds = 3 if points.size <= _FEWER else points.size <= _MANY
+    for first in rounds * (1e-2, 1e-3, 1e-5):  # a flat valley takes several
+        if time.monotonic() > deadline or _balances(points): break
+        points = _to_rounding(_lift(points, deadline, first=first), deadline)
+    return points
 
 # %% ../nbs/theory/03_packing.ipynb #b6c0f2a9
 def _turn(axis, angle):
@@ -798,22 +824,6 @@ class Packing(_Points):
             return f'Packing(k={k}, d={d}, class margin not measured yet, ≤ {bound})'
         margin = math.degrees(self.class_margin)
         return f'Packing(k={k}, d={d}, class margin {margin:.6f}° ≤ {bound})'
-
-# %% ../nbs/theory/03_packing.ipynb #f87e5b9g
-def _balances(points, slack=1e-9):
-    "Whether the pushes of the contacts balance, to `slack` of the sum of all pushes."
-    k, d = points.shape
-    if k * d > 3 * _MANY: return False
-    i, j, _ = _close_pairs(points, slack)
-    if len(i) > 3 * _MANY: return False
-    if _in_balance(points, i, j, slack): return True
-    c = (points[i] * points[j]).sum(1, keepdims=True)
-    pushes = _rows_of(i, j, points[j] - c * points[i], points[i] - c * points[j], k * d)
-    solution = linprog(np.zeros(len(i)), A_eq=vstack([pushes.T, np.ones((1, len(i)))]),
-                       b_eq=np.append(np.zeros(k * d), 1), method='highs',
-                       options={'primal_feasibility_tolerance': slack,
-                                'time_limit': _PATIENCE})
-    return solution.status == 0
 
 # %% ../nbs/theory/03_packing.ipynb #09bf06b4
 def _flexes(points, step=.2):

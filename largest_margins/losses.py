@@ -384,7 +384,7 @@ def _with_slopes(num, den, by_num, by_den, rest, s):
     excess = torch.sub(rest, den, alpha=s)
     losses, miss = F.softplus(excess, threshold=40), excess.sigmoid()
     if den is num: return losses, dict(pull=times(by_num, miss), rest=miss)
-    pull = by_num - (1 - miss) * by_den
+    pull = by_num - by_den + times(by_den, miss)  # as small as miss if they are equal
     return torch.add(losses, den - num, alpha=s), dict(pull=pull, rest=miss)
 
 # %% ../nbs/losses/12_losses.ipynb #28dc9c63

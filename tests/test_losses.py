@@ -1130,3 +1130,14 @@ def test_shapes_and_dtypes_are_checked_on_a_gpu():
         with pytest.raises(TypeError, match='^targets must'): NormFaceLoss()(cosines, targets.float())
         with pytest.raises(ValueError, match='^cosines must'): NormFaceLoss()(cosines[0], targets)
         assert NormFaceLoss()(20 * cosines, targets).shape == ()  # what the values are is not asked
+
+
+def test_a_slope_as_small_as_the_loss_keeps_its_digits_where_num_and_den_differ():
+    "Both have slope 1, so the target's slope is that of the miss, here e⁻⁷⁰: 1 − (1 − miss) would be 0."
+    cosines, targets = torch.tensor([[.9, -.5, -.2], [.8, -.3, -.4]]), torch.tensor([0, 0])
+    def slope(dtype):
+        leaf = cosines.to(dtype, copy=True).requires_grad_()
+        GMSoftmaxLoss(64., beta1=-.05)(leaf, targets).backward()
+        return leaf.grad.double()
+    assert (slope(torch.float64)[:, 0] < 0).all()
+    torch.testing.assert_close(slope(torch.float32), slope(torch.float64), rtol=2e-5, atol=0)

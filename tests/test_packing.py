@@ -147,6 +147,12 @@ def test_a_part_of_a_construction_is_no_worse_and_says_what_it_is():
     assert packing.optimum == 'local' and packing.class_margin >= math.acos(1 / 3) - 1e-12
 
 
+def test_in_a_flat_valley_the_polish_begins_again():
+    "One polish of this start ends at 70.52880°, where no pushes balance."
+    packing = best_packing(60, 8, starts=1)
+    assert packing.how.startswith('search') and math.degrees(packing.class_margin) > 70.533
+
+
 class Clock:
     "Time that passes by a little each time that one looks."
     def __init__(self, tick): self.now, self.tick = 0., tick
