@@ -94,7 +94,9 @@ def test_a_packing_says_what_it_has_reached():
     assert Packing(unit_rows(random), 3.).optimum == 'none'
     square = torch.tensor([[1., 0, 0], [-1, 0, 0], [0, 1, 0], [0, -1, 0]], dtype=torch.float64)
     assert Packing(square, 3.).optimum == 'stationary'
-    assert Packing(torch.cat([square, torch.tensor([[0, 0, 1.]])]), 3.).rigidity == 'flexible'
+    pyramid = torch.cat([square, torch.tensor([[0, 0, 1.]])])
+    turns = torch.linalg.qr(torch.randn(9, 3, 3, generator=torch.Generator().manual_seed(0)).double()).Q
+    for turn in (torch.eye(3), *turns): assert Packing(pyramid @ turn.double(), 3.).rigidity == 'flexible'
 
 
 @pytest.mark.parametrize('k,d', [(150, 3)])
