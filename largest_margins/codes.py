@@ -323,7 +323,7 @@ def _lift(points, deadline, exact=True, first=.05, goal=2.):
     damping, share = 1 / k, 1.
     took = gap = centre = kept = 0.
     before = math.inf
-    for n in range(150):
+    for n in range(150 if d < 4 else min(150, 20 + 5 * 10**11 // points.size**3)):
         if n % 25 == 0:  # in a flat valley it could creep for hours
             if before - t < 1e-8 * square: break
             before = t
@@ -419,7 +419,7 @@ def _settle(points, deadline):
     points = _polish(points, deadline)
     if points.size <= _FEWER and not _certified(points):
         points = min(points, _polish(_tilted(points), deadline), key=_largest_cosine)
-    rounds = 3 if points.size <= _FEWER else points.size <= _MANY
+    rounds = 3 if points.size <= _FEWER else points.size <= 2 * _FEWER
     for first in rounds * (1e-2, 1e-3, 1e-5):  # a flat valley takes several
         if time.monotonic() > deadline or _balances(points): break
         points = _to_rounding(_lift(points, deadline, first=first), deadline)
