@@ -419,7 +419,8 @@ def _settle(points, deadline):
     points = _polish(points, deadline)
     if points.size <= _FEWER and not _certified(points):
         points = min(points, _polish(_tilted(points), deadline), key=_largest_cosine)
-    rounds = 3 if points.size <= _FEWER else points.size <= 2 * _FEWER
+    size = points.size
+    rounds = 3 if size <= _FEWER else 1 if size <= 2 * _FEWER else 0
     for first in rounds * (1e-2, 1e-3, 1e-5):  # a flat valley takes several
         if time.monotonic() > deadline or _balances(points): break
         points = _to_rounding(_lift(points, deadline, first=first), deadline)
