@@ -69,9 +69,12 @@ def number(name: str, value, **bounds: float) -> float:
     value = _scalar(name, value, Real, 'a number')
     try: x = float(value)
     except OverflowError: x = math.inf
-    if not math.isfinite(x):
-        raise NotFinite(f'{name} must be a finite number, got {value}')
-    return _in_range(name, x, bounds)
+    return _finite(name, x, bounds)
+
+
+def _finite(name, x, bounds):
+    if math.isfinite(x): return _in_range(name, x, bounds)
+    raise NotFinite(f'{name} must be a finite number, got {x}')
 
 # %% ../nbs/losses/10_checks.ipynb #56242783
 def integer(name: str, value, **bounds: float) -> int:
@@ -304,9 +307,8 @@ def per_sample(name: str, value, x: Tensor, **bounds: float) -> Tensor:
                          f'got shape {tuple(value.shape)}')
     check_device(name, value, x.device)
     if values_are_cheap(value := plain_tensor(value)):
-        for extreme in value.detach().aminmax():
-            number(name, extreme.item(), **bounds)
-    return value.to(dtype).expand(x.shape[0])
+        for extreme in value.detach().aminmax(): _finite(name, extreme.item(), bounds)
+    return value.to(dtype) if value.ndim else value.to(dtype).expand(x.shape[0])
 
 # %% ../nbs/losses/10_checks.ipynb #5d34aefa
 def check_prototypes(prototypes: Tensor, name: str = 'prototypes', least: int = 2):

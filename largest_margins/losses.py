@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
-from inspect import getattr_static, signature
+from inspect import signature
 from typing import Any, ClassVar
 
 import torch
@@ -51,6 +51,11 @@ def _as_text(value, is_angle=False):
     return f'{value:g}' + (f' rad ({math.degrees(value):.2f}°)' if is_angle else '')
 
 # %% ../nbs/losses/12_losses.ipynb #be217094
+def _field(cls, name):
+    "What stands under a name in a class, as it is, or None."
+    return next((vars(c)[name] for c in cls.__mro__ if name in vars(c)), None)
+
+
 class _Fields(nn.Module):
     "A module with the fields of a dataclass, checked when set and printed."
 
@@ -62,14 +67,14 @@ class _Fields(nn.Module):
 
     def __setattr__(self, name: str, value: Any):
         "Also where torch would keep the value apart, as it does a Parameter."
-        known = getattr_static(type(self), name, None)
+        known = _field(type(self), name)
         if isinstance(known, Checked): known.__set__(self, value)
         else: super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
         shown = []
         for name, p in _parameters(type(self)).items():
-            known = getattr_static(type(self), name, None)
+            known = _field(type(self), name)
             value = getattr(self, name, p.default)
             stored = vars(self).get(getattr(known, 'key', name), value)
             main = isinstance(known, Number) and p.kind is not p.KEYWORD_ONLY
@@ -142,7 +147,7 @@ class _Reduction(_Options):
     def aggregate(self, losses, loss_weights):
         "The losses of a batch as the reduction wants them, [] or, for 'none', [N]."
         if self.reduction == 'none': return losses * loss_weights
-        if isinstance(loss_weights, Tensor): return (losses * loss_weights).sum()
+        if isinstance(loss_weights, Tensor): return losses.dot(loss_weights)
         return losses.mean() if self.reduction == 'mean' else losses.sum()
 
 # %% ../nbs/losses/12_losses.ipynb #f12a317f
@@ -212,12 +217,11 @@ class _Hooks(ClassificationLoss):
                                 f'{type(self).__name__} takes for each sample')
             attribute = self.numbers[name]
             if attribute in checked: raise TypeError(f'{name} is given twice')
-            known = getattr_static(type(self), attribute, None)
-            bounds = getattr(known, 'allowed', {})
+            bounds = getattr(_field(type(self), attribute), 'allowed', {})
             checked[attribute] = per_sample(name, value, x, **bounds)
         return checked
 
-    def _filled(self, numbers, targets, dtype):
+    def filled(self, numbers, targets, dtype):
         "Each of the loss's numbers: for each sample, for each class, or one for all."
         filled = dict(numbers)
         for attribute in self.numbers.values():
@@ -242,14 +246,14 @@ class _Terms(_Hooks):
         """Losses, [n]; if any are wanted, slopes by 'rest' and what is given, and
         'pull', the slope by s·own (the cosine or the angle) with the other sign."""
         if not wanted:
-            numbers = self._filled(numbers, own.targets, rest.dtype)
+            numbers = self.filled(numbers, own.targets, rest.dtype)
             return self.per_sample(own, rest, **numbers), {}
         read = 'angle' if self.angular else 'cosine'
         leaves = dict(own=getattr(own, read), rest=rest)
         leaves |= {name: numbers[name] for name in numbers.keys() & set(wanted)}
         leaves = {n: v.detach().requires_grad_() for n, v in leaves.items()}
         with torch.enable_grad():
-            numbers = self._filled(numbers | leaves, own.targets, rest.dtype)
+            numbers = self.filled(numbers | leaves, own.targets, rest.dtype)
             own = Own(own.targets, **{read: numbers.pop('own')})
             losses = self.per_sample(own, numbers.pop('rest'), **numbers)
         learned = [p for p in self.parameters() if p.requires_grad]
@@ -269,7 +273,7 @@ class _Terms(_Hooks):
     def total(self, losses, negative_margins, loss_weights, logs=None):
         "The losses of a batch, and λ·R_sm if there are negative sample margins."
         if negative_margins is not None:
-            losses = losses + self.sample_margin * negative_margins
+            losses = losses.add(negative_margins, alpha=self.sample_margin)
         return self.aggregate(losses, loss_weights)
 
 # %% ../nbs/losses/12_losses.ipynb #f497d0d3
@@ -285,7 +289,7 @@ class _OfSteps(_Terms):
         if self.scale:
             rest = log_sum_exp_of_others(cosines, targets, self.scale,
                                          self.log_prior(dtype))
-            losses = self.per_sample(own, rest, **self._filled(numbers, targets, dtype))
+            losses = self.per_sample(own, rest, **self.filled(numbers, targets, dtype))
         if self.sample_margin: negative_margins = self._negative_margins(cosines, own)
         return self.total(losses, negative_margins, loss_weights, logs)
 
@@ -378,13 +382,20 @@ class CosineLoss(_OnCosines):
                           group)
 
 # %% ../nbs/losses/12_losses.ipynb #28dc9c67
+def _on_line(slope, x, offset):
+    "slope·x + offset."
+    if isinstance(slope, Tensor) and isinstance(offset, Tensor):
+        return torch.addcmul(offset, slope, x)
+    return slope * x + offset
+
+
 def _with_slopes(num, den, by_num, by_den, rest, s):
     "Equation (eq-stable) and its slopes, from the curves and theirs."
     if den is None: return rest / s - num, dict(pull=by_num / s, rest=1 / s)
     excess = torch.sub(rest, den, alpha=s)
     losses, miss = F.softplus(excess, threshold=40), excess.sigmoid()
     if den is num: return losses, dict(pull=times(by_num, miss), rest=miss)
-    pull = by_num - by_den + times(by_den, miss)  # as small as miss if they are equal
+    pull = _on_line(by_den, miss, by_num - by_den)  # as small as miss if they are equal
     return torch.add(losses, den - num, alpha=s), dict(pull=pull, rest=miss)
 
 # %% ../nbs/losses/12_losses.ipynb #28dc9c63
@@ -399,7 +410,7 @@ class _Softmax(CosineLoss):
     def curves_at(self, angle: Tensor) -> tuple[Tensor, Tensor | None]:
         "The two curves of class 0 over the angle in radians, [n], for plots."
         targets = torch.zeros_like(angle, dtype=torch.long)
-        numbers = self._filled(self.per_batch({}, None, targets), targets, angle.dtype)
+        numbers = self.filled(self.per_batch({}, None, targets), targets, angle.dtype)
         return self.curves(Own(targets, angle=angle), **numbers)[:2]
 
     def per_sample(self, own, rest, **numbers):
@@ -409,7 +420,7 @@ class _Softmax(CosineLoss):
     def terms(self, own, rest, numbers, wanted=()):
         ours = type(self).per_sample is _Softmax.per_sample and not self._parameters
         if ours and wanted and numbers.keys().isdisjoint(wanted):
-            filled = self._filled(numbers, own.targets, rest.dtype)
+            filled = self.filled(numbers, own.targets, rest.dtype)
             curves = self.curves(own, **filled)
             if len(curves) == 4: return _with_slopes(*curves, rest, self.scale)
         return super().terms(own, rest, numbers, wanted)
@@ -433,7 +444,7 @@ class _Smoothed(_Softmax):
         if not self.label_smoothing:
             return super().of_cosines(cosines, own, valid, numbers)
         _Smoothed.__post_init__(self)
-        numbers = self._filled(numbers, own.targets, cosines.dtype)
+        numbers = self.filled(numbers, own.targets, cosines.dtype)
         num, den, *_ = self.curves(own, **numbers)
         w, reduction, targets = self.weight, self.reduction, own.targets
         if den is not num or (w is not None and reduction == 'class-mean'):
@@ -708,7 +719,8 @@ class GMSoftmaxLoss(MarginSoftmaxLoss):
     numbers: ClassVar = {n: n for n in ('alpha1', 'alpha2', 'beta1', 'beta2')}
 
     def curves(self, own, alpha1, alpha2, beta1, beta2):
-        num, den = alpha1 * own.cosine + beta1, alpha2 * own.cosine + beta2
+        num, den = (_on_line(alpha, own.cosine, beta)
+                    for alpha, beta in ((alpha1, beta1), (alpha2, beta2)))
         return num, den, alpha1, alpha2
 
 # %% ../nbs/losses/12_losses.ipynb #4df3080f
@@ -720,9 +732,36 @@ class _Tilt(Number):
             raise ValueError(f'tilt must be None with a mean, got {value!r}')
         super().__set__(instance, value)
 
+# %% ../nbs/losses/12_losses.ipynb #4df30811
+class _OverSamples(MarginSoftmaxLoss):
+    "The log-sum-exp over samples, and its slopes."
+
+    def log_weights(self, targets, valid, num_classes, dtype):
+        if self.aggregation == 'mean' or self.reduction == 'none': return None
+        weights = self.loss_weights(targets, valid, num_classes, dtype)
+        if isinstance(weights, float): return 0.
+        if self.reduction != 'sum':  # they sum to N
+            weights = weights * (targets.shape[0] if valid is None else valid.sum())
+        return weights.log()
+
+    def pooled(self, losses, negative_margins, loss_weights, logs):
+        "What `total` says, and its slope by each loss."
+        tilted = self.tilt * losses
+        if isinstance(logs, Tensor):
+            value = self.total(losses, negative_margins, loss_weights, logs)
+            return value, (tilted + logs).softmax(0).nan_to_num_(0)
+        slopes = tilted.softmax(0)
+        value = (tilted.max() - slopes.max().log()) / self.tilt
+        return self._with_margins(value, negative_margins, loss_weights), slopes
+
+    def _with_margins(self, value, negative_margins, loss_weights):
+        if negative_margins is None: return value
+        margins = self.aggregate(negative_margins, loss_weights)
+        return value + self.sample_margin * margins
+
 # %% ../nbs/losses/12_losses.ipynb #4df30810
 @dataclass(eq=False, repr=False)
-class LMSoftmaxLoss(MarginSoftmaxLoss):
+class LMSoftmaxLoss(_OverSamples):
     "num = c, no den, divided by s (Zhou et al. 2022, largest-margin softmax)."
     # over samples: 'mean' as published, or 'logsumexp'
     aggregation: str = Choice('mean', 'logsumexp')
@@ -733,14 +772,6 @@ class LMSoftmaxLoss(MarginSoftmaxLoss):
 
     def curves(self, own): return own.cosine, None, 1., None
 
-    def log_weights(self, targets, valid, num_classes, dtype):
-        if self.aggregation == 'mean' or self.reduction == 'none': return None
-        weights = self.loss_weights(targets, valid, num_classes, dtype)
-        if isinstance(weights, float): return 0.
-        if self.reduction != 'sum':  # they sum to N
-            weights = weights * (targets.shape[0] if valid is None else valid.sum())
-        return weights.log()
-
     def total(self, losses, negative_margins, loss_weights, logs=None):
         if logs is None: return super().total(losses, negative_margins, loss_weights)
         value, some = self.tilt * losses, None
@@ -749,9 +780,7 @@ class LMSoftmaxLoss(MarginSoftmaxLoss):
             value = value + torch.where(some, logs, 0)
         value = value.logsumexp(0) / self.tilt
         if some is not None: value = torch.where(some, value, 0)
-        if negative_margins is None: return value
-        margins = self.aggregate(negative_margins, loss_weights)
-        return value + self.sample_margin * margins
+        return self._with_margins(value, negative_margins, loss_weights)
 
 # %% ../nbs/losses/12_losses.ipynb #1393f799
 @dataclass(eq=False, repr=False)

@@ -525,3 +525,11 @@ def test_features_and_prototypes_need_not_be_contiguous(view):
     assert not view(features).is_contiguous()
     for got, true in zip(way(lambda x: x), way(torch.Tensor.contiguous), strict=True):
         assert torch.allclose(got, true, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize('device', ['meta', 'cpu'])
+def test_a_default_device_leaves_nothing_behind(device):
+    "What is made once on the way is made for CPUs, whatever the default is at that time."
+    batch = torch.randn(13, 7), torch.randn(5, 7), torch.arange(13) % 5
+    with torch.device(device): value = CosFaceLoss(23., .21, sample_margin=.3).linear(*batch)
+    assert value.item() == CosFaceLoss(23., .21, sample_margin=.3).linear(*batch).item()

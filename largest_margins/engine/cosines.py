@@ -30,17 +30,19 @@ def full_precision(device_type):
     return torch.autocast(device_type, enabled=False) if cast else _AS_IT_IS
 
 # %% ../../nbs/engine/11_cosines.ipynb #e9e69c0d
+@lru_cache(256)
+def constant(value, dtype, *shape):
+    "A tensor full of a number, to read only, made once."
+    with torch.inference_mode(False):
+        return torch.full(shape, value, dtype=dtype, device='cpu')
+
+
 def times(factor, x):
     "x·factor; a factor of exactly 1 costs nothing."
     return x if isinstance(factor, float) and factor == 1 else factor * x
 
+
 # %% ../../nbs/engine/11_cosines.ipynb #7141e362
-@lru_cache(64)
-def constant(value, dtype, *shape):
-    "A tensor full of a number, to read only, made once."
-    with torch.inference_mode(False): return torch.full(shape, value, dtype=dtype)
-
-
 def rows_of_length(x, length):
     "Rows as long as `length`, and the norms they had, [n, 1]."
     return torch._weight_norm_interface(x, constant(length, x.dtype, x.shape[0], 1))

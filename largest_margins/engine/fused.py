@@ -65,6 +65,7 @@ def _is_bounded(s, k, prior, dtype):
 
 def _total(logits, targets, s, prior):
     "Sums of exponentials, which are left there, and log Σ (π_j/π_y) exp(s·c_j), [n]."
+    if not s: return (ones := torch.ones_like(targets, dtype=logits.dtype)), ones
     if _is_bounded(s, logits.shape[1], prior, logits.dtype):
         total = logits.exp_().sum(1)
         return total, total.log()
@@ -74,36 +75,55 @@ def _total(logits, targets, s, prior):
     rest = total.log() + shift.squeeze(1)
     return total, rest if prior is None else rest - prior[targets]
 
-# %% ../../nbs/engine/14_fused.ipynb #98bdb882
-def _line(loss, s, logits, targets, numbers, factor, learns, chords):
-    "The loss; if it learns, logits become slopes by what is `factor` times as large."
-    at, angle, negative_margins = targets.unsqueeze(1), None, None
-    lead, learning = loss.sample_margin, ('rest',) if learns else ()
-    try: own = logits.gather(1, at).squeeze(1) / s
+
+# %% ../../nbs/engine/14_fused.ipynb #98bdb88a
+def _read(loss, s, logits, at, chords):
+    "Own cosines, and their angles and sines if the loss wants them; −∞ is left there."
+    try: own = logits.gather(1, at).squeeze(1) / constant(s, logits.dtype)
     except RuntimeError: raise Unusual from None  # a target is no class
-    if loss.angular:
-        angle, sine, *near_an_end = _in_the_middle(own) or chords(own)
-        if near_an_end: raise Unusual
-    logits.scatter_(1, at, -math.inf)
-    if lead:
+    logits.scatter_(1, at, constant(-math.inf, logits.dtype, *at.shape))
+    if not loss.angular: return own, None, None
+    angle, sine, *near_an_end = _in_the_middle(own) or chords(own)
+    if near_an_end: raise Unusual
+    return own, angle, sine
+
+
+def _to_slopes(logits, total, at, by_rest, pull, where_largest, lead):
+    "Exponentials become slopes, all of one sign."
+    logits.mul_((by_rest / total).unsqueeze(1))
+    if lead is not None: pull = pull - lead
+    logits.scatter_(1, at, pull.unsqueeze(1))
+    if lead is not None: logits.scatter_add_(1, where_largest, lead.unsqueeze(1))
+
+# %% ../../nbs/engine/14_fused.ipynb #98bdb882
+def _line(loss, s, logits, targets, numbers, learns, chords):
+    "The loss; if it learns, logits become slopes, but for a factor that comes second."
+    n, k, dtype = *logits.shape, logits.dtype
+    def of_all(x): return x if isinstance(x, Tensor) else constant(x, dtype, n)
+    at, where_largest, margins, lead = targets.unsqueeze(1), None, None, None
+    own, angle, sine = _read(loss, s, logits, at, chords)
+    if loss.sample_margin:
         largest, where_largest = logits.max(1, keepdim=True)
-        negative_margins = largest.squeeze(1) / s - own
-    if loss.scale: total, rest = _total(logits, targets, s, loss.log_prior(own.dtype))
-    else: total = rest = torch.ones_like(own)  # R_sm alone needs no sum
-    losses, slopes = loss.terms(Own(targets, own, angle), rest, numbers, learning)
-    batch = targets, None, logits.shape[1], own.dtype
-    weights, logs = loss.loss_weights(*batch), loss.log_weights(*batch)
-    value = loss.total(losses, negative_margins, weights, logs)
-    if not learns: return value
-    pooled = weights if logs is None else _pooled(logs + loss.tilt * losses)
-    by_own = slopes['pull'] * (-factor * pooled)
-    if loss.angular: by_own = by_own / -sine
-    by_others = times(factor * pooled, slopes['rest']) / total
-    logits.mul_(by_others.unsqueeze(1))
-    if lead: by_own = by_own - (by_largest := weights * (factor * lead / s))
-    logits.scatter_(1, at, _column(by_own, total, None))
-    if lead: logits.scatter_add_(1, where_largest, _column(by_largest, total, None))
-    return value
+        margins = largest.squeeze(1) / constant(s, dtype) - own
+    total, rest = _total(logits, targets, loss.scale, loss.log_prior(dtype))
+    numbers = {name: constant(x, dtype) if type(x) is float and x not in (0, 1) else x
+               for name, x in loss.filled(numbers, targets, dtype).items()}
+    losses, slopes = loss.terms(Own(targets, own, angle), rest, numbers,
+                                ('rest',) if learns else ())
+    batch = targets, None, k, dtype
+    pooled = weights = loss.loss_weights(*batch)
+    logs = loss.log_weights(*batch)
+    if logs is None: value = loss.total(losses, margins, of_all(weights))
+    else: value, pooled = loss.pooled(losses, margins, weights, logs)
+    if not learns: return value, None
+    sign = factor = 1. if loss.angular else -1.  # −1: so the pull is a slope as it is
+    if isinstance(pooled, float): factor, pooled, weights = sign * pooled, 1., 1.
+    by_rest, pull = (times(pooled, of_all(slopes[name])) for name in ('rest', 'pull'))
+    if loss.angular: pull = pull / sine
+    else: total.neg_()
+    if margins is not None: lead = of_all(times(sign * loss.sample_margin / s, weights))
+    _to_slopes(logits, total, at, by_rest, pull, where_largest, lead)
+    return value, factor
 
 # %% ../../nbs/engine/14_fused.ipynb #98bdb884
 def _straight_rows(loss, s, targets, numbers, features, prototypes, learns):
@@ -111,27 +131,34 @@ def _straight_rows(loss, s, targets, numbers, features, prototypes, learns):
     x, norms, w, lengths = usual_rows(features, prototypes, s)
     few = x.shape[0] < w.shape[0]  # the longer side is made of whole rows
     g = torch.mm(x, w.t()) if few else torch.mm(w, x.t()).t()
-    value = _line(loss, s, g, targets, numbers, 1., any(learns), lambda own: _by_chords(
-        x, w.index_select(0, targets), own, s))
+    value, factor = _line(loss, s, g, targets, numbers, any(learns), lambda own:
+                          _by_chords(x, w.index_select(0, targets), own, s))
     by_z, by_w = learns
     return value, (
-        by_rows(torch.mm(g, w), features, norms, 1.) if by_z else None,
-        by_rows(torch.mm(g.t(), x), prototypes, lengths, s) if by_w else None)
+        by_rows(torch.mm(g, w), features, norms, factor) if by_z else None,
+        by_rows(torch.mm(g.t(), x), prototypes, lengths, factor * s) if by_w else None)
+
 
 # %% ../../nbs/engine/14_fused.ipynb #98bdb886
 def _straight_cosines(loss, s, targets, numbers, cosines, learns):
     "The loss, and the gradient."
     low, high = cosines.aminmax()
     if not (low.item() >= -1.001 and high.item() <= 1.001): raise Unusual
-    slopes = cosines * s
+    slopes = cosines * constant(s, cosines.dtype)
     def no_chords(own): raise Unusual
-    return _line(loss, s, slopes, targets, numbers, s, *learns, no_chords), (slopes,)
+    value, factor = _line(loss, s, slopes, targets, numbers, *learns, no_chords)
+    if factor: slopes.mul_(constant(s * factor, slopes.dtype))
+    return value, (slopes,)
+
 
 # %% ../../nbs/engine/14_fused.ipynb #98bdb888
 def _are_usual(targets, x, w):
     "Whether these are matrices that fit, and targets for the rows of the first."
     return (type(targets) is Tensor and are_usual(x, w) and targets.is_cpu
-            and targets.dtype is torch.int64 and targets.shape == x.shape[:1])
+            and targets.dtype in _INTEGERS and targets.shape == x.shape[:1])
+
+
+_INTEGERS = torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
 
 # %% ../../nbs/engine/14_fused.ipynb #98bdb889
 def straight_loss(loss, targets, numbers, *tensors):
@@ -147,7 +174,7 @@ def straight_loss(loss, targets, numbers, *tensors):
     learns = torch.is_grad_enabled()
     if learns and any(v.requires_grad for v in numbers.values()): return None
     with full_precision('cpu'):
-        try: return _Straight.apply(loss, s, learns, numbers, targets, *tensors)
+        try: return _Straight.apply(loss, s, learns, numbers, targets.long(), *tensors)
         except Unusual: return None
 
 # %% ../../nbs/engine/14_fused.ipynb #98bdb890
