@@ -22,10 +22,12 @@ from typing import NamedTuple
 
 import yaml
 from fastcore.docments import docments
+from nbdev import processors
 from nbdev.config import get_config
 from nbdev.serve import proc_nbs
 
 inspect.findsource = cache(inspect.findsource)     # it reads a whole file for each class
+processors.get_config = cache(get_config)          # it reads pyproject.toml for each cell
 root = Path(__file__).resolve().parent.parent
 work, site = root/'build/site', root/'_docs'
 figures = 'docs/_static/readme'
@@ -134,11 +136,10 @@ def entry(full, mod):
 
 def linked(text, syms, own=()):
     "Backticked names of the library become cross-references, except `own`, the parameters of what is described."
-    names = {full.removeprefix(f'{mod}.'): entry(full, mod) for mod in syms for full in syms[mod]}
-
     def reference(match):
-        known = match[1] in names and match[1] not in own
-        return f'{{py:obj}}`{match[1]} <{names[match[1]]}>`' if known else match[0]
+        name = match[1]
+        mod = next((mod for mod in reversed(syms) if f'{mod}.{name}' in syms[mod]), None)
+        return f'{{py:obj}}`{name} <{entry(f"{mod}.{name}", mod)}>`' if mod and name not in own else match[0]
     text = re.sub(r'(?<![`}])`([\w.]+)(?:\(\))?`(?!`)', reference, text)
     return re.sub(r'(?<!\$\$ )\((eq-[\w-]+)\)', r'{eq}`\1`', text)     # but after $$ it is the equation's own label
 
@@ -646,7 +647,7 @@ def main():
 
     cfg = get_config(root)
     syms = symbols(cfg)
-    processed = Path(proc_nbs(cfg.nbs_path, n_workers=2, force=True))
+    processed = Path(proc_nbs(cfg.nbs_path, n_workers=0, force=True))
     pages = sorted(p.relative_to(processed) for p in processed.rglob('*.ipynb'))
     pages = [p for p in pages if not any(part.startswith('.') for part in p.parts)]
 
@@ -682,7 +683,9 @@ def main():
     for name in written:
         write(source/f'{name}.md', cited(linked((root/f'docs/{name}.md').read_text(encoding='utf-8'), syms)))
     copy_mathjax(source/'_static/mathjax')
-    done = subprocess.run([sys.executable, '-m', 'sphinx', '-W', '--keep-going', '-q', '-E', '-b', 'html',
+    # without the garbage collector, which looks at every node of every page again and again
+    sphinx = 'import gc, sys; gc.disable(); from sphinx.cmd.build import main; sys.exit(main(sys.argv[1:]))'
+    done = subprocess.run([sys.executable, '-c', sphinx, '-W', '--keep-going', '-q', '-E', '-b', 'html',
                            '-d', str(work/'doctrees'), str(source), str(html)], cwd=root)
     if done.returncode:
         sys.exit(done.returncode)

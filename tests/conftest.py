@@ -46,4 +46,4 @@ def chromium(site, tmp_path_factory):
 def browser(chromium):
     "The same; what moves on a page does not go on moving while other tests run."
     yield chromium
-    chromium.call('Page.navigate', url='about:blank')
+    chromium.leave()

@@ -179,7 +179,21 @@ OF_TIMM = dict(
 OF_TWO = 'deit_tiny_distilled_patch16_224', 'volo_d1_224'  # scores of two classifiers, added
 
 
+@pytest.fixture
+def repeated_weights(monkeypatch):
+    "Large weights begin as a few thousand random numbers, again and again: a hundred million take seconds."
+    def repeating(fill):
+        def filled(self, *args, **kwargs):
+            if self.numel() < 5000 or not self.is_contiguous(): return fill(self, *args, **kwargs)
+            some = fill(self.new_empty(4999), *args, **kwargs)
+            return self.copy_(some.repeat(self.numel() // 4999 + 1)[:self.numel()].view_as(self))
+        return filled
+    for name in ('uniform_', 'normal_'):
+        monkeypatch.setattr(torch.Tensor, name, repeating(getattr(torch.Tensor, name)))
+
+
 @pytest.mark.parametrize('name', [*FAMILIES, *OF_TIMM])
+@pytest.mark.usefixtures('repeated_weights')
 @pytest.mark.filterwarnings('ignore:The default weight initialization')
 def test_the_body_is_the_whole_classifier_without_its_last_layer(name):
     "Every parameter, and the features that the classifier saw; what else is left out is said."

@@ -13,7 +13,6 @@ from fractions import Fraction
 
 import numpy as np
 from scipy.optimize import minimize
-from scipy.stats import binom
 
 from ..claims import Check, Claim, register
 
@@ -50,6 +49,7 @@ def failure_probability(
     spare: float = 1.,  # factor of the terms after the share
 ) -> float:  # a probability
     "Return how likely (eq-gb) fails for two classes on the line."
+    from scipy.stats import binom  # here, since it takes a second to load
     n, gamma = samples, np.nextafter(2., 0)
     slack = spare * balanced_error_bound([gamma] * 2, [n] * 2, delta=delta)
     wrong = np.arange(2 * n + 1)
