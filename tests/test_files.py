@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from processes import run_alone
 
 from largest_margins import files
 from largest_margins.callbacks import Checkpoint, load_file, save_file
@@ -169,19 +170,24 @@ def test_nobody_sweeps_what_is_being_written(tmp_path):
     assert path.read_text() in {c * 100_000 for c in 'abcd'} and os.listdir(tmp_path) == ['file']
 
 
-def full_disk(code, path):
-    "The same where no file may be larger than 1000 bytes."
-    limit = 'import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))'
-    return python(f'{limit}\ntry: {code}\nexcept OSError as e: print(e.errno, e.filename)', path)
+def full_disk(write, path):
+    "What a writer says where no file may be larger than 1000 bytes."
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    try: write(path)
+    except OSError as e: print(e.errno, e.filename)
 
 
-def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path):
+def text(path): write_file(path, 'x' * 3000)
+
+
+def tensors(path): save_file(dict(x=torch.rand(999)), path)
+
+
+@pytest.mark.parametrize('write', [text, tensors])
+def test_a_full_disk_leaves_the_old_file_and_nothing_else(write, tmp_path):
     path = write_file(tmp_path/'file', 'old')
-    done = full_disk('write_file(sys.argv[1], "x" * 3000)', path)
-    assert done.stdout == f'{errno.EFBIG} {path}\n' and path.read_text() == 'old' and os.listdir(tmp_path) == ['file']
-    done = full_disk('import torch; from largest_margins.callbacks import save_file; '
-                     'save_file(dict(x=torch.rand(999)), sys.argv[1])', path)
-    assert done.stdout == f'{errno.EFBIG} {path}\n' and os.listdir(tmp_path) == ['file']
+    assert run_alone(full_disk, write, path) == (0, f'{errno.EFBIG} {path}\n')
+    assert path.read_text() == 'old' and os.listdir(tmp_path) == ['file']
 
 
 def test_ctrl_c_leaves_nothing(tmp_path, monkeypatch):
