@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from scipy.linalg import cho_factor, cho_solve
 from scipy.optimize import linprog, minimize
-from scipy.sparse import bsr_matrix, csr_matrix, hstack, identity, issparse, vstack
+from scipy.sparse import bsr_matrix, csr_matrix, hstack, identity, issparse
 from scipy.sparse.linalg import splu
 from scipy.spatial import ConvexHull, cKDTree
 from torch import Tensor
@@ -30,7 +30,8 @@ from torch import Tensor
 from .bounds import class_margin_bound
 from .checks import integer, number
 from .theory.constructions import known_packing
-from .theory.jammed import _PATIENCE, jammed_certificate
+from .theory.jammed import (
+    _part, _pushes, _rows_of, _stress, jammed_certificate)
 from .margins import class_margin
 from .theory.threads import one_thread
 from .theory.sample_margins import (
@@ -158,14 +159,6 @@ def _largest_cosine(points):
     return _close_pairs(points, 0)[2].max()
 
 # %% ../nbs/theory/03_packing.ipynb #dd23c6e4
-def _rows_of(i, j, left, right, columns):
-    "A sparse matrix: row n has left[n] in the columns of point i, right[n] in j's."
-    rows, width = np.repeat(np.arange(len(i)), left.shape[1]), np.arange(left.shape[1])
-    at = np.concatenate([(x[:, None] * len(width) + width).ravel() for x in (i, j)])
-    values = np.concatenate([left.ravel(), right.ravel()])
-    return csr_matrix((values, (np.concatenate([rows, rows]), at)), (len(i), columns))
-
-
 def _tangents(points):
     "Orthonormal rows at right angles to each point, of a reflection; [k, d − 1, d]."
     mirror = points.copy()
@@ -213,13 +206,10 @@ def _newton(points, i, j, steps=10):
 # %% ../nbs/theory/03_packing.ipynb #5d1e8a45
 def _in_balance(points, i, j, slack=1e-9):
     "Whether pushes of these contacts cancel, with weights > 0 of sum 1."
-    c = (points[i] * points[j]).sum(1, keepdims=True)
-    rows = _rows_of(i, j, points[j] - c * points[i], points[i] - c * points[j],
-                    points.size)
+    rows = _pushes(points, i, j)
     weights = _solved(rows @ rows.T, np.ones(len(i)))
     weights /= weights.sum()
     return weights.min() > 0 and abs(rows.T @ weights).max() < slack
-
 
 # %% ../nbs/theory/03_packing.ipynb #7a9c3e17
 def _of_blocks(own, both, i, j):
@@ -269,11 +259,6 @@ def _interior_step(points, pairs, slack, stress, centre, damping):
     return moves, dt, room, aim - stress - heavy * room
 
 # %% ../nbs/theory/03_packing.ipynb #7a9c3e15
-def _part(x, step):
-    "How much of a step leaves all of x positive."
-    return min(1., (-.99 * x[step < 0] / step[step < 0]).min(initial=1))
-
-
 def _moved(points, step, pairs, slack, dt, most):
     "The points after at most a part of a step that leaves slack, and which part."
     i, j, cosines = pairs
@@ -304,57 +289,99 @@ def _weights(stress, slack, centre):
 def _straight(points, i, j, gap):
     "The points, these pairs at one cosine, if that may be the end; and whether it is."
     d, free = points.shape[1], len(np.union1d(i, j))  # points that are not rattlers
-    few = len(i) + d * (d - 1) // 2 <= free * (d - 1)
-    if not free or (few and gap > 1e-9): return points, False
+    spare = len(i) + d * (d - 1) // 2 - free * (d - 1)  # one at a corner
+    early = spare < 1 or (spare > 1 and points.size > _FEWER)  # a trial takes seconds
+    if not free or (early and gap > 1e-9): return points, False
     straight = _newton(points, i, j)
     if _largest_cosine(straight) >= _largest_cosine(points): return points, False
     return straight, _in_balance(straight, i, j)
+
+
+def _reach(square, wide, moved):
+    "How far below t the cosine of a pair may be that the next step looks at."
+    return min(.4 * square, max(1e-3 * square, wide, 3 * moved))
 
 # %% ../nbs/theory/03_packing.ipynb #6776ec2b
 _FEW = 400  # coordinates, up to which we look for motions
 _FEWER = 1000  # coordinates, up to which each good end of a search is polished
 
 # %% ../nbs/theory/03_packing.ipynb #7a9c3e1g
+class _Barrier:
+    "Where an interior-point method is."
+    def __init__(self, points, first):
+        k, cosine = len(points), _largest_cosine(points)
+        self.points, self.square = points, 2 - 2 * cosine  # of the smallest chord
+        self.t, self.stress = cosine + first * self.square, np.zeros((k, k))
+        self.reach = max(.001, 8 * first) * self.square
+        self.damping, self.share = 1 / k, 1.
+        self.gap = self.centre = self.kept = 0.  # kept by damping
+
+    def close(self):
+        "Close pairs, and the slack and the stress of each; where the center shall be."
+        pairs = i, j, c = _close_pairs(self.points, self.reach)
+        if c.max() >= self.t: self.t = c.max() + self.gap  # of a new pair
+        slack = self.t - c
+        stress = _weights(self.stress[i, j], slack, self.centre)
+        mean = stress @ slack / len(i)
+        least = max(self.share * mean, 1000 * self.kept**2 / len(i))
+        self.centre = min(mean, least)
+        return pairs, slack, stress
+
+    def straight(self):
+        "The points, the pairs with stress at one cosine; and whether this is the end."
+        if self.gap >= 5e-6 * self.square: return self.points, False
+        return _straight(self.points, *self.contacts, self.gap)
+
+    def hopeless(self, goal):
+        "Whether too little is left for a cosine below `goal`."
+        return self.gap < 1e-3 * self.square and self.t - 10 * self.gap > goal
+
+# %% ../nbs/theory/03_packing.ipynb #7a9c3e1k
+class _Ascent(_Barrier):
+    "How it goes on from there."
+    def step(self):
+        "Newton's step; False if there is none."
+        pairs, slack, stress = self.close()
+        try: found = _interior_step(
+            self.points, pairs, slack, stress, self.centre, self.damping)
+        except np.linalg.LinAlgError:  # not positive definite
+            self.damping *= 4
+            return False
+        self.points, rise, stress, part, dual = _advanced(
+            self.points, pairs, slack, stress, found)
+        self.t, self.gap = self.t + rise, self.centre * len(stress)
+        if self.points.shape[1] > 4: self.kept = self.damping * np.linalg.norm(found[0])
+        self.share = max(.2, 1 - min(part, dual))
+        change = .5 if part > .5 else 1 if part > .2 else 3
+        self.damping = max(self.damping * change, .01 / len(self.points))
+        self.keep(*pairs, stress)
+        return True
+
+    def keep(self, i, j, before, stress):
+        "The stress after a step, and how far the next one has to look."
+        self.stress[:] = 0
+        self.stress[i, j] = stress
+        now = _cosines(self.points, i, j)
+        wide = self.gap * (1e4 if self.points.size <= _FEWER else 1e3)
+        self.reach = _reach(self.square, wide, abs(now - before).max())
+        held = stress * len(i) > (self.t - now) / self.square
+        self.contacts = i[held], j[held]
+
+# %% ../nbs/theory/03_packing.ipynb #7a9c3e1j
 def _lift(points, deadline, exact=True, first=.05, goal=2.):
     "An interior-point method: lower the largest cosine while that is possible."
-    (k, d), best, top = points.shape, points, _largest_cosine(points)
-    square, known = 2 - 2 * top, np.zeros((k, k))  # of the smallest chord; all stress
-    t, reach = top + first * square, max(.001, 8 * first) * square
-    damping, share = 1 / k, 1.
-    took = gap = centre = kept = 0.
-    before = math.inf
-    for n in range(150 if d < 4 else min(150, 20 + 5 * 10**11 // points.size**3)):
+    best, top, ascent = points, _largest_cosine(points), _Ascent(points, first)
+    took, before = 0., math.inf
+    most = 25 + 8 * 10**11 // points.size**3 if points.shape[1] > 3 else math.inf
+    for n in range(min(150, most)):
         if n % 25 == 0:  # in a flat valley it could creep for hours
-            if before - t < 1e-8 * square: break
-            before = t
+            if before - ascent.t < 1e-8 * ascent.square: break
+            before = ascent.t
         if (began := time.monotonic()) + took > deadline: break
-        pairs = i, j, c = _close_pairs(points, reach)
-        if c.max() >= t: t = c.max() + gap  # a pair that was not close before
-        slack = t - c
-        stress = _weights(known[i, j], slack, centre)
-        mean = stress @ slack / len(i)
-        centre = min(mean, max(share * mean, 1000 * kept**2 / len(i)))
-        try: found = _interior_step(points, pairs, slack, stress, centre, damping)
-        except np.linalg.LinAlgError:  # not positive definite
-            damping *= 4
-            continue
-        points, rise, stress, part, dual = _advanced(
-            points, pairs, slack, stress, found)
-        t, gap = t + rise, centre * len(i)
-        if d > 4: kept = damping * np.linalg.norm(found[0])  # of the push, by damping
-        known[:] = 0
-        known[i, j] = stress
-        damping = max(damping * (.5 if part > .5 else 1 if part > .2 else 3), .01 / k)
-        share, now = max(.2, 1 - min(part, dual)), _cosines(points, i, j)
-        farthest = max(1e-3 * square, 1e4 * gap, 3 * abs(now - c).max())
-        reach = min(.4 * square, farthest)
-        tried, done = points, False
-        if exact and gap < 5e-6 * square:
-            held = stress * len(i) > (t - now) / square
-            tried, done = _straight(points, i[held], j[held], gap)
+        if not ascent.step(): continue
+        tried, done = ascent.straight() if exact else (ascent.points, False)
         if (now := _largest_cosine(tried)) < top: best, top = tried, now
-        if done or gap < 1e-12: break
-        if gap < 1e-3 * square and t - 10 * gap > goal: break  # too little is left
+        if done or ascent.gap < 1e-12 or ascent.hopeless(goal): break
         took = time.monotonic() - began
     return best
 
@@ -372,8 +399,9 @@ def _tilted(points):
 def _polish(points, deadline):
     "To a stationary arrangement nearby, and there to rounding."
     large, small = points.size > _FEWER, points.size <= _MANY
+    most = min(4000, 24 * 10**8 // (len(points) * points.size)) if small else 1000
     for p in _LAST if large else ():
-        lower = _descend(points, p, 4000 if small else 1000, deadline)[0]
+        lower = _descend(points, p, most, deadline)[0]
         points = min(points, lower, key=_largest_cosine)
     for first in (.05, 1e-3, 1e-5)[large:] if small else ():
         points = _lift(points, deadline, first=first)
@@ -394,18 +422,12 @@ def _to_rounding(points, deadline):
 # %% ../nbs/theory/03_packing.ipynb #f87e5b9g
 def _balances(points, slack=1e-9):
     "Whether the pushes of the contacts balance, to `slack` of the sum of all pushes."
-    k, d = points.shape
-    if k * d > 3 * _MANY: return False
+    if points.size > 3 * _MANY: return False
     i, j, _ = _close_pairs(points, slack)
-    if len(i) > 3 * _MANY: return False
-    if _in_balance(points, i, j, slack): return True
-    c = (points[i] * points[j]).sum(1, keepdims=True)
-    pushes = _rows_of(i, j, points[j] - c * points[i], points[i] - c * points[j], k * d)
-    solution = linprog(np.zeros(len(i)), A_eq=vstack([pushes.T, np.ones((1, len(i)))]),
-                       b_eq=np.append(np.zeros(k * d), 1), method='highs',
-                       options={'primal_feasibility_tolerance': slack,
-                                'time_limit': _PATIENCE})
-    return solution.status == 0
+    if len(i) > 10 * _MANY: return False
+    stress = _stress(points, np.stack([i, j], 1))
+    if stress is None or stress.min() < 0: return False
+    return abs(_pushes(points, i, j).T @ stress).max() < slack
 
 # %% ../nbs/theory/03_packing.ipynb #5c847bf9
 def _certified(points):
@@ -719,14 +741,15 @@ def _walk(k, rng, deadline):
         else: points, promising = minima.step(kind)
 
 # %% ../nbs/theory/03_packing.ipynb #ee452904
-def _search(k, d, rng, starts, deadline, bound, progress, best=None):
+def _search(k, d, rng, starts, deadline, bound, progress, best=None, known=0.):
     "The best of many starts, polished; and how many starts it took."
     walks = _in_space(k, d)
     ends = _walk(k, rng, deadline) if walks else _descents(k, d, rng, deadline, best)
     for m, (points, top) in enumerate(ends, 1):  # noqa: B007
         if progress: progress(m, starts if starts < math.inf else m, math.acos(top))
         if _attained(top, bound) or m >= starts or time.monotonic() > deadline: break
-    if time.monotonic() > deadline: return points, m
+    hopeless = k * d > _FEWER and math.acos(top) < .99 * known  # a polish gains less
+    if hopeless or time.monotonic() > deadline: return points, m
     return _release(_settle(points, deadline)), m
 
 # %% ../nbs/theory/03_packing.ipynb #5fd10332
@@ -865,7 +888,8 @@ def best_packing(
     with one_thread() if k * k * d <= _SMALL else nullcontext():
         deadline = time.monotonic() + (seconds or math.inf)
         points, done = _search(k, d, np.random.default_rng(seed), largest, deadline,
-                               bound, progress, first)
+                               bound, progress, first,
+                               known.class_margin if known else 0.)
     how = f'search, seed {seed}, starts {done}'
     packing = Packing(torch.from_numpy(points), bound, how)
     better = not known or packing.class_margin > known.class_margin + _RESOLUTION

@@ -151,6 +151,25 @@ def test_a_part_of_a_construction_is_no_worse_and_says_what_it_is():
     assert packing.optimum == 'local' and packing.class_margin >= math.acos(1 / 3) - 1e-12
 
 
+@pytest.mark.parametrize('k,d', [(147, 22), (276, 18), (293, 24)])
+def test_thousands_of_contacts_are_found_in_balance(k, d):
+    "Twenty seconds were not enough for a linear program of so many."
+    assert Packing(known_packing(k, d)[0], math.pi).optimum == 'stationary'
+
+
+def test_a_contact_without_stress_does_not_hide_the_balance_of_the_others():
+    cell = torch.nn.functional.pad(known_packing(24, 4)[0], (0, 1))
+    loose = cell[:1] / 2
+    loose[0, 4] = math.sqrt(3) / 2  # touches the first point
+    packing = Packing(torch.cat([cell, loose]), math.pi)
+    assert len(packing.contacts()) == 96 + 1 and packing.optimum == 'stationary'
+
+
+def test_a_polish_that_cannot_reach_the_construction_is_spared(monkeypatch):
+    monkeypatch.setattr(codes, '_settle', None)
+    assert best_packing(122, 20, starts=1).how == '122 of Golay code'
+
+
 def test_in_a_flat_valley_the_polish_begins_again():
     "One polish of this start ends at 70.52880°, where no pushes balance."
     packing = best_packing(60, 8, starts=1)

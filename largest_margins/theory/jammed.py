@@ -14,15 +14,14 @@ from fractions import Fraction
 
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
-from scipy.optimize import linprog
-from scipy.sparse import csr_array, hstack, identity, vstack
+from scipy.sparse import csr_array, csr_matrix
+from scipy.sparse.linalg import lsmr
 
 from ..certificates import _MALFORMED, checksum
 
 # %% ../../nbs/theory/03b_jammed.ipynb #c46e7702
 _UNIT = 2**60  # numbers of a certificate are multiples of 1/_UNIT
 _MOST = 4000, 10_000  # coordinates, and contacts or turns, that the verifier looks at
-_PATIENCE = 20  # seconds that a linear program may take
 _ROUNDED = 1 + 2.**-20  # more than the rounding of a norm of that many numbers
 
 # %% ../../nbs/theory/03b_jammed.ipynb #2bc7cb62
@@ -146,29 +145,90 @@ def _proved(certificate):
     return all(a * t * t - b * t + c < 0 for t in (near, far))
 
 # %% ../../nbs/theory/03b_jammed.ipynb #a0cb9498
-def _stress(points, contacts):
-    "Weights of the contacts that balance, with the smallest as large as possible."
-    (k, d), m = points.shape, len(contacts)
-    B = _rows(points, contacts, np.ones(m))
-    rows, square = B[:m + k], (B.T @ B).toarray()
-    square[np.diag_indices_from(square)] += 1e-13 * square.diagonal().max()
-    factor = cho_factor(square, check_finite=False)  # singular where points can move
+def _rows_of(i, j, left, right, columns):
+    "A sparse matrix: row n has left[n] in the columns of point i, right[n] in j's."
+    rows, width = np.repeat(np.arange(len(i)), left.shape[1]), np.arange(left.shape[1])
+    at = np.concatenate([(x[:, None] * len(width) + width).ravel() for x in (i, j)])
+    values = np.concatenate([left.ravel(), right.ravel()])
+    return csr_matrix((values, (np.concatenate([rows, rows]), at)), (len(i), columns))
 
-    def balanced(weights):
-        for _ in range(2):
-            weights = weights - rows @ cho_solve(factor, rows.T @ weights)
-        return weights[:m] / weights[:m].sum()
-    even = balanced(np.append(np.full(m, 1 / m), np.zeros(k)))
-    if even.min() > .01 / m: return even
-    balance = hstack([rows.T, csr_array((k * d, 1))])
-    total = np.append(np.ones(m), np.zeros(k + 1))
-    below = hstack([-identity(m), csr_array((m, k)), np.ones((m, 1))])
-    solution = linprog(np.append(np.zeros(m + k), -1), A_ub=below, b_ub=np.zeros(m),
-                       A_eq=vstack([balance, total[None]]),
-                       b_eq=np.append(np.zeros(k * d), 1),
-                       bounds=[(0, None)] * m + [(None, None)] * k + [(0, None)],
-                       method='highs', options=dict(time_limit=_PATIENCE))
-    return None if solution.x is None else balanced(solution.x[:-1])
+
+def _pushes(points, i, j):
+    "How each contact pushes its two points along the sphere; sparse, [m, k·d]."
+    c = (points[i] * points[j]).sum(1, keepdims=True)
+    left, right = points[j] - c * points[i], points[i] - c * points[j]
+    return _rows_of(i, j, left, right, points.size)
+
+
+def _balanced(pushes, weights):
+    "The nearest weights whose pushes cancel."
+    for _ in range(2):  # again, for the last digits
+        push = lsmr(pushes, weights, atol=1e-14, btol=1e-14, conlim=0, maxiter=2000)
+        weights = weights - pushes @ push[0]
+    return weights
+
+# %% ../../nbs/theory/03b_jammed.ipynb #a0cb949a
+def _part(x, step):
+    "How much of a step leaves all of x positive."
+    return min(1., (-.99 * x[step < 0] / step[step < 0]).min(initial=1))
+
+
+def _weigher(pushes, weights, slopes, level):
+    "Newton's step to weights · slopes = aim; of the weights, slopes and their level."
+    turned, ratio, m = pushes.T.tocsr(), weights / slopes, len(weights)
+    square = (turned @ pushes.multiply(ratio[:, None])).toarray()
+    square[np.diag_indices_from(square)] += 1
+    factor = cho_factor(square, overwrite_a=True, check_finite=False)
+    def solved(right):
+        right = ratio * right
+        inner = cho_solve(factor, turned @ right, check_finite=False)
+        return right - ratio * (pushes @ inner)
+    off, even = pushes @ (turned @ weights) + level - slopes, solved(np.ones(m))
+    def step(aim):
+        toward = aim / weights - slopes
+        move = solved(toward - off)
+        rise = (move.sum() + weights.sum() - m) / even.sum()
+        move -= rise * even
+        return move, toward - move / ratio, rise
+    return step
+
+# %% ../../nbs/theory/03b_jammed.ipynb #a0cb949b
+def _least_pushes(pushes):
+    "Positive weights whose pushes are least, by an interior-point method."
+    m = pushes.shape[0]
+    weights, slopes, level = np.ones(m), np.ones(m), 0.
+    for _ in range(30):
+        try: step = _weigher(pushes, weights, slopes, level)
+        except np.linalg.LinAlgError: break  # of rounding: these are as good as any
+        move, change, _ = step(0.)
+        part = min(_part(weights, move), _part(slopes, change))
+        mean = weights @ slopes / m
+        left = (weights + part * move) @ (slopes + part * change) / m
+        centre = max(left**3 / mean**2, 1e-4 * mean)
+        move, change, rise = step(centre - part**2 * move * change)
+        part = min(_part(weights, move), _part(slopes, change))
+        weights, slopes = weights + part * move, slopes + part * change
+        level += part * rise
+        if abs(pushes.T @ weights).max() < 1e-12 * m or mean < 1e-22: break
+    return weights
+
+
+def _stress(points, contacts):
+    "Weights ≥ 0 of sum 1 whose pushes balance, or hardly push; None if we have none."
+    m, pushes = len(contacts), _pushes(points, *np.array(contacts).T)
+    weights = np.ones(m)
+    for _ in range(20):
+        weights = _balanced(pushes, weights)
+        if not weights.max() > 1e-6: return None  # only no weights balance
+        weights *= m / weights.sum()
+        if weights.min() > .01: return weights / m
+        weights = np.maximum(weights, .05)
+    if points.size > _MOST[0]: return None
+    weights = _least_pushes(pushes)
+    there = weights > 1e-6
+    weights[~there] = 0
+    weights[there] = _balanced(pushes[there], weights[there])
+    return weights / weights.sum()
 
 # %% ../../nbs/theory/03b_jammed.ipynb #a0cb949g
 def _largest(points):
@@ -192,7 +252,7 @@ def jammed_certificate(
         held, pairs = np.unique(contacts, return_inverse=True)
         pairs = pairs.reshape(-1, 2).tolist()
         weights = _stress(points[held], pairs)
-        if weights is None: return None
+        if weights is None or weights.min() < 0: return None
         if (there := weights > 1e-6 / len(weights)).all(): break
         contacts = contacts[there]
     else: return None
