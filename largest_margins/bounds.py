@@ -251,9 +251,12 @@ def _times(c, d, zero):
     return out
 
 # %% ../nbs/theory/05_bounds.ipynb #be678317
-def _certify(k, d, s, polynomial):
+_ROOMS = (1e-10, 1e-9, 1e-8, 1e-7, 3e-7, 1e-6, 3e-6, 1e-5, 1e-4, 1e-3)
+
+
+def _certify(k, d, s, polynomial, rooms=_ROOMS):
     "A bound with its certificate, as close to arccos(s) as exact arithmetic allows."
-    for room in (1e-10, 1e-9, 1e-8, 1e-7, 3e-7, 1e-6, 3e-6, 1e-5, 1e-4, 1e-3):
+    for room in rooms:
         cosine = Fraction(math.floor((s - room) * 10**12), 10**12)
         if not -1 < cosine < 1 or (c := polynomial(cosine)) is None: continue
         c = [Fraction(round(x / c[0] * 10**15), 10**15) for x in c]
@@ -291,7 +294,7 @@ def _delsarte_of(k, d):
         c = [Fraction(x) if x > 1e-11 else Fraction(0) for x in c]
         while not c[-1]: c.pop()
         return c
-    return _certify(k, d, s, polynomial)
+    return _certify(k, d, s, polynomial, _ROOMS[2:])  # c is no more exact
 
 # %% ../nbs/theory/05_bounds.ipynb #915ad9f1
 @cache
