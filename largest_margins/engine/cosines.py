@@ -72,8 +72,8 @@ def are_usual(x, w):
     "Whether these are plain matrices on a CPU, with rows that fit together."
     return (type(x) in _PLAIN and type(w) in _PLAIN and w.dtype is x.dtype in _WIDE
             and w.is_cpu and w.ndim == x.ndim == 2 and x.shape[1] == w.shape[1]
-            and x.is_contiguous() and w.is_contiguous() and x.numel() and w.numel()
-            and values_are_cheap(x))
+            and 0 not in x.shape and w.shape[0] and x.is_contiguous()
+            and w.is_contiguous() and values_are_cheap(x))
 
 
 def plain(x):

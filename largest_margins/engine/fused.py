@@ -14,6 +14,7 @@ from itertools import compress, repeat
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from largest_margins.checks import (
     check_features, check_finite, integer, is_traced, plain_tensor, values_are_cheap,
@@ -117,8 +118,9 @@ def _line(loss, s, logits, targets, numbers, learns, chords):
     else: value, pooled = loss.pooled(losses, margins, weights, logs)
     if not learns: return value, None
     sign = factor = 1. if loss.angular else -1.  # −1: so the pull is a slope as it is
-    if isinstance(pooled, float): factor, pooled, weights = sign * pooled, 1., 1.
-    by_rest, pull = (times(pooled, of_all(slopes[name])) for name in ('rest', 'pull'))
+    if isinstance(pooled, float): factor, pooled, weights = sign * pooled, None, 1.
+    by_rest, pull = of_all(slopes['rest']), of_all(slopes['pull'])
+    if isinstance(pooled, Tensor): by_rest, pull = pooled * by_rest, pooled * pull
     if loss.angular: pull = pull / sine
     else: total.neg_()
     if margins is not None: lead = of_all(times(sign * loss.sample_margin / s, weights))
@@ -130,7 +132,7 @@ def _straight_rows(loss, s, targets, numbers, features, prototypes, learns):
     "The loss, and the gradients by both."
     x, norms, w, lengths = usual_rows(features, prototypes, s)
     few = x.shape[0] < w.shape[0]  # the longer side is made of whole rows
-    g = torch.mm(x, w.t()) if few else torch.mm(w, x.t()).t()
+    g = F.linear(x, w) if few else F.linear(w, x).t()
     value, factor = _line(loss, s, g, targets, numbers, any(learns), lambda own:
                           _by_chords(x, w.index_select(0, targets), own, s))
     by_z, by_w = learns
