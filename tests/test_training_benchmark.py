@@ -1,11 +1,9 @@
 "The benchmark of the training loop runs, on a few images, and stores what it measured."
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import interpret, run_alone
 
 benchmark = Path(__file__).parent.parent/'benchmarks'/'training.py'
 
@@ -13,10 +11,9 @@ benchmark = Path(__file__).parent.parent/'benchmarks'/'training.py'
 @pytest.fixture(scope='module')
 def stored(tmp_path_factory):
     out = tmp_path_factory.mktemp('out')/'few.json'
-    done = subprocess.run([sys.executable, str(benchmark), '--dataset', 'mnist_5k', '--images', '256', '--rounds', '1',
-                           '--recipes', 'quick', '--epochs', '1', '--seeds', '1', '--out', str(out)],
-                          capture_output=True, text=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
-    assert done.returncode == 0, done.stderr
+    status, printed = run_alone(interpret, benchmark, '--dataset', 'mnist_5k', '--images', '256', '--rounds', '1',
+                                '--recipes', 'quick', '--epochs', '1', '--seeds', '1', '--out', out)
+    assert status == 0, printed
     assert [path.name for path in out.parent.iterdir()] == ['few.json']
     return json.loads(out.read_text())
 
