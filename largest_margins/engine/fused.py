@@ -107,8 +107,9 @@ def _line(loss, s, logits, targets, numbers, learns, chords):
         largest, where_largest = logits.max(1, keepdim=True)
         margins = largest.squeeze(1) / constant(s, dtype) - own
     total, rest = _total(logits, targets, loss.scale, loss.log_prior(dtype))
-    numbers = {name: constant(x, dtype) if type(x) is float and x not in (0, 1) else x
-               for name, x in loss.filled(numbers, targets, dtype).items()}
+    if loss.numbers: numbers = {
+        name: constant(x, dtype) if type(x) is float and x not in (0, 1) else x
+        for name, x in loss.filled(numbers, targets, dtype).items()}
     losses, slopes = loss.terms(Own(targets, own, angle), rest, numbers,
                                 ('rest',) if learns else ())
     batch = targets, None, k, dtype
@@ -171,13 +172,17 @@ def straight_loss(loss, targets, numbers, *tensors):
     (n, d), k, s = x.shape, w.shape[0], loss.scale or 1.
     if len(tensors) == 1: k, d = d, 1
     if not (0 < n * k <= 2**18 >= k * d and k > 1): return None
+    if torch.is_autocast_enabled('cpu'):
+        with full_precision('cpu'):
+            return straight_loss(loss, targets, numbers, *tensors)
     loss.check_classes(k, x.device)
-    numbers = loss.checked_numbers(numbers, x)
     learns = torch.is_grad_enabled()
-    if learns and any(v.requires_grad for v in numbers.values()): return None
-    with full_precision('cpu'):
-        try: return _Straight.apply(loss, s, learns, numbers, targets.long(), *tensors)
-        except Unusual: return None
+    if numbers:
+        numbers = loss.checked_numbers(numbers, x)
+        if learns and any(v.requires_grad for v in numbers.values()): return None
+    if targets.dtype is not torch.int64: targets = targets.long()
+    try: return _Straight.apply(loss, s, learns, numbers, targets, *tensors)
+    except Unusual: return None
 
 # %% ../../nbs/engine/14_fused.ipynb #98bdb890
 class _Straight(torch.autograd.Function):
