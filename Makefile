@@ -37,6 +37,7 @@ demo: .venv/.demo  ## prove, train, and write tables and a page to runs/demo (a 
 	$(BIN)/largest-margins demo
 
 # The notebooks are cleaned and exported in a copy, so that the tree stays as it is, committed or not; pytest runs them.
+# Three workers on two cores: many tests wait for other processes.
 test: export OMP_NUM_THREADS = 1
 test: .venv/.test  ## every check: notebooks, export, style, site, pytest
 	rm -rf $(CHECK) && mkdir -p $(CHECK)
@@ -49,7 +50,7 @@ test: .venv/.test  ## every check: notebooks, export, style, site, pytest
 	  { echo "The package is not what the notebooks export: run make notebooks." >&2; exit 1; }
 	$(BIN)/ruff check
 	$(BIN)/python docs/build.py --check
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 3 --dist worksteal
 
 mutants: export OMP_NUM_THREADS = 1
 mutants: .venv/.test  ## small mistakes made in the core, and whether its tests notice: half an hour or more

@@ -147,7 +147,7 @@ class _Reduction(_Options):
     def aggregate(self, losses, loss_weights):
         "The losses of a batch as the reduction wants them, [] or, for 'none', [N]."
         if self.reduction == 'none': return losses * loss_weights
-        if isinstance(loss_weights, Tensor): return losses.dot(loss_weights)
+        if isinstance(loss_weights, Tensor): return (losses * loss_weights).sum()
         return losses.mean() if self.reduction == 'mean' else losses.sum()
 
 # %% ../nbs/losses/12_losses.ipynb #f12a317f

@@ -115,7 +115,7 @@ def _line(loss, s, logits, targets, numbers, learns, chords):
     batch = targets, None, k, dtype
     pooled = weights = loss.loss_weights(*batch)
     logs = loss.log_weights(*batch)
-    if logs is None: value = loss.total(losses, margins, of_all(weights))
+    if logs is None: value = loss.total(losses, margins, weights)
     else: value, pooled = loss.pooled(losses, margins, weights, logs)
     if not learns: return value, None
     sign = factor = 1. if loss.angular else -1.  # −1: so the pull is a slope as it is
