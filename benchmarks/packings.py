@@ -3,7 +3,7 @@
 Up to 50 classes have 400 starts of `best_packing` in space and 40 beyond; more have 4 to 1, in space those that
 `best_packing` takes by itself; all from seed 0. A size that `benchmarks/results/packings.json` has is not searched
 again, so that a broken run goes on; `--fresh` begins anew. `85,3 38,7 --seeds 1 2` searches these sizes again, as
-`best_packing` does by itself, and keeps what is better.
+`best_packing` does by itself, and keeps what is no worse, so that `how` says how to repeat it.
 Then each size gets the best of four: what its search found, the code that the package stores with its certificate, the
 best construction that contains it, and the best entry for more points or fewer dimensions. Each construction is a size
 of its own, with at most 1000 of its points.
@@ -95,7 +95,7 @@ def main():
     waiting = again or [(k, d, planned(k, d), 0) for k, d in sizes() if (k, d) not in rows]
     for n, (k, d, starts, seed) in enumerate(waiting, 1):
         row, known = search(k, d, starts, seed), rows.get((k, d))
-        if not known or row['class_margin'] > known['class_margin'] + 1e-9: rows[k, d] = row
+        if not known or row['class_margin'] > known['class_margin'] - 1e-9: rows[k, d] = row
         store(sorted(rows.values(), key=lambda row: (row['d'], row['k'])), FILE)
         print(f'{n} of {len(waiting)}: k={k} d={d} seed {seed} {row["class_margin"]:.7f}° '
               f'of at most {row["bound"]:.3f}°, {row["seconds"]} s', flush=True)

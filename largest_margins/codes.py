@@ -399,11 +399,11 @@ def _tilted(points):
 def _polish(points, deadline):
     "To a stationary arrangement nearby, and there to rounding."
     large, small = points.size > _FEWER, points.size <= _MANY
-    most = min(4000, 24 * 10**8 // (len(points) * points.size)) if small else 1000
+    most = min(4000, 12 * 10**8 // (len(points) * points.size)) if small else 1000
     for p in _LAST if large else ():
         lower = _descend(points, p, most, deadline)[0]
         points = min(points, lower, key=_largest_cosine)
-    for first in (.05, 1e-3, 1e-5)[large:] if small else ():
+    for first in ((1e-4, 1e-5) if large else (.05, 1e-3, 1e-5)) if small else ():
         points = _lift(points, deadline, first=first)
         if points.shape[1] > 4 or _in_balance(
                 points, *_close_pairs(points, 1e-9)[:2]): break
@@ -602,20 +602,26 @@ def _start(kind, k, d, n, best, rng):
     return np.concatenate([turned.reshape(-1, d), fixed])
 
 # %% ../nbs/theory/03_packing.ipynb #921e4322
-def _kind(m, k, d):
+def _kind(m, k, d, built):
     "Which kind of start the m-th one is, and where in the exponents it begins."
+    large = k * d > _FEWER
+    if large and built: return 'shaken', 1 + m % 2
     kind, first = _TURNS[(m - 1) % len(_TURNS)]
     if kind == 'symmetric' and (d > 3 or not _symmetries(k)): kind, first = 'random', 3
-    if m <= len(_TURNS) and kind in ('hop', 'shaken'): kind, first = 'random', 1
+    early = m <= len(_TURNS) and kind in ('hop', 'shaken')
+    if early: kind = 'random'
+    if early or (large and d > 3 and kind == 'random'): first = 1
     return kind, first if k * d <= 10_000 else 2
 
 
 def _cool(points, exponents, energies, deadline):
     "The points down these exponents; and whether an earlier start had their energy."
+    work, most = len(points) * points.size, 300
+    if points.size > _FEWER: most = min(4000, max(300, 6 * 10**8 // work))
     for n, p in enumerate(exponents):
         now = time.monotonic()
         until = now + (deadline - now) / (len(exponents) - n)
-        points, energy = _descend(points, p, 1500 if p == 2 else 300, until)
+        points, energy = _descend(points, p, 1500 if p == 2 else most, until)
         if any(abs(energy - other) < 1e-9 for other in energies[p]): return points, True
         energies[p].append(energy)
     return points, False
@@ -645,14 +651,14 @@ class _Ends:
 def _descents(k, d, rng, deadline, best=None):
     "The best points after each start, which goes down the energies to a polish."
     large = k * d > _FEWER  # then only the best end is polished
+    built = best is not None
     top = 2. if best is None or large else _largest_cosine(best)
     energies, ends = {p: [] for p in _EXPONENTS}, _Ends()
     symmetric, latest = 0, deadline
     if large and k * d <= _MANY and deadline < math.inf:  # half of it, then the polish
         latest = (deadline + time.monotonic()) / 2
     for m in count(1):
-        kind, first = _kind(m, k, d)
-        if m == 1 and best is not None and large: kind, first = 'shaken', 2
+        kind, first = _kind(m, k, d, built)
         points = _start(kind, k, d, symmetric, best, rng)
         symmetric += kind == 'symmetric'
         if kind == 'crowded': points = _less_one(_descend(points, 40, 300, deadline)[0])
@@ -748,7 +754,7 @@ def _search(k, d, rng, starts, deadline, bound, progress, best=None, known=0.):
     for m, (points, top) in enumerate(ends, 1):  # noqa: B007
         if progress: progress(m, starts if starts < math.inf else m, math.acos(top))
         if _attained(top, bound) or m >= starts or time.monotonic() > deadline: break
-    hopeless = k * d > _FEWER and math.acos(top) < .99 * known  # a polish gains less
+    hopeless = k * d > _FEWER and math.acos(top) < .997 * known  # a polish gains less
     if hopeless or time.monotonic() > deadline: return points, m
     return _release(_settle(points, deadline)), m
 
@@ -902,6 +908,7 @@ _SMALL = 10**7  # multiplications for all pairs, up to which one thread is best
 def _starts(k, d):
     "How many starts a search has if nobody says: less than a minute."
     if _in_space(k, d): return min(1500, max(1, 17 * 10**6 // k**2))
+    if _FEWER < k * d <= _MANY: return min(40, max(2, 10**6 // (k * k * d)))
     return min(400 if k * d <= 300 else 40, max(1, 2 * 10**6 // (k * k * d)))
 
 # %% ../nbs/theory/03_packing.ipynb #2fbb860g

@@ -160,12 +160,19 @@ def _pushes(points, i, j):
     return _rows_of(i, j, left, right, points.size)
 
 
-def _balanced(pushes, weights):
-    "The nearest weights whose pushes cancel."
-    for _ in range(2):  # again, for the last digits
+def _balancer(pushes):
+    "A function of weights: the nearest ones whose pushes cancel."
+    m = pushes.shape[0]
+    if few := m <= min(_MOST[0], pushes.shape[1]):
+        square = (pushes @ pushes.T).toarray()
+        lift = 1e-13 * square.diagonal().max()
+        square[np.diag_indices(m)] += lift
+        factor = cho_factor(square, overwrite_a=True, check_finite=False)
+    def less(weights):
+        if few: return lift * cho_solve(factor, weights, check_finite=False)
         push = lsmr(pushes, weights, atol=1e-14, btol=1e-14, conlim=0, maxiter=2000)
-        weights = weights - pushes @ push[0]
-    return weights
+        return weights - pushes @ push[0]
+    return lambda weights: less(less(weights))  # again, for the last digits
 
 # %% ../../nbs/theory/03b_jammed.ipynb #a0cb949a
 def _part(x, step):
@@ -216,18 +223,20 @@ def _least_pushes(pushes):
 def _stress(points, contacts):
     "Weights ≥ 0 of sum 1 whose pushes balance, or hardly push; None if we have none."
     m, pushes = len(contacts), _pushes(points, *np.array(contacts).T)
-    weights = np.ones(m)
+    weights, before, balanced = np.ones(m), 0., _balancer(pushes)
     for _ in range(20):
-        weights = _balanced(pushes, weights)
+        weights = balanced(weights)
         if not weights.max() > 1e-6: return None  # only no weights balance
         weights *= m / weights.sum()
-        if weights.min() > .01: return weights / m
-        weights = np.maximum(weights, .05)
+        only = abs(weights - before).max() < 1e-6  # there is no other stress
+        if weights.min() > (0 if only else .01): return weights / m
+        if only: break
+        before, weights = weights, np.maximum(weights, .05)
     if points.size > _MOST[0]: return None
     weights = _least_pushes(pushes)
     there = weights > 1e-6
     weights[~there] = 0
-    weights[there] = _balanced(pushes[there], weights[there])
+    weights[there] = _balancer(pushes[there])(weights[there])
     return weights / weights.sum()
 
 # %% ../../nbs/theory/03b_jammed.ipynb #a0cb949g
