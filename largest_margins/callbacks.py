@@ -424,8 +424,23 @@ class ZeroCentroidRegularizer(HeadCallback):
         self.value = zero_centroid(self.head.weight)
         self.learn.loss_grad = self.learn.loss_grad + self.weight * self.value
 
+# %% ../nbs/training/23_callbacks.ipynb #9499b0e0
+class _WithMetrics(HeadCallback):
+    "One whose `_metrics` are the Learner's while it is a part of it."
+
+    @property
+    def learn(self): return self.__dict__.get('_learn')
+
+    @learn.setter
+    def learn(self, learn):
+        if self.learn is not None:
+            others = [m for m in self.learn.metrics if m not in self._metrics]
+            self.learn.metrics = others
+        self.__dict__['_learn'] = learn
+        if learn is not None: learn.metrics = [*learn.metrics, *self._metrics]
+
 # %% ../nbs/training/23_callbacks.ipynb #a56c85ba
-class MarginRecorder(HeadCallback):
+class MarginRecorder(_WithMetrics):
     "Records class and sample margins, norm ratio and centroid on the validation set."
     order, run_train = inf, False  # hooks come last, right before the model
     names: ClassVar = ('class_margin', 'bound', 'mean_sample_margin',
@@ -445,31 +460,21 @@ class MarginRecorder(HeadCallback):
             counts = per_class('class_counts', class_counts, at_least=1, below=1e30)
             self.class_counts = counts.long().tolist()
             self.names = (*self.names, 'less_optimum')
-        self.history, self.latest, self._trained = [], {}, False
+        self.history, self.latest, self._trained, self._batches = [], {}, False, []
         self.most_classes = most_classes
-        self._margins, self._targets = [], []
         self._metrics = [ValueMetric(partial(self._value, name),
                                      MEASURES[name].heading.replace(' ', '_'))
                          for name in self.names]
-
-    @property
-    def learn(self): return self.__dict__.get('_learn')
-
-    @learn.setter
-    def learn(self, learn):
-        if self.learn is not None:
-            others = [m for m in self.learn.metrics if m not in self._metrics]
-            self.learn.metrics = others
-        self.__dict__['_learn'] = learn
-        if learn is not None: learn.metrics = [*learn.metrics, *self._metrics]
-
-    def before_batch(self):
-        if not self._predicting: super().before_batch()
 
 # %% ../nbs/training/23_callbacks.ipynb #3ac2fe3b
 @patch(as_prop=True)
 def _predicting(self: MarginRecorder):
     return hasattr(self.learn, 'gather_preds') or hasattr(self.learn, 'lr_finder')
+
+
+@patch
+def before_batch(self: MarginRecorder):
+    if not self._predicting: super(MarginRecorder, self).before_batch()
 
 # %% ../nbs/training/23_callbacks.ipynb #b4b1f625
 @patch
@@ -485,7 +490,7 @@ def before_train(self: MarginRecorder):
 # %% ../nbs/training/23_callbacks.ipynb #e0de53b7
 @patch
 def before_validate(self: MarginRecorder):
-    self.latest, self._margins, self._targets = {}, [], []
+    self.latest, self._batches = {}, []
 
 # %% ../nbs/training/23_callbacks.ipynb #81501f47
 @patch
@@ -498,9 +503,8 @@ def after_pred(self: MarginRecorder):
     margins = (sample_margins(self.batch_cosines(), targets) if features is None
                else self.head.sample_margins(features, targets))
     targets = targets.long().masked_fill(ignored, -1)
-    seen = self.learn.to_detach((margins, targets))  # of all processes, if several
-    self._margins.append(seen[0])
-    self._targets.append(seen[1])
+    self._batches.append(  # of all processes, if several
+        self.learn.to_detach((margins, targets)))
 
 # %% ../nbs/training/23_callbacks.ipynb #4b9b8d8c
 @patch
@@ -517,9 +521,9 @@ def _value(self: MarginRecorder, key):
 @patch
 def _measure(self: MarginRecorder):
     "Measure, and add to the history if this epoch trained."
-    if self._predicting or not self._margins: return
-    margins, targets = torch.cat(self._margins), torch.cat(self._targets)
-    self._margins, self._targets = [], []
+    if self._predicting or not self._batches: return
+    margins, targets = (torch.cat(part) for part in zip(*self._batches))
+    self._batches = []
     margins, targets = margins[targets >= 0], targets[targets >= 0]
     if not len(margins): return  # all samples are ignored
     prototypes = _prototypes(self.head)

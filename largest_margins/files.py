@@ -30,7 +30,6 @@ from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import ClassVar
 
 # %% ../nbs/training/20_files.ipynb #6b5b030c
 import numpy as np
@@ -456,22 +455,19 @@ def _call(function, arguments):
         case 'torch._utils._rebuild_sparse_tensor', (
                 (_, (_, _, tuple(size), *_)) | (_, (_, _, _, tuple(size)))):
             return _without_values(None, size)
-        case 'torch._utils._rebuild_meta_tensor_no_storage', (dtype, tuple(size), *_):
-            return _without_values(dtype, size)
-        case 'torch._utils._rebuild_wrapper_subclass', (_, dtype, tuple(size), *_):
+        case ('torch._utils._rebuild_wrapper_subclass', (_, dtype, tuple(size), *_)) | (
+              'torch._utils._rebuild_meta_tensor_no_storage', (dtype, tuple(size), *_)):
             return _without_values(dtype, size)
         case 'torch._utils._rebuild_qtensor', (
                 _Storage() as storage, _, tuple(size), *_):
             return _without_values(storage.dtype, size)
         case 'torch._utils._rebuild_nested_tensor', _:
             return _without_values(None, (0, 0))  # rows of several lengths
-        case 'torch.Size', (tuple(size),): return size
-        case 'copyreg._reconstructor', (_Name() as kind, *_): return StandIn(str(kind))
     return _call_of_others(function, arguments)
 
 # %% ../nbs/training/20_files.ipynb #ba7dfafe
 def _call_of_others(function, arguments):
-    "The same for dictionaries, bytes and NumPy; a stand-in for what is none of these."
+    "The same for dictionaries, bytes, NumPy and sizes; a stand-in for all else."
     match function.replace('numpy._core', 'numpy.core'), arguments:
         case 'collections.OrderedDict', (list(pairs),):
             return _set({}, [x for pair in pairs for x in pair])
@@ -488,6 +484,8 @@ def _call_of_others(function, arguments):
             return _as_tensor(raw, dtype.content, (), 'C').item()
         case 'numpy.core.multiarray._reconstruct', _: return _Array('numpy.ndarray')
         case 'numpy.dtype', (str() | bytes() as code, *_): return _numpy_dtype(code)
+        case 'torch.Size', (tuple(size),): return size
+        case 'copyreg._reconstructor', (_Name() as kind, *_): return StandIn(str(kind))
         case 'numpy.core.numeric._frombuffer', (raw, _Array() as dtype, shape, order):
             array = _Array('numpy.ndarray')
             array.finish((1, shape, dtype, order == 'F', raw))
@@ -497,8 +495,6 @@ def _call_of_others(function, arguments):
 # %% ../nbs/training/20_files.ipynb #099c8641
 class _Reader(pickle._Unpickler):
     "Python's reader of pickles, which knows no names, calls and references here."
-    dispatch: ClassVar = {ord(known.code): pickle._Unpickler.dispatch[ord(known.code)]
-                          for known in pickletools.opcodes if known.proto <= 5}
     storage = None  # from a reference in the file to what it stands for
 
     def find_class(self, module, name): return _named(module, name)
@@ -509,28 +505,7 @@ class _Reader(pickle._Unpickler):
         if self.storage is None: raise _Refused('a reference to another file')
         return self.storage(saved)
 
-    def _instantiate(self, kind, arguments): self.make(kind, tuple(arguments))
-
-
-def _replaces(*instructions):
-    "Let a function follow these instructions of a pickle, by their names."
-    def replace(function):
-        for name in instructions: _Reader.dispatch[getattr(pickle, name)[0]] = function
-        return function
-    return replace
-
-# %% ../nbs/training/20_files.ipynb #9a069f3b
-@_replaces('BYTEARRAY8')
-def _bytes(self): self.load_binbytes8()  # no longer than the file
-
-
-@_replaces('EMPTY_SET')
-def _empty_set(self): self.append(StandIn('builtins.set'))
-
-
-@_replaces('FROZENSET')
-def _frozen_set(self):
-    self.make(_Name('builtins.frozenset'), (self.pop_mark(),))
+    def load_bytearray8(self): self.load_binbytes8()  # no longer than the file
 
 # %% ../nbs/training/20_files.ipynb #d5b4671a
 def _set(target, items):
@@ -551,57 +526,60 @@ def _append(target, items):
         raise _Refused(f'appending to {reprlib.repr(target)}')
 
 # %% ../nbs/training/20_files.ipynb #185804f0
-@_replaces('DICT')
-def _dict(self):
-    items = self.pop_mark()
-    self.append(_set({}, items))
+class _Gatherer(_Reader):
+    "One that fills lists and dictionaries; of a set nothing is kept."
 
+    def load_empty_set(self): self.append(StandIn('builtins.set'))
 
-@_replaces('SETITEM')
-def _set_item(self):
-    value, key = self.stack.pop(), self.stack.pop()
-    _set(self.stack[-1], [key, value])
+    def load_dict(self):
+        items = self.pop_mark()
+        self.append(_set({}, items))
 
+    def load_setitem(self):
+        value, key = self.stack.pop(), self.stack.pop()
+        _set(self.stack[-1], [key, value])
 
-@_replaces('SETITEMS')
-def _set_items(self):
-    items = self.pop_mark()
-    _set(self.stack[-1], items)
+    def load_setitems(self):
+        items = self.pop_mark()
+        _set(self.stack[-1], items)
 
-# %% ../nbs/training/20_files.ipynb #6a365892
-@_replaces('APPEND')
-def _append_one(self):
-    item = self.stack.pop()
-    _append(self.stack[-1], [item])
+    def load_append(self):
+        item = self.stack.pop()
+        _append(self.stack[-1], [item])
 
+    def load_appends(self):
+        items = self.pop_mark()
+        _append(self.stack[-1], items)
 
-@_replaces('APPENDS', 'ADDITEMS')
-def _append_many(self):
-    items = self.pop_mark()
-    _append(self.stack[-1], items)
+    load_additems = load_appends
 
 # %% ../nbs/training/20_files.ipynb #4b3e9c0d
-@_replaces('REDUCE', 'NEWOBJ')
-def _make(self):
-    arguments, function = self.stack.pop(), self.stack.pop()
-    self.make(function, arguments)
+class _Maker(_Gatherer):
+    "One that asks `make` for what the file wants to be called."
 
+    def load_frozenset(self):
+        self.make(_Name('builtins.frozenset'), (self.pop_mark(),))
 
-@_replaces('NEWOBJ_EX')
-def _make_by_names(self):
-    self.stack.pop()  # arguments with names
-    _make(self)
+    def load_reduce(self):
+        arguments, function = self.stack.pop(), self.stack.pop()
+        self.make(function, arguments)
 
+    load_newobj = load_reduce
 
-@_replaces('BUILD')
-def _build(self):
-    state = self.stack.pop()
-    if not isinstance(self.stack[-1], _Array): return
-    self.stack[-1].finish(state)
-    self.spend(self.stack[-1])
+    def load_newobj_ex(self):
+        self.stack.pop()  # arguments with names
+        self.load_reduce()
+
+    def load_build(self):
+        state = self.stack.pop()
+        if not isinstance(self.stack[-1], _Array): return
+        self.stack[-1].finish(state)
+        self.spend(self.stack[-1])
+
+    def _instantiate(self, kind, arguments): self.make(kind, tuple(arguments))
 
 # %% ../nbs/training/20_files.ipynb #ca527c06
-class PickleReader(_Reader):
+class PickleReader(_Maker):
     "Follows a pickle's instructions, and neither looks a name up nor calls one."
 
     def __init__(self, file, storage=None):
@@ -631,6 +609,12 @@ class PickleReader(_Reader):
         if self.left < 0: raise _Refused('calls that would fill the memory')
 
 # %% ../nbs/training/20_files.ipynb #ab9bcfcc
+PickleReader.dispatch = {  # what follows each instruction: ours, or Python's
+    ord(known.code): getattr(PickleReader, f'load_{known.name.lower()}',
+                             pickle._Unpickler.dispatch[ord(known.code)])
+    for known in pickletools.opcodes if known.proto <= 5}
+
+
 def _read_pickle(file, storage=None):
     "What one pickle holds, and the names of the stand-ins in it."
     reader = PickleReader(file, storage)

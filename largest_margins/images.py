@@ -14,13 +14,13 @@ import os
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from threading import Lock
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
 
 from .checks import integer
 
@@ -107,6 +107,7 @@ def image_files(
 # %% ../nbs/training/20_images.ipynb #4d2df83a
 class ImageFiles:
     "Images on disk that index like a tensor of bytes, [N, c, h, w]."
+    ndim = 4
 
     def __init__(
         self,
@@ -121,7 +122,6 @@ class ImageFiles:
         height, width = (integer('size', n, at_least=1, at_most=10**4) for n in sides)
         self.paths, self.crop = list(paths), crop
         self.shape = torch.Size([len(self.paths), channels, height, width])
-        self.ndim = 4
 
     def __len__(self): return len(self.paths)
 
@@ -129,19 +129,18 @@ class ImageFiles:
         "Return one image [c, h, w], or several [n, c, h, w]."
         if isinstance(rows, slice): rows = range(len(self))[rows]
         rows = torch.as_tensor(rows)
-        if rows.ndim == 0: return self.decode(self.paths[rows])
+        decode = partial(_fitted, shape=self.shape[1:], crop=self.crop)
+        if rows.ndim == 0: return decode(self.paths[rows])
         with ThreadPoolExecutor() as pool:
-            images = list(pool.map(self.decode, [self.paths[i] for i in rows]))
+            images = list(pool.map(decode, [self.paths[i] for i in rows]))
         return torch.stack(images) if images else torch.empty(0, *self.shape[1:]).byte()
 
-    def decode(
-        self,
-        path: Path,  # an image file
-    ) -> Tensor:  # bytes, [c, h, w]
-        "Decode one image at the common size."
-        _, channels, height, width = self.shape
-        image = read_image(path, 'L' if channels == 1 else 'RGB')
-        image = ImageOps.fit(image, (width, height)) if self.crop else \
-            image.resize((width, height), Image.Resampling.BILINEAR)
-        pixels = torch.from_numpy(np.array(image)).view(height, width, channels)
-        return pixels.permute(2, 0, 1)
+# %% ../nbs/training/20_images.ipynb #0f5927c2
+def _fitted(path, shape, crop):
+    "Decode one image as bytes of a shape, cropped to the middle or resized, [c, h, w]."
+    channels, height, width = shape
+    image = read_image(path, 'L' if channels == 1 else 'RGB')
+    image = ImageOps.fit(image, (width, height)) if crop else image.resize(
+        (width, height), Image.Resampling.BILINEAR)
+    pixels = torch.from_numpy(np.array(image)).view(height, width, channels)
+    return pixels.permute(2, 0, 1)

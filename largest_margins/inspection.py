@@ -677,11 +677,8 @@ class _Distances:
         "Return bound minus class margin, radians, ≥ 0."
         return max(0., self.bound.radians - self.class_margin)
 
-    def name(
-        self,
-        i: int,  # class number, 0 … k − 1
-    ) -> str:
-        "Return the name of a class, or its number."
+    def name(self, i: int) -> str:
+        "Return the name of class i, 0 … k − 1, or its number."
         return self.classes[i] if self.classes else str(i)
 
 # %% ../nbs/study/40_inspect.ipynb #11e0d292

@@ -87,18 +87,22 @@ class MarginLearner(Learner):
         self('after_loss')
         self._do_grad_opt()
 
-    def get_preds(self, *args, act=None, **kwargs):
-        "As in fastai; with very many classes, return nearest cosines and classes."
-        if act is None and self._head and _is_large(self._head): act = noop
-        return super().get_preds(*args, act=act, **kwargs)
+# %% ../nbs/training/24_learner.ipynb #138a127f
+@patch
+def get_preds(self: MarginLearner, *args, act=None, **kwargs):
+    "As in fastai; with very many classes, return nearest cosines and classes."
+    if act is None and self._head and _is_large(self._head): act = noop
+    return super(MarginLearner, self).get_preds(*args, act=act, **kwargs)
 
-    def one_batch(self, i, b):
-        "As in fastai; forget the batch even after an error."
-        try: super().one_batch(i, b)
-        finally:
-            self.features = None
-            for cb in self.cbs:
-                if isinstance(cb, HeadCallback): cb.forget()
+
+@patch
+def one_batch(self: MarginLearner, i, b):
+    "As in fastai; forget the batch even after an error."
+    try: super(MarginLearner, self).one_batch(i, b)
+    finally:
+        self.features = None
+        for cb in self.cbs:
+            if isinstance(cb, HeadCallback): cb.forget()
 
 # %% ../nbs/training/24_learner.ipynb #ea9b8f38
 @patch
@@ -337,8 +341,8 @@ def margin_learner(
     layers, d = margin_neck(evaluate_once(body, images[:2]).shape, embedding, neck)
     loss, k = find_loss(loss_func, CosineLoss), get_c(dls)
     head = MarginHead(d, k, loss) if loss else nn.Linear(d, k, bias=False)
-    if metrics is accuracy and loss and _is_large(head): metrics = _nearest_accuracy
     model = MarginModel(body, layers, head)
+    if metrics is accuracy and loss and _is_large(head): metrics = _nearest_accuracy
     if splitter is not None: _check_groups(splitter(model), model)
     _set_precision(model, images.device, mixed_precision)
     kwargs = dict(opt_func=foreach) | kwargs

@@ -384,19 +384,10 @@ def _check_rankings(distances, *labels):
     low, high = distances.aminmax()
     if not (low.isfinite() and high.isfinite()):
         raise ValueError(f'distances must be finite, got {low} to {high}')
-    return distances, _check_labels(labels, *distances.shape)
-
-# %% ../nbs/evaluation/34_reid.ipynb #2681178e
-def _check_labels(labels, Q, G):
-    "Check persons and cameras of queries and gallery; return int64 tensors."
-    checked = []
     names = 'query_ids', 'query_cameras', 'gallery_ids', 'gallery_cameras'
-    for name, values, n in zip(names, labels, (Q, Q, G, G), strict=True):
-        values = as_int64(name, values)
-        if values.shape != (n,):
-            raise ValueError(f'{name} must be [{n}], got {tuple(values.shape)}')
-        checked.append(torch.from_numpy(values))
-    return checked
+    sizes = [distances.shape[i] for i in (0, 0, 1, 1)]
+    return distances, [torch.from_numpy(as_int64(*each))
+                       for each in zip(names, labels, sizes, strict=True)]
 
 # %% ../nbs/evaluation/34_reid.ipynb #b668a988
 class PKSampler(Sampler):
@@ -427,14 +418,17 @@ class PKSampler(Sampler):
 
     def __len__(self): return self.batches
 
-    def set_epoch(
-        self,
-        epoch: int,  # ≥ 0; each pass through the batches adds 1
-    ):
-        "Set the epoch, for example to resume a training."
-        self.epoch = epoch
 
 # %% ../nbs/evaluation/34_reid.ipynb #a03ca24b
+@patch
+def set_epoch(
+    self: PKSampler,
+    epoch: int,  # ≥ 0; each pass through the batches adds 1
+):
+    "Set the epoch, for example to resume a training."
+    self.epoch = epoch
+
+
 @patch
 def __iter__(self: PKSampler) -> Iterator[list[int]]:
     rng = np.random.RandomState([self.seed, self.epoch])
@@ -593,10 +587,9 @@ def plot_ranked_gallery(
 ) -> np.ndarray:  # axes, one row for each query, [n, 1 + top]
     "Show queries with their nearest gallery pictures, right and wrong ones framed."
     distances, (persons, cameras, others, their_cameras) = _check_rankings(
-        torch.as_tensor(distances).cpu(), *data.labels)
-    chosen = torch.tensor(list(queries))
-    if chosen.ndim != 1 or not len(chosen) or \
-       not 0 <= chosen.min() <= chosen.max() < len(persons):
+        distances, *data.labels)
+    chosen = torch.tensor([int(query) for query in queries])
+    if not len(chosen) or not 0 <= chosen.min() <= chosen.max() < len(persons):
         raise ValueError(f'queries must be in 0..{len(persons) - 1}, '
                          f'got {chosen.tolist()}')
     left_out = persons[chosen, None] == others

@@ -95,6 +95,7 @@ def _labels(same, count):
 def as_int64(
     name: str,  # name of the argument, for error messages
     values,  # integers of any width, signed or not, any shape
+    count: int | None = None,  # how many there must be, [count]; None: any shape
 ) -> np.ndarray:  # int64, same shape
     "Convert integers to int64; refuse what does not fit."
     if isinstance(values, Tensor): values = values.detach().cpu()
@@ -103,6 +104,8 @@ def as_int64(
         raise TypeError(f'{name} must be integers, got {values.dtype}')
     if values.dtype.kind == 'u' and values.size and values.max() >= 2**63:
         raise ValueError(f'{name} must be below 2**63, got {values.max()}')
+    if count is not None and values.shape != (count,):
+        raise ValueError(f'{name} must be [{count}], got shape {values.shape}')
     return values.astype(np.int64)
 
 # %% ../nbs/evaluation/35_verification.ipynb #8767eeec
@@ -679,19 +682,15 @@ def template_features(
     check_matrix('features', features, M=1, d=1)
     check_finite('features', features.cpu())
     features = at_least_float32(features)
-    keys = _keys(count, templates=templates, media=media)
+    keys = np.stack([as_int64('templates', templates, count),
+                     as_int64('media', media, count)], 1)
     if flipped is not None:
         if flipped.shape != features.shape:
             raise ValueError(f'flipped must be {tuple(features.shape)}, as features '
                              f'are, got {tuple(flipped.shape)}')
         features = features + flipped
     if not norm_weights: features = unit_features(features)
-    if detector_scores is not None:
-        weights = _numbers('detector_scores', detector_scores)
-        if weights.shape != (count,) or weights.min() < 0:
-            raise ValueError(f'detector_scores must be {count} numbers ≥ 0, '
-                             f'got {len(weights)} from {weights.min():g}')
-        features = features * torch.as_tensor(weights).to(features)[:, None]
+    if detector_scores is not None: features = _weighted(features, detector_scores)
     groups, medium, sizes = np.unique(keys, axis=0, return_inverse=True,
                                       return_counts=True)
     means = _sums(features, medium.ravel(), len(groups))
@@ -701,13 +700,13 @@ def template_features(
     return Templates(ids, unit_features(sums, 'templates'))
 
 # %% ../nbs/evaluation/35_verification.ipynb #d339a5ef
-def _keys(count, **columns):
-    "The integers of each image as a row, [M, 2]."
-    keys = [as_int64(name, values) for name, values in columns.items()]
-    for name, key in zip(columns, keys, strict=True):
-        if key.shape != (count,):
-            raise ValueError(f'{name} must be {count} integers, got shape {key.shape}')
-    return np.stack(keys, 1)
+def _weighted(features, scores):
+    "Each row times its score, ≥ 0."
+    weights, count = _numbers('detector_scores', scores), len(features)
+    if weights.shape != (count,) or weights.min() < 0:
+        raise ValueError(f'detector_scores must be {count} numbers ≥ 0, '
+                         f'got {len(weights)} from {weights.min():g}')
+    return features * torch.as_tensor(weights).to(features)[:, None]
 
 
 def _sums(rows, group, count):

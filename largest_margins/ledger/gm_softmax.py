@@ -57,13 +57,7 @@ def distance_from_simplex(
     b = 1 / (k - 1)
     a = slope + b
     room = 2 * a / k - b
-    excess = scale * (a + offset) + math.log(b)  # Δ
-    if not target_in_sum: excess += scale * loss
-    elif loss > 0: excess += loss + math.log(-math.expm1(-loss))
-    else: excess = -math.inf
-    if excess < -1e-6 * scale:  # the rounding of a loss in float32
-        raise ValueError(f'loss = {loss} is below the least possible one')
-    excess = max(excess, 0.)
+    excess = _excess(loss, scale, scale * (a + offset) + math.log(b), target_in_sum)
     curvature = (2 * scale - 1 + math.exp(-2 * scale)) / 4  # κ
     def total(budget):  # ‖S‖ if the first term is all
         return math.sqrt(2 * a * budget / (scale * b * room))
@@ -75,6 +69,16 @@ def distance_from_simplex(
     return SimplexDistance(
         min(total(excess) / k, 1.), min(math.sqrt(4 * excess / (scale * k * room)), 2.),
         min(math.sqrt(excess / math.log1p(curvature)), 1.), math.acos(min(cosine, 1.)))
+
+# %% ../../nbs/theory/08_gm_softmax.ipynb #be463fa1
+def _excess(loss, scale, lowest, target_in_sum):
+    "Δ: how far the loss is above its least value, on the scale of cosines times s."
+    if not target_in_sum: excess = lowest + scale * loss
+    elif loss > 0: excess = lowest + loss + math.log(-math.expm1(-loss))
+    else: excess = -math.inf
+    if excess < -1e-6 * scale:  # the rounding of a loss in float32
+        raise ValueError(f'loss = {loss} is below the least possible one')
+    return max(excess, 0.)
 
 # %% ../../nbs/theory/08_gm_softmax.ipynb #49379e4c
 _FAMILY = (NormFaceLoss(8.), CosFaceLoss(8., .35), ArcFaceLoss(8., .5),

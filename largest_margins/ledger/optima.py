@@ -134,17 +134,12 @@ def _mc_exact(sign=-1):
     return sum(len(sympy.Add.make_args(x)) for x in left if x != 0), 0
 
 # %% ../../nbs/theory/11d_optima_checks.ipynb #96f6c2ef
-def _two_sizes(loss, factor, frequent, rare, scale, **options):
+def _two_sizes(loss, factor, frequent, rare, scale):
     "The class margin, degrees, of a certified optimum near the ratio of merging."
     ratio = factor * collapse_ratio(loss(scale), frequent, rare)
     sizes = torch.tensor([ratio] * frequent + [1.] * rare, dtype=torch.float64)
-    made, k = loss(scale, weight=sizes, **options), len(sizes)
-    targets = torch.arange(k)
-    torch.manual_seed(0)
-    start = torch.randn(2, k, k + 1, dtype=torch.float64)
-    for _ in range(2):  # the second time from where the first one stopped
-        _, *start = descend(lambda W, Z: made(Z @ W.T, targets), *start)
-    W, Z = start
+    made, k = loss(scale, weight=sizes), len(sizes)
+    _, W, Z = anneal(made, k, k + 1, (scale, scale))  # again from where it stopped
     certified = certify_optimum(made, W, Z)
     if certified.gap > 1e-5 * abs(certified.value): raise ArithmeticError('no optimum')
     return class_margin(W).rad2deg().item()

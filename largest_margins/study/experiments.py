@@ -67,8 +67,8 @@ MEASURED = ('accuracy', 'best_accuracy', 'balanced_accuracy', 'rare_accuracy',
 
 # %% ../../nbs/study/31_experiments.ipynb #7a2d9e75
 @dataclass(frozen=True, eq=False)
-class _Trained:
-    "What one training leaves behind."
+class Result:
+    "One trained configuration, measured on both splits."
     configuration: object  # what was trained, a `Configuration`
     bound: float  # the best possible class margin, degrees
     train_margins: dict  # sample margins of the training split, without augmentation
@@ -92,52 +92,56 @@ class _Trained:
         if name in MEASURED: return self.measured[name]
         raise AttributeError(f'Result has no attribute {name!r}')
 
-    @property
-    def margins(self) -> Tensor:  # float64, [M]
-        "The sample margins of the test split; nan if it diverged."
-        return _margins(self.cosines, self.targets, self.diverged)
-
-    @property
-    def test_margins(self) -> dict:
-        "The sample margins of the test split, see `describe_margins`."
-        return describe_margins(self.margins, self.targets, len(self.classes))
-
 # %% ../../nbs/study/31_experiments.ipynb #31cff4f8
-class Result(_Trained):
-    "One trained configuration, measured on both splits."
+@patch(as_prop=True)
+def margins(self: Result) -> Tensor:  # float64, [M]
+    "The sample margins of the test split; nan if it diverged."
+    return _margins(self.cosines, self.targets, self.diverged)
 
-    @property
-    def optimum(self) -> float | None:
-        "The class margin at the loss's optimum, degrees; None: not known."
-        return self.configuration.optimum(self.counts, self.prototypes.shape[1])
 
-    @property
-    def confusion(self) -> Tensor:  # [k, k]
-        "Test images by true class (row) and predicted class (column)."
-        k = len(self.classes)
-        return torch.bincount(k * self.targets + self.predictions,
-                              minlength=k * k).view(k, k)
+@patch(as_prop=True)
+def test_margins(self: Result) -> dict:
+    "The sample margins of the test split, see `describe_margins`."
+    return describe_margins(self.margins, self.targets, len(self.classes))
 
-    @property
-    def class_accuracies(self) -> Tensor:  # percent, [k]
-        "Accuracy within each class; nan where there are no test images, or diverged."
-        hits = self.confusion.double()
-        return 100 * hits.diagonal() / hits.sum(1) + (math.nan if self.diverged else 0)
 
-    def shots(
-        self,
-        at_least: float,  # training images of a class
-        at_most: float,  # training images of a class
-    ) -> Tensor:  # whether each class has, bool, [k]
-        "Which classes have so many training images."
-        counts = torch.tensor(self.counts)
-        return (counts >= at_least) & (counts <= at_most)
+@patch(as_prop=True)
+def optimum(self: Result) -> float | None:
+    "The class margin at the loss's optimum, degrees; None: not known."
+    return self.configuration.optimum(self.counts, self.prototypes.shape[1])
 
-    @property
-    def rarer_half(self) -> Tensor:  # indices, [⌊k/2⌋]; none if all are as frequent
-        "The classes with the fewest training images."
-        order = torch.tensor(self.counts).argsort(stable=True)
-        return order[:len(order) // 2 if len(set(self.counts)) > 1 else 0]
+# %% ../../nbs/study/31_experiments.ipynb #342b2f70
+@patch(as_prop=True)
+def confusion(self: Result) -> Tensor:  # [k, k]
+    "Test images by true class (row) and predicted class (column)."
+    k = len(self.classes)
+    return torch.bincount(k * self.targets + self.predictions,
+                          minlength=k * k).view(k, k)
+
+
+@patch(as_prop=True)
+def class_accuracies(self: Result) -> Tensor:  # percent, [k]
+    "Accuracy within each class; nan where there are no test images, or diverged."
+    hits = self.confusion.double()
+    return 100 * hits.diagonal() / hits.sum(1) + (math.nan if self.diverged else 0)
+
+# %% ../../nbs/study/31_experiments.ipynb #339addbf
+@patch
+def shots(
+    self: Result,
+    at_least: float,  # training images of a class
+    at_most: float,  # training images of a class
+) -> Tensor:  # whether each class has, bool, [k]
+    "Which classes have so many training images."
+    counts = torch.tensor(self.counts)
+    return (counts >= at_least) & (counts <= at_most)
+
+
+@patch(as_prop=True)
+def rarer_half(self: Result) -> Tensor:  # indices, [⌊k/2⌋]; none if all are as frequent
+    "The classes with the fewest training images."
+    order = torch.tensor(self.counts).argsort(stable=True)
+    return order[:len(order) // 2 if len(set(self.counts)) > 1 else 0]
 
 # %% ../../nbs/study/31_experiments.ipynb #aa3101aa
 def _margins(cosines, targets, diverged):

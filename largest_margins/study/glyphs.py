@@ -119,9 +119,6 @@ def _complete(folder, **settings):
         note = dict(made_by='largest_margins.study.glyphs', **settings, entries=entries)
         write_file(new/_NOTE, json.dumps(note))
 
-# %% ../../nbs/study/26_glyphs.ipynb #cca19b8c
-def _save(picture, path): Image.fromarray(picture).save(path)
-
 # %% ../../nbs/study/26_glyphs.ipynb #01d67ec6
 def write_glyph_market(
     folder: str | Path,  # folder to write: new, empty, or written before
@@ -142,22 +139,17 @@ def write_glyph_market(
     with _complete(folder, kind='market', seed=seed, **settings) as new:
         for split in ('bounding_box_train', 'query', 'bounding_box_test'):
             (new/split).mkdir()
-        def save(split, characters, camera, pictures, box=1):
-            for character, picture in zip(characters, pictures):
-                person = glyph_characters().find(character) + 1
-                name = _market_name(person, character, camera, box)
-                _save(picture, new/split/name)
+        gallery = new/'bounding_box_test'
         for camera, face in enumerate(FACES):
-            save('bounding_box_train', train, camera, draw_glyphs(train, face))
+            _save(new/'bounding_box_train', train, camera, draw_glyphs(train, face))
             pictures = draw_glyphs(test, face)
             mine = np.flatnonzero(asked == camera)
-            save('query', [test[i] for i in mine], camera, pictures[mine], box=0)
+            _save(new/'query', [test[i] for i in mine], camera, pictures[mine], box=0)
             pictures[mine] = np.roll(pictures[mine], 1, axis=2)
-            save('bounding_box_test', test, camera, pictures)
-            if passers_by:
-                save('bounding_box_test', passers_by, camera,
-                     draw_glyphs(passers_by, face))
-        _save_junk(new/'bounding_box_test', test, rng, junk)
+            _save(gallery, test, camera, pictures)
+            if passers_by: _save(gallery, passers_by, camera,
+                                 draw_glyphs(passers_by, face))
+        _save_junk(gallery, test, rng, junk)
     return Path(folder)
 
 # %% ../../nbs/study/26_glyphs.ipynb #8118e01d
@@ -165,6 +157,14 @@ def _market_name(person, character, camera, box):
     "Return a name such as 0002_c1s1_000451_03.png."
     person = f'{person:04d}' if person >= 0 else person
     return f'{person}_c{camera + 1}s1_{ord(character):06d}_{box:02d}.png'
+
+
+def _save(folder, characters, camera, pictures, box=1):
+    "Save a picture of each character; those that nobody asks for are person 0."
+    for character, picture in zip(characters, pictures):
+        person = glyph_characters().find(character) + 1
+        name = _market_name(person, character, camera, box)
+        Image.fromarray(picture).save(folder/name)
 
 # %% ../../nbs/study/26_glyphs.ipynb #1b8fbba7
 def _save_junk(folder, characters, rng, n):
@@ -174,7 +174,8 @@ def _save_junk(folder, characters, rng, n):
         picture, = draw_glyphs(character, FACES[camera])
         top, left = rng.randint(0, 2, size=2) * 14
         corner = picture[top:top + 14, left:left + 14].repeat(2, 0).repeat(2, 1)
-        _save(corner, folder/_market_name(-1, character, camera, 2))
+        name = _market_name(-1, character, camera, 2)
+        Image.fromarray(corner).save(folder/name)
 
 # %% ../../nbs/study/26_glyphs.ipynb #a4871394
 def glyph_name(
@@ -206,7 +207,8 @@ def write_glyph_pairs(
         for character in test: (new/glyph_name(character)).mkdir()
         for face, typeface in enumerate(FACES):
             for character, picture in zip(test, draw_glyphs(test, typeface)):
-                _save(picture, new/f'{_picture(glyph_name(character), face)}.png')
+                name = _picture(glyph_name(character), face)
+                Image.fromarray(picture).save(new/f'{name}.png')
     return Path(folder)
 
 # %% ../../nbs/study/26_glyphs.ipynb #f80ea904

@@ -76,9 +76,12 @@ class _IdentityFields(TrainingFields):
         if share: loss.label_smoothing = share
         return loss
 
-    def optimum(self, class_counts, d):
-        "As for the loss alone; None with a triplet loss."
-        return None if self.triplet else super().optimum(class_counts, d)
+# %% ../../nbs/study/39_identities.ipynb #b7300826
+@patch
+def optimum(self: _IdentityFields, class_counts, d):
+    "As for the loss alone; None with a triplet loss."
+    if self.triplet: return None
+    return super(_IdentityFields, self).optimum(class_counts, d)
 
 # %% ../../nbs/study/39_identities.ipynb #426ef43c
 class IdentityConfiguration(_IdentityFields):
@@ -148,28 +151,30 @@ class RandomErasing:
     ):
         self.share = share
 
-    def __call__(
-        self,
-        x: Tensor,  # images, bytes, [n, c, h, w]
-        generator: torch.Generator | None = None,  # source of randomness
-    ) -> Tensor:  # bytes, [n, c, h, w]
-        n, _, h, w = x.shape
-        where = x.device if generator is None else generator.device
-        def draw(low, high):
-            part = torch.rand(n, 1, generator=generator, device=where)
-            return (low + (high - low) * part).to(x.device)
-        def within(size, most):
-            size = size.round().clamp(1, most - 1)
-            start = (draw(0, 1) * (most - size + 1)).floor()
-            line = torch.arange(most, device=x.device)
-            return (line >= start) & (line < start + size)
-        area, turned = draw(.02, .4) * h * w, draw(.3, 1 / .3)  # height over width
-        rows = within((area * turned).sqrt(), h)
-        columns = within((area / turned).sqrt(), w)
-        erased = rows[:, None, :, None] & columns[:, None, None]
-        erased &= (draw(0, 1) < self.share)[:, :, None, None]
-        mean = x.float().mean((0, 2, 3), keepdim=True).to(x.dtype)
-        return torch.where(erased, mean, x)
+# %% ../../nbs/study/39_identities.ipynb #eb676dd3
+@patch
+def __call__(
+    self: RandomErasing,
+    x: Tensor,  # images, bytes, [n, c, h, w]
+    generator: torch.Generator | None = None,  # source of randomness
+) -> Tensor:  # bytes, [n, c, h, w]
+    n, _, h, w = x.shape
+    where = x.device if generator is None else generator.device
+    def draw(low, high):
+        part = torch.rand(n, 1, generator=generator, device=where)
+        return (low + (high - low) * part).to(x.device)
+    def within(size, most):
+        size = size.round().clamp(1, most - 1)
+        start = (draw(0, 1) * (most - size + 1)).floor()
+        line = torch.arange(most, device=x.device)
+        return (line >= start) & (line < start + size)
+    area, turned = draw(.02, .4) * h * w, draw(.3, 1 / .3)  # height over width
+    rows = within((area * turned).sqrt(), h)
+    columns = within((area / turned).sqrt(), w)
+    erased = rows[:, None, :, None] & columns[:, None, None]
+    erased &= (draw(0, 1) < self.share)[:, :, None, None]
+    mean = x.float().mean((0, 2, 3), keepdim=True).to(x.dtype)
+    return torch.where(erased, mean, x)
 
 # %% ../../nbs/study/39_identities.ipynb #39c0de07
 def triplet_loss(
@@ -283,17 +288,22 @@ def measure(
     return dict(diverged=diverged, measured=measured, identities=len(W),
                 bound=math.degrees(class_margin_bound(*W.shape).radians),
                 seconds=time.perf_counter() - start, history=history,
-                **task.sizes, **further)
+                **self._sizes(task), **further)
 
 # %% ../../nbs/study/39_identities.ipynb #e32e4b79
-def _who(c, record):
-    "What a note says first."
+@patch
+def note(
+    self: IdentityConfiguration,
+    record: dict,  # the record of a run
+) -> str:
+    "Say what was measured, for the foot of a table."
     drawn = (' (letters: a check of the machinery, not a result about people)'
-             if c.dataset == 'glyphs' else '')
-    return (f'{Path(c.dataset).name}{drawn}, {record["identities"]} identities to '
-            f'train with, {c.epochs} epochs, {c.body}. No identity is in training and '
-            'test. The class margin is that of the prototypes of the training, at most '
-            f'{record["bound"]:.2f}°')
+             if self.dataset == 'glyphs' else '')
+    return '. '.join([
+        f'{Path(self.dataset).name}{drawn}, {record["identities"]} identities to train '
+        f'with, {self.epochs} epochs, {self.body}', 'No identity is in training and '
+        'test', 'The class margin is that of the prototypes of the training, at most '
+        f'{record["bound"]:.2f}°', self._how(record), *record.get('warnings', [])])
 
 # %% ../../nbs/study/39_identities.ipynb #625ff886
 _FOLDERS = dict(market1501='Market-1501-v15.09.15', dukemtmc='DukeMTMC-reID')
@@ -331,11 +341,6 @@ class ReIDTask:
     gallery: Tensor | ImageFiles  # bytes, [G, c, h, w]
     labels: tuple  # persons and cameras of queries, then of the gallery
 
-    @property
-    def sizes(self) -> dict:
-        "What a record holds of it."
-        return dict(queries=len(self.query), gallery=len(self.gallery))
-
 # %% ../../nbs/study/39_identities.ipynb #0f0fa24b
 @cache
 def reid_task(
@@ -357,6 +362,9 @@ class ReIDConfiguration(IdentityConfiguration):
 
     _names = 'mAP', 'rank1', 'rank5', 'mINP'
 
+    def _sizes(self, task):
+        return dict(queries=len(task.query), gallery=len(task.gallery))
+
     def _task(self):
         return reid_task(self.dataset, self.data, self.despite_withdrawal, self.size,
                          self.channels)
@@ -364,8 +372,7 @@ class ReIDConfiguration(IdentityConfiguration):
     def _examine(self, learn, task):
         query, gallery = (embed(learn, x) for x in (task.query, task.gallery))
         result = evaluate(cosine_distances(query, gallery), *task.labels)
-        persons, cameras, *others = task.labels
-        everyone = [torch.cat(pair) for pair in zip((persons, cameras), others)]
+        everyone = [torch.cat(pair) for pair in zip(task.labels[:2], task.labels[2:])]
         shots = {n: few_shot_accuracy(torch.cat([query, gallery]), *everyone, n)
                  for n in (1, 3)}
         transfer = measure(SimpleNamespace(shots=shots), ('one_shot', 'three_shot'))
@@ -377,15 +384,10 @@ class ReIDConfiguration(IdentityConfiguration):
         with reid_folder(self.dataset, self.data, self.despite_withdrawal) as data:
             return str(data), ''
 
-    def note(
-        self,
-        record: dict,  # the record of a run
-    ) -> str:
-        "Say what was measured, for the foot of a table."
-        return '. '.join([
-            _who(self, record), 'Single query, matches on other cameras only, average '
-            'precision as the mean of the precisions at the matches, cosines of '
-            'features after the neck, no re-ranking', *record.get('warnings', [])])
+    def _how(self, record):
+        return ('Single query, matches on other cameras only, average precision as the '
+                'mean of the precisions at the matches, cosines of features after the '
+                'neck, no re-ranking')
 
 # %% ../../nbs/study/39_identities.ipynb #39c0de13
 def few_shot_accuracy(
@@ -414,11 +416,6 @@ class PairsTask:
     training: ImageData  # classes are the identities
     pairs: list[Pair]  # pairs of images, in the order of their file
     root: Path | None  # folder of the pairs' images; None: pairs hold the images
-
-    @property
-    def sizes(self) -> dict:
-        "What a record holds of it."
-        return dict(pairs=len(self.pairs))
 
 # %% ../../nbs/study/39_identities.ipynb #6df8bd12
 @cache
@@ -472,6 +469,8 @@ class PairsConfiguration(IdentityConfiguration):
 
     def _task(self): return pairs_task(self.dataset, self.size, self.channels)
 
+    def _sizes(self, task): return dict(pairs=len(task.pairs))
+
     def _examine(self, learn, task):
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', UserWarning)  # said by the record instead
@@ -484,22 +483,18 @@ class PairsConfiguration(IdentityConfiguration):
             accuracies=folds.accuracies.tolist(), thresholds=folds.thresholds.tolist(),
             standard_deviation=100 * folds.std, warnings=notes)
 
-    def describe(self) -> tuple[str, str]:  # the data, this part
-        "Say what a dry run prints; refuse bad data."
-        if self.dataset == 'glyphs':
-            return ('glyphs: 250 letters in 6 typefaces to train with, 6000 pairs of '
-                    '250 others', '')
-        paths, _, classes, pairs = _pairs_folder(self.dataset)
-        return (f'{Path(self.dataset).name}: {len(paths)} images of {len(classes)} '
-                f'identities to train with, {len(pairs)} pairs of others', '')
+    def _how(self, record):
+        return (f'{record["pairs"]} pairs in 10 folds: the accuracy on a fold is that '
+                'at the threshold which is best on the other nine, the standard error '
+                'is that of its mean over the folds')
 
-    def note(
-        self,
-        record: dict,  # the record of a run
-    ) -> str:
-        "Say what was measured, for the foot of a table."
-        return '. '.join([
-            _who(self, record), f'{record["pairs"]} pairs in 10 folds: the accuracy on '
-            'a fold is that at the threshold which is best on the other nine, the '
-            'standard error is that of its mean over the folds',
-            *record.get('warnings', [])])
+# %% ../../nbs/study/39_identities.ipynb #367fa5bc
+@patch
+def describe(self: PairsConfiguration) -> tuple[str, str]:  # the data, this part
+    "Say what a dry run prints; refuse bad data."
+    if self.dataset == 'glyphs':
+        return ('glyphs: 250 letters in 6 typefaces to train with, 6000 pairs of '
+                '250 others', '')
+    paths, _, classes, pairs = _pairs_folder(self.dataset)
+    return (f'{Path(self.dataset).name}: {len(paths)} images of {len(classes)} '
+            f'identities to train with, {len(pairs)} pairs of others', '')

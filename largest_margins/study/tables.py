@@ -243,19 +243,13 @@ class Line:
     values: dict  # name in `MEASURES` → the numbers of the others, a list
     printed: dict  # name in `MEASURES` → the slides' number
 
-    def mean(
-        self,
-        name: str,  # a name in `MEASURES`
-    ) -> float:  # nan if there is no number
-        "Return the mean over the seeds."
+    def mean(self, name: str) -> float:
+        "Return the mean of a measure over the seeds; nan if there is no number."
         numbers = self.values.get(name)
         return statistics.fmean(numbers) if numbers else math.nan
 
-    def std(
-        self,
-        name: str,  # a name in `MEASURES`
-    ) -> float:  # nan for fewer than two seeds
-        "Return the standard deviation over the seeds, with n − 1."
+    def std(self, name: str) -> float:
+        "Return its standard deviation, with n − 1; nan for fewer than two seeds."
         numbers = self.values.get(name, [])
         return statistics.stdev(numbers) if len(numbers) > 1 else math.nan
 
@@ -397,19 +391,11 @@ def make_table(
     changes = {name: value for name, value in changes.items() if value is not None}
     recipe = _chosen(recipe, settings, changes.pop('scale', None))
     runs, lines, known = _planned(recipe, dataset, rows, seeds, changes, dry_run)
-    done = [run for run, _ in read_records(runs, out)]
-    missing = [run for run in runs if run not in done]
-    begun = [run for run in missing if (out/run.checkpoint).exists()]
-    if done: tell(f'{len(done)} of {len(runs)} runs are there already')
-    if begun: tell(f'{len(begun)} of {len(runs)} runs have begun')
+    done, missing = _left(runs, out, tell, refuses=not (resume or dry_run))
     if dry_run:
         for line in (*lines, f'{len(runs)} runs, {len(missing)} to train'): tell(line)
         if missing and known: tell(_estimate(missing, jobs, threads))
         return True
-    if (done or begun) and not resume:
-        raise ValueError(f'out must be another directory, {out} has '
-                         f'{len(done) + len(begun)} of these runs, finished or begun: '
-                         'to keep them and train the others, resume')
     _refuse_another(out/'table.md', _title(recipe, runs[0]))
     for run in done: Checkpoint(out/run.checkpoint).remove()  # killed in between
     complete = _run_all(recipe, missing, out, jobs, threads, tell)
@@ -417,6 +403,20 @@ def make_table(
     if finished: _write(summarise(recipe, finished, out), out, tell)
     if not complete: tell(f'stopped: {len(finished)} of {len(runs)} runs complete')
     return complete
+
+# %% ../../nbs/study/37_tables.ipynb #f9633454
+def _left(runs, out, tell, refuses):
+    "The runs that are finished, and the others; an error if there are any, if asked."
+    done = [run for run, _ in read_records(runs, out)]
+    missing = [run for run in runs if run not in done]
+    begun = [run for run in missing if (out/run.checkpoint).exists()]
+    if done: tell(f'{len(done)} of {len(runs)} runs are there already')
+    if begun: tell(f'{len(begun)} of {len(runs)} runs have begun')
+    if refuses and (done or begun):
+        raise ValueError(f'out must be another directory, {out} has '
+                         f'{len(done) + len(begun)} of these runs, finished or begun: '
+                         'to keep them and train the others, resume')
+    return done, missing
 
 # %% ../../nbs/study/37_tables.ipynb #df756e0f
 def _chosen(recipe, settings, scale):

@@ -189,7 +189,7 @@ def _is_sample_margin(loss, k):
     return bool(getattr(loss, 'sample_margin', 0)
                 and torch.isclose(loss(row, first), 2 * loss(row / 2, first)))
 
-
+# %% ../../nbs/theory/11b_optima.ipynb #8cc178b3
 def collapse_ratio(
     loss: torch.nn.Module,  # convex in the cosines; its weights are ignored
     num_frequent: int,  # A ≥ 1 frequent classes; labels 0 … A − 1

@@ -62,34 +62,36 @@ class _Programme:
         self.parts = np.cumsum([degree, 3, *(m * (m + 1) // 2 for m in self.sizes),
                                 len(self.orders)])  # where b, F_0, F_1, …, q, η begin
 
-    def pairs(self, y):
-        "The left side of (eq-two), less c_0, plus η, at u = −1 + (1 + s)·y."
-        u = self.width * y - 1
-        zero, one = np.zeros_like(u), np.ones_like(u)
-        matrices = 3 * _kernels(self.d, self.degree, u, u, one)
-        return np.column_stack([*_gegenbauer(self.d, self.degree, u)[1:], zero, 2 * one,
-                                one, matrices, *[zero] * len(self.orders), one])
+# %% ../../nbs/theory/04b_three_point.ipynb #86f4993e
+def _pairs(programme, y):
+    "The left side of (eq-two), less c_0, plus η, at u = −1 + (1 + s)·y."
+    d, n, u = programme.d, programme.degree, programme.width * y - 1
+    zero, one = np.zeros_like(u), np.ones_like(u)
+    return np.column_stack([
+        *_gegenbauer(d, n, u)[1:], zero, 2 * one, one, 3 * _kernels(d, n, u, u, one),
+        *[zero] * len(programme.orders), one])
 
-    def triples(self, y):
-        "The left side of (eq-three) plus q·D and η at points of the cube, y [3, N]."
-        X, r = self.width * y - 1, self.degree - 2
-        zero, one = np.zeros_like(X[0]), np.ones_like(X[0])
-        basis = [[math.comb(r, i) * z**i * (1 - z)**(r - i) for i in range(r + 1)]
-                 for z in y]
-        q = [sum(basis[0][i] * basis[1][j] * basis[2][m] for i, j, m in set(
-            permutations(order))) for order in self.orders]
-        D = 1 + 2 * X.prod(0) - (X**2).sum(0)
-        matrices = _kernels(self.d, self.degree, *X)
-        return np.column_stack([*[zero] * (self.degree + 2), one, matrices,
-                                *(D * x for x in q), one])
+# %% ../../nbs/theory/04b_three_point.ipynb #215e05e3
+def _triples(programme, y):
+    "The left side of (eq-three) plus q·D and η at points of the cube, y [3, N]."
+    X, n, r = programme.width * y - 1, programme.degree, programme.degree - 2
+    zero, one = np.zeros_like(X[0]), np.ones_like(X[0])
+    basis = [[math.comb(r, i) * z**i * (1 - z)**(r - i) for i in range(r + 1)]
+             for z in y]
+    q = [sum(basis[0][i] * basis[1][j] * basis[2][m] for i, j, m in set(
+        permutations(order))) for order in programme.orders]
+    D = 1 + 2 * X.prod(0) - (X**2).sum(0)
+    return np.column_stack([*[zero] * (n + 2), one, _kernels(programme.d, n, *X),
+                            *(D * x for x in q), one])
 
-    def points(self):
-        "f(1) + b_11 + Σ F_0[a, b] − c_0 as a linear function of the unknowns."
-        row = np.zeros(self.parts[-1] + 1)
-        row[:self.degree + 1] = 1
-        row[self.parts[1]:self.parts[2]] = [1 if i == j else math.sqrt(2)
-                                            for i, j in _triangle(self.sizes[0])]
-        return row
+# %% ../../nbs/theory/04b_three_point.ipynb #85167835
+def _points(programme):
+    "f(1) + b_11 + Σ F_0[a, b] − c_0 as a linear function of the unknowns."
+    n, (_, start, end, *_, last) = programme.degree, programme.parts
+    row = np.zeros(last + 1)
+    row[:n + 1] = 1
+    row[start:end] = [1 if i == j else math.sqrt(2) for i, j in _triangle(n + 1)]
+    return row
 
 # %% ../../nbs/theory/04b_three_point.ipynb #0cd3d84b
 def _chebyshev(number):
@@ -114,8 +116,8 @@ def _solve(programme, pairs, triples):
     b, F, q, end = (programme.parts[i] for i in (0, 1, -2, -1))
     unit = np.eye(end + 1)
     signs = [*range(b), *range(q, end)]  # c and q are not negative
-    inequalities = np.concatenate([-unit[signs], programme.pairs(pairs),
-                                   programme.triples(triples), [programme.points()]])
+    inequalities = np.concatenate([-unit[signs], _pairs(programme, pairs),
+                                   _triples(programme, triples), [_points(programme)]])
     limits = np.concatenate([np.zeros(len(signs)), -np.ones(len(pairs)),
                              np.zeros(triples.shape[1]), [programme.k - 1 - _SPARE]])
     small = -unit[b:F] * [[1], [math.sqrt(2)], [1]]
@@ -145,7 +147,7 @@ def _maxima(programme, x, grid=48, most=400):
     nodes = (1 - np.cos(np.arange(.5, n + 1) * math.pi / (n + 1))) / 2
     index = list(combinations_with_replacement(range(n + 1), 3))
     values, at = np.empty((n + 1,) * 3), _chebyshev(grid)
-    for e, y in zip(index, programme.triples(nodes[np.array(index)].T) @ x):
+    for e, y in zip(index, _triples(programme, nodes[np.array(index)].T) @ x):
         for order in permutations(e): values[order] = y
     M = _interpolation(nodes, at)
     V = np.einsum('ai,bj,cl,ijl->abc', M, M, M, values, optimize=True)
@@ -167,7 +169,7 @@ def _maxima(programme, x, grid=48, most=400):
 def _with_cuts(programme, pairs, triples, rounds):
     "Solve, add the points where the polynomials stick out, again: unknowns, points."
     line = _chebyshev(1000)
-    rows = programme.pairs(line)
+    rows = _pairs(programme, line)
     for _ in range(rounds):
         x = _solve(programme, pairs, triples)
         room, excess = abs(x[-1]), rows @ x + 1  # above −η
