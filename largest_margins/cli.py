@@ -138,22 +138,23 @@ def _run(argv):
     warnings.filterwarnings('ignore', 'Creating legend')  # of a busy machine
     outputs = [path for name in ('json', 'html', 'out')
                if (path := getattr(args, name, None)) is not None]
-    _check_outputs(args, outputs)
-    if '-' not in outputs: return args.run(args)
+    if 1 not in _check_outputs(args, outputs): return args.run(args)
     with redirect_stdout(sys.stderr): return args.run(args)  # the output is a file
 
 # %% ../nbs/study/33_cli.ipynb #b2fe7ca5
 def _check_outputs(args, outputs):
-    "Refuse what cannot be written before there is any work."
-    if not outputs: return
-    from largest_margins.files import check_output
-    inputs = [*getattr(args, 'file', ()), getattr(args, 'classes', None)]
+    "Refuse what cannot be written before there is any work; say where it goes."
+    if not outputs: return []
+    from largest_margins.files import _descriptor, check_output
+    inputs, places = [*getattr(args, 'file', ()), getattr(args, 'classes', None)], []
     for path in outputs:
         if args.command in ('train', 'table', 'demo'): path = Path(path, 'table.html')
         check_output(path, *filter(None, inputs))
-    files = [path for path in map(os.path.realpath, filter('-'.__ne__, outputs))
-             if os.path.isfile(path) or not os.path.exists(path)]
-    if len({*files}) < len(files): raise ValueError(f'{path} cannot be two files')
+        number = _descriptor(path)  # 1 is the standard output, by any name
+        places.append(os.path.realpath(path) if number is None else number)
+    whole = [x for x in places if os.path.isfile(x) or not os.path.exists(x) or x == 1]
+    if len({*whole}) < len(whole): raise ValueError(f'{path} cannot be two files')
+    return places
 
 # %% ../nbs/study/33_cli.ipynb #481fa14e
 @contextmanager

@@ -164,7 +164,7 @@ def _outputs_as_rows(graph, arrays):
 # %% ../nbs/study/40_inspect.ipynb #a1c40007
 def _places(path):
     "Which part holds which tensor, as an index says."
-    try: places = json.loads(path.read_text(encoding='utf-8'))['weight_map']
+    try: places = json.loads(path.read_text(encoding='utf-8-sig'))['weight_map']
     except (ValueError, LookupError, TypeError, RecursionError) as e:
         raise ValueError(f'{path} is JSON, but no index of parts with tensors') from e
     if not isinstance(places, dict) or not all(
@@ -185,7 +185,7 @@ def _from_index(path):
 
 # %% ../nbs/study/40_inspect.ipynb #cdd1141a
 _SUFFIXES = ('.safetensors', '.pth', '.pt', '.bin', '.ckpt', '.npz', '.npy', '.onnx',
-             '.pkl', '.tar', '.th', '.pyth')
+             '.pkl', '.tar', '.th', '.pyth', '.pdparams')
 
 
 def _in_folder(folder):
@@ -197,17 +197,25 @@ def _in_folder(folder):
                    [p for p in whole if p.stem in ('model', 'pytorch_model')]):
         if len(choice) == 1: return choice[0]
     for name, what, line in _FOLDERS:
-        if (folder/name).exists(): raise ValueError(f'{folder} is {what}: {line}')
+        if any(folder.glob(name)): raise ValueError(f'{folder} is {what}: {line}')
+    if len(files) == 1: return files[0]  # whose reader says what it is
     if not whole: raise ValueError(f'{folder} is a folder without a file of tensors')
     raise ValueError(f'{folder} is a folder: name one of its files, '
                      f'{", ".join(p.name for p in whole[:12])}')
 
 # %% ../nbs/study/40_inspect.ipynb #571f8132
-_FOLDERS = [
+_TENSORFLOW = ('numpy.savez(NEW, **{name: tensorflow.train.load_variable(PREFIX, name) '
+               'for name, _ in tensorflow.train.list_variables(PREFIX)}), where PREFIX '
+               'is its name without .index')
+_FOLDERS = [  # a file in it, what the folder is, and what to do
     ('.metadata', 'a distributed checkpoint', 'torch.distributed.checkpoint.'
      'format_utils.dcp_to_torch_save(FOLDER, FILE) makes one file of it'),
     ('saved_model.pb', 'a SavedModel of TensorFlow', 'numpy.savez(FILE, **{v.name: '
      'v.numpy() for v in tensorflow.saved_model.load(FOLDER).variables})'),
+    ('*.index', 'a checkpoint of TensorFlow', _TENSORFLOW),
+    ('_*METADATA', 'a checkpoint of Orbax', 'numpy.savez(FILE, **flax.traverse_util.'
+     'flatten_dict(orbax.checkpoint.PyTreeCheckpointer().restore(FOLDER), sep="."))'),
+    ('zero_to_fp32.py', 'a checkpoint of DeepSpeed', 'python zero_to_fp32.py . FILE'),
     ('data.pkl', 'an unpacked file of torch.save', 'zip it again')]
 
 # %% ../nbs/study/40_inspect.ipynb #a1c40009
@@ -251,8 +259,7 @@ _ZIPS = [  # a member, what the archive is, and what to do
     (r'model\.weights\.h5', 'a model of Keras', _KERAS)]
 _NAMES = [  # how its name ends, what the file is, and what to do
     (r'\.(index|meta|data-\d+-of-\d+)', 'a part of a checkpoint of TensorFlow',
-     'numpy.savez(NEW, **{name: tensorflow.train.load_variable(PREFIX, name) for name, '
-     '_ in tensorflow.train.list_variables(PREFIX)})'),
+     _TENSORFLOW),
     (r'\.msgpack', 'a file of Flax',
      'numpy.savez(NEW, **flax.traverse_util.flatten_dict('
      'flax.serialization.msgpack_restore(open(FILE, "rb").read()), sep="."))')]
@@ -269,7 +276,7 @@ def _reader(path, head):
     if head[:4] in (b'PK\3\4', b'PK\5\6'): return _zip_reader(path)
     if head[:6] == b'\x93NUMPY': return _from_numpy
     if path.suffix == '.safetensors': return _from_safetensors
-    if head.lstrip()[:1] == b'{': return _from_index
+    if re.match(rb'(\xef\xbb\xbf)?\s*\{', head): return _from_index
     protobuf = re.match(rb'\x08[\x01-\x1f][\x12\x1a\x22\x2a\x32\x3a\x42]', head)
     return _from_onnx if protobuf else _from_torch
 
@@ -541,6 +548,8 @@ def choose_classifier(
     "Choose the classifier's weight; raise ValueError with a question if in doubt."
     name, notes = find_classifier(tensors, key), []
     weight = tensors[name]
+    if weight.ndim < 2: raise ValueError(f'{name} must be a matrix [k, d], got shape '
+                                         f'{list(weight.shape)}')
     _refuse_parts(tensors, name)
     if transposed is None and weight.ndim == 2 and not _is_kernel(name):
         columns, what = next(_evidence(tensors, name, classes), (False, None))

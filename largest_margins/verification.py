@@ -271,7 +271,8 @@ def read_pairs(
 
 # %% ../nbs/evaluation/35_verification.ipynb #da1b4042
 _PERSON, _NUMBER = r'((?!\.+\s)[^\s/\\]+)', r'0*([1-9][0-9]{0,8})'
-_GENUINE = rf'{_PERSON}\s+{_NUMBER}\s+()\s*{_NUMBER}', 'name n1 n2'
+_GENUINE = (rf'{_PERSON}\s+{_NUMBER}\s+()(?!0*\2$){_NUMBER}',
+            'name n1 n2, with two numbers,')
 _IMPOSTORS = (rf'{_PERSON}\s+{_NUMBER}\s+(?!\1\s){_PERSON}\s+{_NUMBER}',
               'name1 n1 name2 n2, with two names,')
 

@@ -286,6 +286,10 @@ def test_standard_output_is_a_file(tmp_path, capfd):
     with open(tmp_path/'p.safetensors', 'rb') as file:
         assert run('inspect', f'/dev/fd/{file.fileno()}', '--json', '-') == 0
     assert json.loads(capfd.readouterr().out)['class_margin_degrees'] == pytest.approx(109.4712, abs=1e-4)
+    assert run('inspect', tmp_path/'p.safetensors', '--json', '/dev/stdout') == 0
+    assert json.loads(capfd.readouterr().out)['k'] == 4  # and not a word of the report
+    for name in ('-', '/dev/stdout', '/dev/fd/1'):
+        assert run('inspect', tmp_path/'p.safetensors', '--json', '-', '--html', name) == 2
 
 
 def test_closed_streams(monkeypatch, tmp_path):

@@ -768,6 +768,20 @@ def test_key_and_transposed(tmp_path, capsys):
     assert code == 0 and str(inspect_prototypes(W)) in out
 
 
+@pytest.mark.parametrize('names,what', [
+    (('checkpoint', 'model.ckpt-7.index', 'model.ckpt-7.meta'), r'TensorFlow.*tensorflow\.train\.load_variable'),
+    (('_METADATA', 'manifest.ocdbt'), 'Orbax'), (('latest', 'zero_to_fp32.py'), 'DeepSpeed.*zero_to_fp32'),
+    (('model.gguf',), 'GGUF'), (('a.txt', 'b.txt'), 'without a file of tensors')])
+def test_folders_of_others_are_named(tmp_path, names, what):
+    for name in names: (tmp_path/name).write_bytes(b'GGUF')
+    with pytest.raises(ValueError, match=what): read_tensors(tmp_path)
+
+
+def test_a_key_of_no_matrix_is_refused():
+    with pytest.raises(ValueError, match=r'fc\.bias must be a matrix \[k, d\], got shape \[5\]'):
+        choose_classifier({'fc.weight': W, 'fc.bias': W[:, 0]}, 'fc.bias')
+
+
 def test_a_wrong_key_is_told_of_the_matrices_first():
     tensors = {f'bn{i}.running_mean': torch.zeros(3) for i in range(30)} | {'fc.weight': W, 'fc.bias': W[0]}
     with pytest.raises(ValueError, match=r'it has fc\.weight \[5, 7\]'): find_classifier(tensors, 'nope')

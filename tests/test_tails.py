@@ -13,10 +13,10 @@ import largest_margins
 from largest_margins.cli import main
 from largest_margins.data import load
 from largest_margins.study import tails
-from largest_margins.study.experiments import Configuration
+from largest_margins.study.experiments import Configuration, noisy
 from largest_margins.study.free_features import FreeFeatures
 from largest_margins.study.tables import plan, read_records, run_record, summarise
-from largest_margins.study.tails import TailConfiguration, adjusted_margins, noisy, study, train
+from largest_margins.study.tails import TailConfiguration, adjusted_margins, study, train
 
 RESULTS = Path(__file__).parent.parent/'results'
 

@@ -143,6 +143,15 @@ def rarer_half(self: Result) -> Tensor:  # indices, [⌊k/2⌋]; none if all are
     order = torch.tensor(self.counts).argsort(stable=True)
     return order[:len(order) // 2 if len(set(self.counts)) > 1 else 0]
 
+
+@patch(as_prop=True)
+def record(self: Result) -> dict:
+    "What every record holds of it."
+    names = ('diverged', 'measured', 'bound', 'test_margins', 'train_margins',
+             'classes', 'counts', 'history', 'seconds')
+    return {name: getattr(self, name) for name in names} | dict(
+        class_accuracies=self.class_accuracies.tolist())
+
 # %% ../../nbs/study/31_experiments.ipynb #aa3101aa
 def _margins(cosines, targets, diverged):
     "Sample margins in float64; nan if the training diverged."
@@ -198,10 +207,7 @@ def measure(
 ) -> dict:  # the content of a record, and tensors to keep beside it
     "Train, and measure on both splits."
     result = train(self, self.images, progress, checkpoint)
-    names = ('diverged', 'measured', 'bound', 'test_margins', 'train_margins',
-            'classes', 'counts', 'history', 'seconds')
-    return {name: getattr(result, name) for name in names} | dict(
-        class_accuracies=result.class_accuracies.tolist(),
+    return result.record | dict(
         confusion=result.confusion.tolist(),
         tensors={name: getattr(result, name)
                  for name in ('prototypes', 'cosines', 'targets')})
@@ -262,9 +268,7 @@ def learner_of(
 ) -> tuple[Learner, ImageData, Checkpoint | None]:
     "Make the Learner of a configuration, with its data and what saves its state."
     c = configuration
-    if c.ratio > 1:
-        data = data.subset(imbalanced_indices(data.train_targets, c.ratio, c.kind))
-    if c.noise: data = noisy(data, c.noise, c.seed)
+    data = _thinned(c, data)
     torch.manual_seed(c.seed)
     saver = None if checkpoint is None else _checkpoint(checkpoint, c, data)
     moved = c.shift or c.flip or c.rotate
@@ -379,6 +383,13 @@ def noisy(
     moves = torch.randint(1, k, (len(rows),), generator=generator)
     targets[rows] = (targets[rows] + moves) % k
     return replace(data, train_targets=targets)
+
+
+def _thinned(c, data):
+    "The training images that a configuration keeps, some with another label."
+    if c.ratio > 1:
+        data = data.subset(imbalanced_indices(data.train_targets, c.ratio, c.kind))
+    return noisy(data, c.noise, c.seed) if c.noise else data
 
 # %% ../../nbs/study/31_experiments.ipynb #31c0de06
 class _Timer(Callback):

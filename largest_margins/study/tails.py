@@ -21,11 +21,10 @@ from torch import Tensor, nn
 
 # %% ../../nbs/study/43_tails.ipynb #40f8bf6f
 from ..callbacks import HeadCallback
-from ..data import imbalanced_indices
 from ..engine.cosines import cosine_matrix
 from ..losses import NormFaceLoss
 from .configurations import _field
-from .experiments import Configuration, loaded, noisy, train
+from .experiments import Configuration, _thinned, loaded, train
 from ..margins import neural_collapse, sample_margins, unit_rows
 from .recipes import Recipe, Row, Setting
 from ..reliability import calibration, detection
@@ -238,22 +237,14 @@ def measure(
     progress: Callable | None = None,  # not used
 ) -> dict:  # the content of a record
     "Train a classifier; measure accuracy, margins, collapse, calibration, detection."
-    c, data = self, self.images
-    if c.ratio > 1:
-        data = data.subset(imbalanced_indices(data.train_targets, c.ratio, c.kind))
-    if c.noise: data = noisy(data, c.noise, c.seed)
-    result, further = _trained(replace(c, ratio=1., noise=0.), data, checkpoint)
+    result, further = _trained(replace(self, ratio=1., noise=0.),
+                               _thinned(self, self.images), checkpoint)
     numbers = dict(result.measured)
     del numbers['best_accuracy']  # it was measured on some samples only
     numbers['mean_train_margin'] = result.train_margins['mean']
     numbers['min_train_margin'] = result.train_margins['min']
-    return dict(
-        diverged=bool(result.diverged), measured=numbers | further,
-        bound=result.bound, test_margins=result.test_margins,
-        train_margins=result.train_margins, classes=result.classes,
-        counts=result.counts, class_accuracies=result.class_accuracies.tolist(),
-        history=result.history, prototypes=result.prototypes.tolist(),
-        seconds=result.seconds)
+    return result.record | dict(measured=numbers | further,
+                                prototypes=result.prototypes.tolist())
 
 # %% ../../nbs/study/43_tails.ipynb #fef5285d
 def tail_rows(
