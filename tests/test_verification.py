@@ -371,7 +371,8 @@ def test_the_official_form(tmp_path):
     ('1 1 1\n', 'line 1: wanted the numbers of folds'), ('10 300\nA 1 2', "line 1: '10 300' means 6000 pairs, got 1"),
     ('0\n', 'means 0 pairs'), ('1\nA 1 2', 'means 2 pairs, got 1'),
     ('1\nA 1 2\nA 1 2', 'line 3: wanted name1 n1 name2 n2'), ('1\nA 1 B 2\nA 1 2', 'line 2: wanted name n1 n2'),
-    ('1\nA 1 2\nA 1 A 2', 'two names'), ('1\nA 1 01\nA 1 B 2', 'two numbers'), ('1\nA 1 x\nA 1 B 2', "got 'A 1 x'"), ('1\nA 0 1\nA 1 B 2', 'line 2'),
+    ('1\nA 1 2\nA 1 A 2', 'two names'), ('1\nA 1 01\nA 1 B 2', 'two numbers'),
+    ('1\nA 1 x\nA 1 B 2', "got 'A 1 x'"), ('1\nA 0 1\nA 1 B 2', 'line 2'),
     ('1\nA -1 1\nA 1 B 2', 'line 2'), ('1\nA 1 ٢\nA 1 B 2', 'line 2'), ('1\nA 1 1_0\nA 1 B 2', 'line 2'),
     ('1\nA 1 9999999999\nA 1 B 2', 'line 2'), ('1\nA 1 2\n../A 1 B 2', 'line 3'), ('1\nA 1 2\n.. 1 B 2', 'line 3'),
     ('1\n\n\nA 1 2\n\nA 1 2\n', 'line 6')])
