@@ -25,7 +25,7 @@ from dataclasses import asdict, fields
 from importlib import resources
 from math import degrees
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 # %% ../nbs/study/33_cli.ipynb #c3f3c870
 import largest_margins
@@ -192,17 +192,6 @@ def _say(message, code):
     with suppress(OSError): print(f'largest-margins: {message}', file=sys.stderr)
     return code
 
-# %% ../nbs/study/33_cli.ipynb #aa3301aa
-def _field_arguments(p, kind, names=None):
-    "An option for each field of a configuration, as its line, range and default say."
-    from largest_margins.study.configurations import field_lines
-    lines = field_lines(kind)
-    for f in fields(kind):
-        if names and f.name not in names: continue
-        choices = ', '.join(f.metadata.get('choices', ()))
-        line = lines[f.name] + (f'; one of {choices}' if choices else '')
-        _option(p, f.name, (get_args(f.type) or (f.type,))[0], f.default, line)
-
 # %% ../nbs/study/33_cli.ipynb #d46706ea
 def _option(p, name, kind, default, line, of_recipe=False):
     "An option, or an argument if it has no default, as the comment beside it says."
@@ -244,12 +233,24 @@ def _declared(module, name):
 _KINDS = {'int': int, 'float': float, 'str': str, 'bool': bool, 'list[str]': list[str]}
 
 
-def _arguments_of(p, module, name, *wanted, **options):
-    "Add the wanted parameters of a function, or fields of a class."
-    for key, kind, value, line in _declared(module, name):
-        if key not in wanted: continue
+def _arguments_of(p, module, names, *wanted, choices=None, **options):
+    "Add the wanted parameters of a function, or fields of classes; all if none are."
+    rows = {row[0]: row for name in names.split() for row in _declared(module, name)}
+    for key, kind, value, line in rows.values():
+        if wanted and key not in wanted: continue
+        if words := (choices or {}).get(key): line += f'; one of {", ".join(words)}'
         default = value if value is ... else ast.literal_eval(value)
         _option(p, key, _KINDS[kind], default, line, **options)
+
+
+def _field_arguments(p, *wanted):
+    "An option for each field of a classifier's configuration, or for those wanted."
+    from largest_margins.study.configurations import ClassifierFields
+    choices = {f.name: f.metadata.get('choices') for f in fields(ClassifierFields)}
+    _arguments_of(p, 'study/configurations', _FIELDS, *wanted, choices=choices)
+
+
+_FIELDS = 'LossFields TrainingFields ClassifierFields'  # each builds on those before
 
 # %% ../nbs/study/33_cli.ipynb #d4e657b6
 def _prove(args):
@@ -319,8 +320,7 @@ def _make(recipe, args, dataset, out, **options):
 
 # %% ../nbs/study/33_cli.ipynb #1b6700f0
 def _train_arguments(p):
-    from largest_margins.study.configurations import ClassifierFields
-    _field_arguments(p, ClassifierFields)
+    _field_arguments(p)
     _run_arguments(p, 'runs/train', threads=None,
                    resume='go on with the training in --out that was interrupted')
 
@@ -380,9 +380,8 @@ def _table_arguments(p):
                    'cifar100, or the directory of an image folder. Tables 3 and '
                    'verification: glyphs (default) or the directory of a folder; table '
                    '3 also market1501, dukemtmc')
-    for kind in ('LossFields', 'TrainingFields', '_ClassifierFields'):
-        _arguments_of(p, 'study/configurations', kind, *_CHANGES, of_recipe=True)
-    _arguments_of(p, 'study/identities', '_IdentityFields', 'weights',
+    _arguments_of(p, 'study/configurations', _FIELDS, *_CHANGES, of_recipe=True)
+    _arguments_of(p, 'study/identities', 'IdentityConfiguration', 'weights',
                   'despite_withdrawal', of_recipe=True)
     _run_arguments(p, None, threads=1)
     _arguments_of(p, 'study/tables', 'make_table', 'rows', 'settings', 'seeds', 'jobs',
@@ -524,9 +523,7 @@ def _demo(args):
 
 # %% ../nbs/study/33_cli.ipynb #a82ba843
 def _demo_arguments(p):
-    from largest_margins.study.configurations import ClassifierFields
-    _field_arguments(p, ClassifierFields, ('dataset', 'data', 'download', 'strict',
-                                           'epochs', 'seed'))
+    _field_arguments(p, 'dataset', 'data', 'download', 'strict', 'epochs', 'seed')
     _run_arguments(p, 'runs/demo', threads=1,
                    resume='keep the finished trainings in --out, do the others')
 

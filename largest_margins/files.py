@@ -458,9 +458,8 @@ def _call(function, arguments):
         case ('torch._utils._rebuild_wrapper_subclass', (_, dtype, tuple(size), *_)) | (
               'torch._utils._rebuild_meta_tensor_no_storage', (dtype, tuple(size), *_)):
             return _without_values(dtype, size)
-        case 'torch._utils._rebuild_qtensor', (
-                _Storage() as storage, _, tuple(size), *_):
-            return _without_values(storage.dtype, size)
+        case 'torch._utils._rebuild_qtensor', (_Storage() as row, _, tuple(size), *_):
+            return _without_values(row.dtype, size)
         case 'torch._utils._rebuild_nested_tensor', _:
             return _without_values(None, (0, 0))  # rows of several lengths
     return _call_of_others(function, arguments)

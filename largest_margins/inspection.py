@@ -548,8 +548,6 @@ def choose_classifier(
     "Choose the classifier's weight; raise ValueError with a question if in doubt."
     name, notes = find_classifier(tensors, key), []
     weight = tensors[name]
-    if weight.ndim < 2: raise ValueError(f'{name} must be a matrix [k, d], got shape '
-                                         f'{list(weight.shape)}')
     _refuse_parts(tensors, name)
     if transposed is None and weight.ndim == 2 and not _is_kernel(name):
         columns, what = next(_evidence(tensors, name, classes), (False, None))
@@ -573,6 +571,8 @@ def choose_classifier(
 def _refuse_parts(tensors, name):
     "Refuse what a layer does not multiply with."
     weight, siblings = tensors[name], _siblings(tensors, name)
+    if weight.ndim < 2: raise ValueError(f'{name} must be a matrix [k, d], got shape '
+                                         f'{list(weight.shape)}')
     if re.search(r'\.(weight_v$|parametrizations\.|base_layer\.|lora_)', f'.{name}'):
         raise ValueError(f'{name} is a part of what the weight is made of (weight_norm,'
                          ' a parametrization, LoRA): save the weight itself')
@@ -904,9 +904,8 @@ def write_prototypes(
     certificate = class_margin_bound(k, d).certificate
     write_file(path, safetensors.torch.save({'weight': packing.points},
                                             _header(packing)))
-    if stream: return packing
-    beside.unlink(missing_ok=True)
-    if certificate: write_file(beside, json.dumps(certificate))
+    if not stream: beside.unlink(missing_ok=True)
+    if certificate and not stream: write_file(beside, json.dumps(certificate))
     return packing
 
 # %% ../nbs/study/40_inspect.ipynb #50d62ff0

@@ -679,12 +679,11 @@ def template_features(
     detector_scores=None,  # weight of each image, ≥ 0, [M]; None: 1
 ) -> Templates:  # `.ids` and `.features`
     "Average features over media, add, and normalize, equation (eq-template)."
-    count = len(features)
     check_matrix('features', features, M=1, d=1)
     check_finite('features', features.cpu())
     features = at_least_float32(features)
-    keys = np.stack([as_int64('templates', templates, count),
-                     as_int64('media', media, count)], 1)
+    keys = np.stack([as_int64('templates', templates, len(features)),
+                     as_int64('media', media, len(features))], 1)
     if flipped is not None:
         if flipped.shape != features.shape:
             raise ValueError(f'flipped must be {tuple(features.shape)}, as features '

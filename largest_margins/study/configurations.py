@@ -9,8 +9,6 @@ __all__ = []
 
 # %% ../../nbs/study/30_configurations.ipynb #0bf1938e
 from fastcore.basics import patch
-import inspect
-import re
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -176,8 +174,8 @@ class TrainingFields(LossFields):
 
 # %% ../../nbs/study/30_configurations.ipynb #4c9a940f
 @dataclass(frozen=True)
-class _ClassifierFields(TrainingFields):
-    "What a training of a classifier has more."
+class ClassifierFields(TrainingFields):
+    "Everything that the training of a classifier depends on."
     dataset: str = 'digits'  # a name in `data.DATASETS`, or the path of an image folder
     sample_margin: float = _field(0., at_least=0)  # weight of R_sm; the slides add 0.5
     zero_centroid: float = _field(0., at_least=0)  # weight λ of the zero centroid, ≥ 0
@@ -206,22 +204,19 @@ class _ClassifierFields(TrainingFields):
                              'sample_margin')
 
 # %% ../../nbs/study/30_configurations.ipynb #b50a251f
-class ClassifierFields(_ClassifierFields):
-    "Everything that the training of a classifier depends on."
-
-    @property
-    def label(self) -> str:
-        "What a table calls it, for example “CosFace s=20 m=0.1 + 0.5 R_sm”."
-        parts = [super().label]
-        if self.sample_margin: parts.append(f'+ {self.sample_margin:g} R_sm')
-        if self.zero_centroid: parts.append(f'+ {self.zero_centroid:g} R_w')
-        if self.reduction != 'mean': parts.append(self.reduction)
-        if of := self.sample_margin_reduction: parts.append(f'R_sm {of}')
-        if self.logit_adjustment: parts.append(f'τ={self.logit_adjustment:g}')
-        if self.reweighted: parts.append('DRW')
-        if self.fixed: parts.append('fixed')
-        if self.noise: parts.append(f'noise {self.noise:g}')
-        return ' '.join(parts)
+@patch(as_prop=True)
+def label(self: ClassifierFields) -> str:
+    "What a table calls it, for example “CosFace s=20 m=0.1 + 0.5 R_sm”."
+    parts = [super(ClassifierFields, self).label]
+    if self.sample_margin: parts.append(f'+ {self.sample_margin:g} R_sm')
+    if self.zero_centroid: parts.append(f'+ {self.zero_centroid:g} R_w')
+    if self.reduction != 'mean': parts.append(self.reduction)
+    if of := self.sample_margin_reduction: parts.append(f'R_sm {of}')
+    if self.logit_adjustment: parts.append(f'τ={self.logit_adjustment:g}')
+    if self.reweighted: parts.append('DRW')
+    if self.fixed: parts.append('fixed')
+    if self.noise: parts.append(f'noise {self.noise:g}')
+    return ' '.join(parts)
 
 # %% ../../nbs/study/30_configurations.ipynb #09347970
 @patch
@@ -240,15 +235,3 @@ def _options(self: ClassifierFields, class_counts):
         counts = torch.tensor(class_counts).float()
         options['prior'] = counts**self.logit_adjustment
     return options
-
-# %% ../../nbs/study/30_configurations.ipynb #a80c2ae2
-def field_lines(
-    kind: type,  # a dataclass of this page's style
-) -> dict[str, str]:  # name of the field → the comment beside it
-    "What stands beside the fields of a class and of those it builds on."
-    lines = {}
-    for base in reversed(kind.__mro__[:-1]):
-        for text in re.split(r'\n(?=    \w+: )', inspect.getsource(base)):
-            match = re.match(r'    (\w+): .*?  # ([^\n]+)', text, re.S)
-            if match and match[1] in base.__dict__: lines[match[1]] = match[2]
-    return lines

@@ -137,8 +137,6 @@ def write_glyph_market(
     passers_by = ''.join(sorted(rng.permutation(list(symbols))[:distractors]))
     settings = dict(identities=identities, distractors=distractors, junk=junk)
     with _complete(folder, kind='market', seed=seed, **settings) as new:
-        for split in ('bounding_box_train', 'query', 'bounding_box_test'):
-            (new/split).mkdir()
         gallery = new/'bounding_box_test'
         for camera, face in enumerate(FACES):
             _save(new/'bounding_box_train', train, camera, draw_glyphs(train, face))
@@ -161,6 +159,7 @@ def _market_name(person, character, camera, box):
 
 def _save(folder, characters, camera, pictures, box=1):
     "Save a picture of each character; those that nobody asks for are person 0."
+    folder.mkdir(exist_ok=True)
     for character, picture in zip(characters, pictures):
         person = glyph_characters().find(character) + 1
         name = _market_name(person, character, camera, box)

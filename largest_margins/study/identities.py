@@ -48,8 +48,8 @@ from ..verification import (
 
 # %% ../../nbs/study/39_identities.ipynb #5defcb7c
 @dataclass(frozen=True)
-class _IdentityFields(TrainingFields):
-    "What a training on identities has more."
+class IdentityConfiguration(TrainingFields):
+    "Everything that one training on identities depends on; bad values are refused."
     dataset: str = 'glyphs'  # or the path of a folder; re-ID: market1501, dukemtmc
     loss: str = _field('lm-softmax', LOSSES)  # a name in `LOSSES`
     body: str = 'conv3-narrow'  # a name in `BODIES`, or resnet50, see `resnet50_body`
@@ -78,32 +78,30 @@ class _IdentityFields(TrainingFields):
 
 # %% ../../nbs/study/39_identities.ipynb #b7300826
 @patch
-def optimum(self: _IdentityFields, class_counts, d):
+def optimum(self: IdentityConfiguration, class_counts, d):
     "As for the loss alone; None with a triplet loss."
     if self.triplet: return None
-    return super(_IdentityFields, self).optimum(class_counts, d)
+    return super(IdentityConfiguration, self).optimum(class_counts, d)
 
 # %% ../../nbs/study/39_identities.ipynb #426ef43c
-class IdentityConfiguration(_IdentityFields):
-    "Everything that one training on identities depends on; bad values are refused."
+@patch(as_prop=True)
+def label(self: IdentityConfiguration) -> str:
+    "What a table calls it."
+    parts = [super(IdentityConfiguration, self).label]
+    if self.erasing: parts.append('+ erasing')
+    if self.label_smoothing: parts.append('+ smoothing')
+    if self.triplet: parts.append('+ triplet')
+    return ' '.join(parts)
 
-    @property
-    def label(self) -> str:
-        "What a table calls it."
-        parts = [super().label]
-        if self.erasing: parts.append('+ erasing')
-        if self.label_smoothing: parts.append('+ smoothing')
-        if self.triplet: parts.append('+ triplet')
-        return ' '.join(parts)
 
-    @property
-    def training(self) -> str:
-        "How it is trained, without the loss."
-        start = '' if self.body != 'resnet50' else (
-            f' from {Path(self.weights).name}' if self.weights else
-            ' from random weights')
-        return (f'images of {self.height} × {self.width}{start}, '
-                f'{super().training}')
+@patch(as_prop=True)
+def training(self: IdentityConfiguration) -> str:
+    "How it is trained, without the loss."
+    start = '' if self.body != 'resnet50' else (
+        f' from {Path(self.weights).name}' if self.weights else
+        ' from random weights')
+    return (f'images of {self.height} × {self.width}{start}, '
+            f'{super(IdentityConfiguration, self).training}')
 
 # %% ../../nbs/study/39_identities.ipynb #412b06cd
 @patch(as_prop=True)
