@@ -708,19 +708,6 @@ def _parts(learn):
                  scaler=vars(learn).get('scaler'))
     return {name: part for name, part in parts.items() if hasattr(part, 'state_dict')}
 
-# %% ../nbs/training/23_callbacks.ipynb #e8d4c023
-def _gradients(model):
-    "Return the accumulated gradients; None for zeros."
-    return {name: p.grad if p.grad.any() else None
-            for name, p in model.named_parameters() if p.grad is not None}
-
-# %% ../nbs/training/23_callbacks.ipynb #3e5c91bc
-def _set_gradients(model, gradients):
-    for name, p in model.named_parameters():
-        if name not in gradients: continue
-        p.grad = torch.zeros_like(p)
-        if gradients[name] is not None: p.grad.copy_(gradients[name])
-
 # %% ../nbs/training/23_callbacks.ipynb #820fabc7
 _REMEMBERED = {Recorder: ('lrs', 'iters', 'losses', 'values'), ParamScheduler: ('hps',),
                TrackerCallback: ('best', 'new_best', 'wait'),
@@ -768,7 +755,9 @@ def _training_state(learn):
     smooth = learn.recorder.smooth_loss
     return dict(
         parts={name: part.state_dict() for name, part in _parts(learn).items()},
-        gradients=_gradients(learn.model), iterations=learn.train_iter,
+        gradients={name: p.grad if p.grad.any() else None  # None for zeros
+                   for name, p in learn.model.named_parameters() if p.grad is not None},
+        iterations=learn.train_iter,
         callbacks=_memories(learn.cbs), smooth_loss=(smooth.count, smooth.val),
         loaders=[get() for get, _ in _generators(learn.dls)], random=_random_state())
 
@@ -782,7 +771,10 @@ def _set_training_state(learn, state):
             saved = dict(hypers=L(saved['hypers']),
                          state=to_device(saved['state'], device))
         part.load_state_dict(saved)
-    _set_gradients(learn.model, state['gradients'])
+    for name, p in learn.model.named_parameters():
+        if name not in state['gradients']: continue
+        p.grad = torch.zeros_like(p)
+        if (saved := state['gradients'][name]) is not None: p.grad.copy_(saved)
     _set_memories(learn.cbs, state['callbacks'])
     smooth, recorder = learn.recorder.smooth_loss, learn.recorder
     smooth.count, smooth.val = state['smooth_loss']

@@ -267,7 +267,8 @@ def _prove(args):
     prove(args.ids or None, quick=args.quick, seen=show)
     failed = sum(not e.passed for e in evidence)
     print(f'\n{len(evidence) - failed} of {len(evidence)} checks passed')
-    if args.json: write_file(args.json, _evidence_json(evidence))
+    rows = [{**asdict(e), 'kind': e.kind, 'difference': e.difference} for e in evidence]
+    if args.json: write_file(args.json, json.dumps(rows, indent=1, ensure_ascii=False))
     return 1 if failed else 0
 
 # %% ../nbs/study/33_cli.ipynb #1acde53b
@@ -279,12 +280,6 @@ def _check_line(e):
     return (f'  {e.method:18}{"passed" if e.passed else "FAILED":7}'
             f'{e.value:13.8f} {e.relation} {e.reference:12.8f}{e.difference:12.1e}'
             f'{e.seconds:9.2f}  {e.error}').rstrip()
-
-
-def _evidence_json(evidence):
-    rows = [{**asdict(e), 'kind': e.kind, 'difference': e.difference}
-            for e in evidence]
-    return json.dumps(rows, indent=1, ensure_ascii=False)
 
 # %% ../nbs/study/33_cli.ipynb #3ce4abb0
 def _prove_arguments(p):
@@ -372,7 +367,8 @@ def _predicted(args):
 
 # %% ../nbs/study/33_cli.ipynb #2e94ce42
 def _table_arguments(p):
-    titles = _titles()
+    text = (resources.files('largest_margins')/'printed.json').read_text('utf-8')
+    titles = json.loads(text)['titles']  # read without PyTorch
     p.add_argument('table', choices=list(titles), help='; '.join(
         f'{name}: {title.split(": ")[-1]}' for name, title in titles.items()))
     p.add_argument('--dataset', metavar='NAME',
@@ -395,12 +391,6 @@ _CHANGES = ('weights', 'data', 'download', 'strict', 'despite_withdrawal', 'epoc
             'body', 'scale', 'batch_size', 'learning_rate', 'size', 'noise', 'bf16')
 
 # %% ../nbs/study/33_cli.ipynb #2ea995e0
-def _titles():
-    "The titles of all tables, by their names, read without PyTorch."
-    text = (resources.files('largest_margins')/'printed.json').read_text('utf-8')
-    return json.loads(text)['titles']
-
-
 _COMMANDS['table'] = _Command('one of the slides’ tables, with its numbers beside ours',
                               _table_arguments, _table)
 

@@ -623,7 +623,9 @@ def image_list(
 ) -> ImageData:  # classes are called by their labels
     "Load images by lists of paths and labels; without a test list, hold out a quarter."
     train = Path(train)
-    if test is None: test = _list_beside(train)
+    if test is None:  # the list that goes by the same name
+        names = (train.name.replace('train', split) for split in ('test', 'val'))
+        test = _first([train.parent], [name for name in names if name != train.name])
     files, targets = _read_list(train, root)
     held_out = _read_list(Path(test), root) if test else None
     _, labels = held_out or ([], targets)
@@ -634,13 +636,6 @@ def image_list(
                                 f'{k - len(there)} are missing, such as {absent}')
     classes = [str(label) for label in range(k)]
     return _file_data(train.stem, (files, targets), held_out, classes, size, budget)
-
-# %% ../nbs/training/21_data.ipynb #a4fa06c7
-def _list_beside(train):
-    "The list to test with that goes by the same name as the one to train with."
-    names = [train.name.replace('train', split) for split in ('test', 'val')]
-    paths = [path for path in map(train.with_name, names) if path.is_file()]
-    return paths[0] if paths and paths[0] != train else None
 
 # %% ../nbs/training/21_data.ipynb #48447d94
 def _read_list(path, root):

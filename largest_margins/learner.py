@@ -304,11 +304,11 @@ def _body_of(arch, dls, images, pretrained, weights, cut, normalize):
 # %% ../nbs/training/24_learner.ipynb #4da3a74f
 def _set_precision(model, device, mixed_precision):
     "Convolutions with channels last; bfloat16 where asked for or, if None, native."
-    convolves = _convolves(model[0])
+    convolves = max((p.ndim for p in model[0].parameters()), default=0) == 4
     if convolves: model.to(memory_format=torch.channels_last)
     if mixed_precision is None:
-        cpu = device.type == 'cpu'
-        native = has_bfloat16() if cpu else _gpu_has_bfloat16(device)
+        native = has_bfloat16() if device.type == 'cpu' else (
+            device.type == 'cuda' and torch.cuda.is_bf16_supported(False))
         mixed_precision = convolves and native
     model.mixed_precision = bool(mixed_precision)
 
@@ -380,16 +380,6 @@ def _nearest_accuracy(nearest, targets):
 
 # %% ../nbs/training/24_learner.ipynb #98079721
 _nearest_accuracy.__name__ = 'accuracy'  # in fastai's table
-
-
-def _gpu_has_bfloat16(device):
-    "Return whether this is a GPU that multiplies in bfloat16."
-    return device.type == 'cuda' and torch.cuda.is_bf16_supported(False)
-
-
-def _convolves(body):
-    "Return whether the body has convolutions over images."
-    return max((p.ndim for p in body.parameters()), default=0) == 4
 
 # %% ../nbs/training/24_learner.ipynb #8b850109
 def _check_groups(groups, model):

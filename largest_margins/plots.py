@@ -279,7 +279,9 @@ def plot_class_accuracies(
                alpha=.65, label=_label(name, mean), error_kw=dict(ecolor=GREY, lw=1))
     ax.set(ylim=(0, 105), ylabel='accuracy (%)', xlabel='class, from frequent to rare')
     ax.set_xticks(*(places, [names[c] for c in order]) if k <= 20 else ([],))
-    _counts_beside(ax, places, counts[order])
+    beside = axes_for(ax.twinx())
+    beside.plot(places, counts[order], color=GREY, ls=':', marker='D', ms=4)
+    beside.set(yscale='log', ylabel='training images (◆)')
     legend(ax, loc='lower center', bbox_to_anchor=(.5, 1), ncols=3)
     return ax
 
@@ -295,13 +297,6 @@ def _over_runs(name, accuracies, k):
     if not len(rows): return np.full(k, math.nan), np.full(k, math.nan)
     std = rows.std(0) if len(rows) > 1 else torch.full((k,), math.nan)
     return rows.mean(0).numpy(), std.numpy()
-
-# %% ../nbs/training/22_plots.ipynb #091a7892
-def _counts_beside(ax, places, counts):
-    "Draw the training images of each class on a logarithmic axis at the right."
-    beside = axes_for(ax.twinx())
-    beside.plot(places, counts, color=GREY, ls=':', marker='D', ms=4)
-    beside.set(yscale='log', ylabel='training images (◆)')
 
 # %% ../nbs/training/22_plots.ipynb #c570e818
 def plot_confusion(

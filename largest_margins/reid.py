@@ -199,7 +199,12 @@ def _layout(root):
 # %% ../nbs/evaluation/34_reid.ipynb #5c3f7e8e
 def _read_split(folder, duke):
     "Read the pictures of one folder, sorted by name."
-    if not folder.is_dir(): raise FileNotFoundError(_no_split(folder))
+    if not folder.is_dir():
+        root = folder.parent
+        below = sorted(p for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
+        fit = [p.name for p in below if _layout(p) or (p/'list_train.txt').is_file()]
+        raise FileNotFoundError(f'{folder} is not a directory' + (
+            f'; in {root}, these have one: {", ".join(fit)}' if fit else ''))
     paths = sorted(p for p in folder.iterdir() if not is_clutter(p.name))
     _refuse(folder, [p for p in paths if not _NAME.fullmatch(p.name)],
             'are not named like 0002_c1s1_000451_03.jpg')
@@ -207,16 +212,6 @@ def _read_split(folder, duke):
         _refuse(folder, [p for p in paths if _NAME.fullmatch(p.name)[3]],
                 'are named as in DukeMTMC-reID, see duke_folder')
     return _labeled(paths, map(parse_market_name, paths))
-
-# %% ../nbs/evaluation/34_reid.ipynb #0c546108
-def _no_split(folder):
-    "Return the error message for a missing split."
-    root = folder.parent
-    below = sorted(root.iterdir()) if root.is_dir() else []
-    fit = [p.name for p in below if p.is_dir() and (
-        _layout(p) or (p/'list_train.txt').is_file())]
-    return f'{folder} is not a directory' + (
-        f'; in {root}, these have one: {", ".join(fit)}' if fit else '')
 
 # %% ../nbs/evaluation/34_reid.ipynb #2d0e0993
 _MSMT = r'(\S*?[0-9]+_[0-9]+_([0-9]{1,9})_[^/\s]+)\s+([0-9]{1,9})'
@@ -315,7 +310,8 @@ def evaluate(
     choice('ap', ap, ('step', 'trapezoid'))
     choice('unmatched', unmatched, ('skip', 'zero'))
     max_rank = integer('max_rank', max_rank, at_least=1, at_most=10**6)
-    rows, ranks = _match_ranks(distances, labels, _junk(junk))
+    junk = [] if junk is None else [junk] if isinstance(junk, Number) else list(junk)
+    rows, ranks = _match_ranks(distances, labels, as_int64('junk', junk))
     return _judge(rows, ranks.double(), len(distances), ap, unmatched, max_rank)
 
 # %% ../nbs/evaluation/34_reid.ipynb #b9afeede
@@ -336,12 +332,6 @@ def _match_ranks(distances, labels, junk):
         ranks.append(_ranks(row, own[other_camera], own[~other_camera]))
         rows.append(np.full(len(ranks[-1]), i))
     return tuple(torch.from_numpy(np.concatenate(x)) for x in (rows, ranks))
-
-# %% ../nbs/evaluation/34_reid.ipynb #fb0c2aa2
-def _junk(junk):
-    "Return the junk persons as int64."
-    junk = [junk] if isinstance(junk, Number) else junk
-    return np.array([] if junk is None else as_int64('junk', list(junk)), np.int64)
 
 # %% ../nbs/evaluation/34_reid.ipynb #b8046965
 def _precisions(rows, ranks, last, n, ap):

@@ -301,8 +301,8 @@ def write_pairs(
     for i, pair in enumerate(pairs):
         (name, number), (other, second) = (_name_and_number(i, x) for x in pair[:2])
         same = i % (2 * half) < half
-        if pair.same != same or (name == other) != same:
-            wanted = 'genuine' if same else 'an impostor'
+        if pair.same != same or (name == other) != same or pair[0] == pair[1]:
+            wanted = 'genuine, of two images,' if same else 'an impostor'
             raise ValueError(f'pairs[{i}] must be {wanted}, got {pair}')
         lines.append('\t'.join([name, number, *([] if same else [other]), second]))
     write_file(path, '\n'.join([*lines, '']))

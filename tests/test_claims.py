@@ -112,8 +112,8 @@ def test_an_exact_check_gives_no_float_and_takes_no_tolerance(method):
 
 def test_a_check_is_refused_by_a_wrong_method_relation_or_tolerance():
     for method in ('exact', 'optimised', ''):
-        with pytest.raises(ValueError, match='method must be one of symbolic identity'): Check(method, dict, '=')
-    with pytest.raises(ValueError, match='relation must be one of'): Check('search', dict, '==')
+        with pytest.raises(ValueError, match='method must be .symbolic identity'): Check(method, dict, '=')
+    with pytest.raises(ValueError, match='relation must be .='): Check('search', dict, '==')
     for relation in '<>':
         with pytest.raises(ValueError, match='tolerance'): Check('search', dict, relation, 1e-9)
     for method, kind in {'symbolic identity': 'exact', 'exact arithmetic': 'exact', 'interval': 'certified',

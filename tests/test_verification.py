@@ -335,8 +335,8 @@ def lfw_pairs(draw):
     pairs = []
     for _ in range(folds):
         for _ in range(half):
-            name = draw(names)
-            pairs.append(Pair(image(name, draw(numbers)), image(name, draw(numbers)), True))
+            name, both = draw(names), draw(st.lists(numbers, min_size=2, max_size=2, unique=True))
+            pairs.append(Pair(*(image(name, number) for number in both), True))
         for _ in range(half):
             first, second = draw(st.lists(names, min_size=2, max_size=2, unique=True))
             pairs.append(Pair(image(first, draw(numbers)), image(second, draw(numbers)), False))

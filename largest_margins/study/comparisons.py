@@ -152,7 +152,10 @@ def compare_rows(
     name: str,  # what was measured, such as 'accuracy'
 ) -> Comparison:  # the difference, with minus without
     "Compare the second row of each pair with the first, in each setting, by seed."
-    _check_pairs(pairs)
+    if len({frozenset(pair) for pair in pairs}) < len(pairs) or any(
+            a == b for a, b in pairs):
+        raise ValueError('pairs must be different pairs of different rows, got '
+                         f'{pairs}: a run would count twice')
     numbers, cells = _by_cell(finished, name), {}
     for setting in dict.fromkeys(setting for setting, _ in numbers):
         for without, changed in pairs:
@@ -163,14 +166,6 @@ def compare_rows(
         raise ValueError(f'pairs must have two seeds or more in common, {pairs} have '
                          f'no such numbers of {name}')
     return Comparison(cells)
-
-# %% ../../nbs/study/42_comparisons.ipynb #736087bd
-def _check_pairs(pairs):
-    "Refuse pairs that stand twice, or of a row with itself."
-    if len({frozenset(pair) for pair in pairs}) < len(pairs) or any(
-            a == b for a, b in pairs):
-        raise ValueError('pairs must be different pairs of different rows, got '
-                         f'{pairs}: a run would count twice')
 
 # %% ../../nbs/study/42_comparisons.ipynb #463db2ef
 def _by_cell(finished, name):

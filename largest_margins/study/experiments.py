@@ -281,7 +281,9 @@ def learner_of(
         neck=c.neck != 'none', mixed_precision=c.bf16, wd=c.weight_decay,
         cbs=[*_callbacks(c, data.counts, saver, progress), *cbs],
         **optimiser_for(c.schedule))
-    if c.fixed: learn.model[-1].fix(_best_places(*learn.model[-1].weight.shape))
+    if c.fixed:
+        k, d = learn.model[-1].weight.shape
+        learn.model[-1].fix(simplex(k, d) if k <= d + 1 else best_packing(k, d).points)
     return learn, data, saver
 
 # %% ../../nbs/study/31_experiments.ipynb #aa3101ac
@@ -326,11 +328,6 @@ def _checkpoint(path, c, data):
     saver = Checkpoint(path, same)
     saver.read()
     return saver
-
-
-def _best_places(k, d):
-    "The simplex, or the best packing found where it does not fit."
-    return simplex(k, d) if k <= d + 1 else best_packing(k, d).points
 
 # %% ../../nbs/study/31_experiments.ipynb #aa3101ae
 def _examined(c, learn, data, seconds):

@@ -40,16 +40,9 @@ class Settings(dict):
         self.sources = {}
         for part in others:
             self.update(part)
-            self.sources |= sources_of(part)
+            self.sources |= dict.fromkeys(part, OURS) | getattr(part, 'sources', {})
         self.update(changes)
         self.sources |= dict.fromkeys(changes, source)
-
-# %% ../../nbs/study/36_recipes.ipynb #5933bc48
-def sources_of(
-    settings: dict,  # fields of a configuration
-) -> dict[str, str]:  # field → source; `OURS` in a dict without sources
-    "Say where each field comes from."
-    return dict.fromkeys(settings, OURS) | getattr(settings, 'sources', {})
 
 # %% ../../nbs/study/36_recipes.ipynb #e977c960
 @dataclass(frozen=True)

@@ -187,7 +187,8 @@ def _measure_test(self: _Further, model, W):
     if hasattr(loss, 'scale'):
         with torch.no_grad(): self.measured['scale'] = float(loss.scale)
         logits = self.measured['scale'] * cosines
-    if _is_balanced(targets, len(W)):
+    counts = torch.bincount(targets, minlength=len(W))
+    if counts.max() <= 2 * counts.min():  # balanced enough
         self.measured |= calibration(logits, targets)._asdict()
     if self.elsewhere is None: return
     other = cosine_matrix(_features(model, loader.new(self.elsewhere))[0], W)
@@ -196,12 +197,6 @@ def _measure_test(self: _Further, model, W):
         detected = detection(score(cosines), score(other))
         self.measured |= {f'auroc_{name}': 100 * detected.auroc,
                           f'fpr95_{name}': 100 * detected.fpr95}
-
-# %% ../../nbs/study/43_tails.ipynb #2e9ad8d0
-def _is_balanced(targets, k):
-    "Whether no class has more than twice the samples of another."
-    counts = torch.bincount(targets, minlength=k)
-    return counts.max() <= 2 * counts.min()
 
 # %% ../../nbs/study/43_tails.ipynb #47e871f7
 @torch.no_grad()

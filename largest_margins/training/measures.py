@@ -187,17 +187,14 @@ def _reliability_measures():
     return made | {f'nc{i}': Measure(f'NC{i}', 3, of('collapse', f'nc{i}'), min)
                    for i in range(1, 5)}
 
-# %% ../../nbs/training/30_measures.ipynb #1cbb6d53
-def _training_measures():
-    "Of the training split."
-    def of(name): return lambda x: x.train_margins[name]
-    return dict(mean_train_margin=Measure('mean training margin', 3, of('mean')),
-                min_train_margin=Measure('min training margin', 3, of('min')))
-
 # %% ../../nbs/training/30_measures.ipynb #a758954f
 MEASURES: dict[str, Measure] = {
     **_accuracy_measures(), **_prototype_measures(), **_identity_measures(),
-    **_reliability_measures(), **_training_measures(),
+    **_reliability_measures(),
+    'mean_train_margin': Measure('mean training margin', 3,
+                                 lambda x: x.train_margins['mean']),
+    'min_train_margin': Measure('min training margin', 3,
+                                lambda x: x.train_margins['min']),
     'gap': Measure('gap to the best packing°', 2,
                    lambda x: x.best - math.degrees(class_margin(x.prototypes)), min),
     'final_loss': Measure('final loss', 3, lambda x: x.loss, None, 'g')}
