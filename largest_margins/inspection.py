@@ -206,7 +206,7 @@ def _in_folder(folder):
 # %% ../nbs/study/40_inspect.ipynb #571f8132
 _TENSORFLOW = ('numpy.savez(NEW, **{name: tensorflow.train.load_variable(PREFIX, name) '
                'for name, _ in tensorflow.train.list_variables(PREFIX)}), where PREFIX '
-               'is its name without .index')
+               'is the name of the .index file without that ending')
 _FOLDERS = [  # a file in it, what the folder is, and what to do
     ('.metadata', 'a distributed checkpoint', 'torch.distributed.checkpoint.'
      'format_utils.dcp_to_torch_save(FOLDER, FILE) makes one file of it'),
