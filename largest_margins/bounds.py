@@ -232,12 +232,17 @@ def _programme(d, s, degree, rounds=6):
 # %% ../nbs/theory/05_bounds.ipynb #989260ag
 def _delsarte(k, d, degree):
     "The cosine s at which the linear program allows k points; None if it never does."
+    @cache
     def excess(s):
         c = _programme(d, s, degree)
         return math.log(c.sum() / k) if c is not None else 1.
-    low, high = -1 / (k - 1), 1 - 1e-6
-    if excess(low) > 0: return None
-    return brentq(excess, low, high, xtol=1e-10) if excess(high) > 0 else None
+    s, _ = _levenshtein(k, d)
+    if abs(excess(s)) < 1e-9: return s
+    step = -4 * excess(s) * (1 - s) / (d - 1)  # points grow as (1 − s)^((1 − d)/2)
+    while excess(s) * excess(s + step) > 0:
+        step *= 2
+        if not -1 < s + step < 1: return None
+    return brentq(excess, *sorted((s, s + step)), xtol=1e-10)
 
 # %% ../nbs/theory/05_bounds.ipynb #d700ac56
 def _times(c, d, zero):
