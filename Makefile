@@ -8,7 +8,7 @@ METADATA := settings.ini setup.py pyproject.toml
 DIFF := diff -rq -x __pycache__ -x .ipynb_checkpoints
 
 OLDEST := $(abspath build/oldest)
-.PHONY: help study demo test mutants oldest gpu-check notebooks docs hooks
+.PHONY: help study demo test exported site mutants oldest gpu-check notebooks docs hooks
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -36,10 +36,14 @@ help:  ## this list
 demo: .venv/.demo  ## prove, train, and write tables and a page to runs/demo (a few minutes after the first installation)
 	$(BIN)/largest-margins demo
 
-# The notebooks are cleaned and exported in a copy, so that the tree stays as it is, committed or not; pytest runs them.
 # Three workers on two cores: many tests wait for other processes.
 test: export OMP_NUM_THREADS = 1
 test: .venv/.test  ## every check: notebooks, export, style, site, pytest
+	$(MAKE) -j 2 exported site
+	$(BIN)/python -m pytest -n 3 --dist worksteal
+
+# The notebooks are cleaned and exported in a copy, so that the tree stays as it is, committed or not; pytest runs them.
+exported:
 	rm -rf $(CHECK) && mkdir -p $(CHECK)
 	cp -R nbs largest_margins pyproject.toml $(CHECK)
 	cd $(CHECK) && $(BIN)/nbdev-clean
@@ -49,8 +53,9 @@ test: .venv/.test  ## every check: notebooks, export, style, site, pytest
 	$(DIFF) largest_margins $(CHECK)/largest_margins && $(DIFF) nbs $(CHECK)/nbs || \
 	  { echo "The package is not what the notebooks export: run make notebooks." >&2; exit 1; }
 	$(BIN)/ruff check
+
+site:
 	$(BIN)/python docs/build.py --check
-	$(BIN)/python -m pytest -n 3 --dist worksteal
 
 mutants: export OMP_NUM_THREADS = 1
 mutants: .venv/.test  ## small mistakes made in the core, and whether its tests notice: half an hour or more
