@@ -383,10 +383,11 @@ class CosineLoss(_OnCosines):
 
 # %% ../nbs/losses/12_losses.ipynb #28dc9c67
 def _on_line(slope, x, offset):
-    "slope·x + offset."
+    "slope·x + offset; a slope of exactly 1 and an offset of exactly 0 cost nothing."
     if isinstance(slope, Tensor) and isinstance(offset, Tensor):
         return torch.addcmul(offset, slope, x)
-    return slope * x + offset
+    x = times(slope, x)
+    return x if isinstance(offset, float) and offset == 0 else x + offset
 
 
 def _with_slopes(num, den, by_num, by_den, rest, s):
