@@ -754,7 +754,7 @@ def _search(k, d, rng, starts, deadline, bound, progress, best=None, known=0.):
     for m, (points, top) in enumerate(ends, 1):  # noqa: B007
         if progress: progress(m, starts if starts < math.inf else m, math.acos(top))
         if _attained(top, bound) or m >= starts or time.monotonic() > deadline: break
-    hopeless = k * d > _FEWER and math.acos(top) < .997 * known  # a polish gains less
+    hopeless = k * d > _FEWER and math.acos(top) < .999 * known  # a polish gains less
     if hopeless or time.monotonic() > deadline: return points, m
     return _release(_settle(points, deadline)), m
 
