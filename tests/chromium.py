@@ -137,9 +137,9 @@ class Chromium:
             return False
 
     def press(self, key, times=1, **more):
-        "A key, `times` times in one go."
-        numbers = [self.send('Input.dispatchKeyEvent', type=kind, key=key, **more) for _ in range(times)
-                   for kind in ('keyDown', 'keyUp')]
+        "A key that is held down until it has come `times` times."
+        numbers = [self.send('Input.dispatchKeyEvent', type=kind, key=key, **more)
+                   for kind in (*times * ['keyDown'], 'keyUp')]
         for number in numbers:
             self.answer(number)
 
