@@ -215,6 +215,14 @@ def test_demo(tmp_path, capsys, monkeypatch):
         for name in ('class_margin', 'mean_sample_margin'): assert found[f'{loss}+rsm'][name] > found[loss][name]
 
 
+@pytest.mark.parametrize('option', ['--epochs 0', '--data /nowhere', '--dataset nothing'])
+def test_demo_refuses_before_it_proves(option, tmp_path, capsys, monkeypatch):
+    def late(*args, **kwargs): raise AssertionError('proofs have begun')
+    monkeypatch.setattr(import_module('largest_margins.claims'), 'prove', late)
+    assert run('demo', *option.split(), '--out', tmp_path) == 2
+    assert 'Six trainings' not in capsys.readouterr().out
+
+
 def command(*argv, **kwargs):
     tool = Path(sys.executable).with_name('largest-margins')
     return subprocess.Popen([tool, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
