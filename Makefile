@@ -36,11 +36,14 @@ help:  ## this list
 demo: .venv/.demo  ## prove, train, and write tables and a page to runs/demo (a few minutes after the first installation)
 	$(BIN)/largest-margins demo
 
-# Three workers on two cores: many tests wait for other processes.
+# Three workers on two cores: many tests wait for other processes. Tests write tens of thousands of small files, which
+# takes a disk far longer than memory, if that has 4 GB of room.
+ROOMY = $(shell df -Pk /dev/shm 2>/dev/null | awk 'NR == 2 && $$4 > 4e6 {print "-p /dev/shm"}')
 test: export OMP_NUM_THREADS = 1
 test: .venv/.test  ## every check: notebooks, export, style, site, pytest
 	$(MAKE) -j 2 exported site
-	$(BIN)/python -m pytest -n 3 --dist worksteal
+	scratch=$$(mktemp -d $(ROOMY)) && trap 'rm -rf "$$scratch"' EXIT INT TERM && \
+	  TMPDIR=$$scratch $(BIN)/python -m pytest -n 3 --dist worksteal
 
 # The notebooks are cleaned and exported in a copy, so that the tree stays as it is, committed or not; pytest runs them.
 exported:
