@@ -501,15 +501,15 @@ _COMMANDS['prototypes'] = _Command('the best packing as fixed prototypes',
 def _demo(args):
     "Quick proofs, then CE, CosFace and LM-Softmax, each without and with 0.5 R_sm."
     from largest_margins.study.recipes import DEMO
-    from largest_margins.study.tables import make_table
-    start, where = time.perf_counter(), (args.dataset, args.out)
-    options = dict(seeds=[args.seed], data=args.data, download=args.download,
-                   strict=args.strict, epochs=args.epochs, resume=args.resume)
-    make_table(DEMO, *where, dry_run=True, tell=lambda line: None, **options)  # refuses
-    print('What the slides claim, checked:\n')
-    failed = _prove(argparse.Namespace(ids=None, quick=True, json=None))
-    print(f'\nSix trainings on {args.dataset}:\n')
-    code = _make(DEMO, args, *where, **options)
+    start, failed = time.perf_counter(), 0
+    def first():  # wrong options are refused before
+        nonlocal failed
+        print('What the slides claim, checked:\n')
+        failed = _prove(argparse.Namespace(ids=None, quick=True, json=None))
+        print(f'\nSix trainings on {args.dataset}:\n')
+    code = _make(DEMO, args, args.dataset, args.out, seeds=[args.seed], data=args.data,
+                 download=args.download, strict=args.strict, epochs=args.epochs,
+                 resume=args.resume, first=first)
     print(f'{time.perf_counter() - start:.0f} seconds in all')
     return code or failed
 

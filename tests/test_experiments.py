@@ -213,9 +213,11 @@ def test_demo(tmp_path, capsys, monkeypatch):
     found = {p.parent.name: json.loads(p.read_text())['measured'] for p in tmp_path.rglob('seed-0.json')}
     for loss in ('ce', 'cosface'):
         for name in ('class_margin', 'mean_sample_margin'): assert found[f'{loss}+rsm'][name] > found[loss][name]
+    assert run('demo', '--epochs', '2', '--out', tmp_path) == 2  # nothing finished is trained over
+    assert 'checks passed' not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize('option', ['--epochs 0', '--data /nowhere', '--dataset nothing'])
+@pytest.mark.parametrize('option', ['--epochs 0', '--data /nowhere', '--dataset nothing', '--dataset cifar10 --data .'])
 def test_demo_refuses_before_it_proves(option, tmp_path, capsys, monkeypatch):
     def late(*args, **kwargs): raise AssertionError('proofs have begun')
     monkeypatch.setattr(import_module('largest_margins.claims'), 'prove', late)

@@ -384,6 +384,7 @@ def make_table(
     resume: bool = False,  # keep what is in `out`, finished or begun; False refuses it
     dry_run: bool = False,  # only print the plan
     tell: Callable[[str], None] = print,  # takes a line of output
+    first: Callable[[], None] = lambda: None,  # called before the training, if no error
     **changes,  # fields of the configuration for all runs; None leaves one as it is
 ) -> bool:  # whether all runs are complete
     "Train what is missing of a table, and write it as Markdown, CSV, LaTeX and HTML."
@@ -397,6 +398,7 @@ def make_table(
         if missing and known: tell(_estimate(missing, jobs, threads))
         return True
     _refuse_another(out/'table.md', _title(recipe, runs[0]))
+    first()
     for run in done: Checkpoint(out/run.checkpoint).remove()  # killed in between
     complete = _run_all(recipe, missing, out, jobs, threads, tell)
     finished = read_records(runs, out)
