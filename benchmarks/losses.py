@@ -21,6 +21,7 @@ import argparse
 import json
 import math
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
 from time import process_time
 
@@ -105,7 +106,11 @@ def of_metric_learning(name):
     return make
 
 
-def numbers(targets): return {name: torch.ones(len(targets), device=targets.device) for name in ('alpha1', 'alpha2')}
+@cache
+def ones(n, device): return torch.ones(n, device=device), torch.ones(n, device=device)
+
+
+def numbers(targets): return dict(zip(('alpha1', 'alpha2'), ones(len(targets), targets.device)))
 
 
 CE, HAND, FLOOR = 'cross-entropy', 'cross-entropy of s·cos', 'three products'

@@ -58,7 +58,9 @@ _BOUNDS = dict(above=('>', gt), at_least=('≥', ge), at_most=('≤', le), below
 
 def _in_range(name, value, bounds):
     "The value, if it keeps to its bounds; else an error that shows them."
-    if all(_BOUNDS[kind][1](value, b) for kind, b in bounds.items()): return value
+    for kind, bound in bounds.items():
+        if not _BOUNDS[kind][1](value, bound): break
+    else: return value
     allowed = ' and '.join(f'{_BOUNDS[kind][0]} {b:g}' for kind, b in bounds.items())
     shown = f'{value:g}' if isinstance(value, float) else value
     raise ValueError(f'{name} must be {allowed}, got {shown}')
@@ -296,7 +298,7 @@ class PerClass(Checked):
 
 # %% ../nbs/losses/10_checks.ipynb #529588f0
 def per_sample(name: str, value, x: Tensor, **bounds: float) -> Tensor:
-    "Check a number for each row of `x`, or one for all; return [N]."
+    "Check a number for all rows of `x`; or make [N] of a tensor, with any values."
     dtype = work_dtype(x.dtype)
     if not isinstance(value, Tensor):
         return x.new_full(x.shape[:1], number(name, value, **bounds), dtype=dtype)
@@ -306,9 +308,24 @@ def per_sample(name: str, value, x: Tensor, **bounds: float) -> Tensor:
         raise ValueError(f'{name} must be a number or [N] with N = {x.shape[0]}, '
                          f'got shape {tuple(value.shape)}')
     check_device(name, value, x.device)
-    if values_are_cheap(value := plain_tensor(value)):
-        for extreme in value.detach().aminmax(): _finite(name, extreme.item(), bounds)
-    return value.to(dtype) if value.ndim else value.to(dtype).expand(x.shape[0])
+    value = plain_tensor(value)
+    if value.dtype is not dtype: value = value.to(dtype)
+    return value if value.ndim else value.expand(x.shape[0])
+
+# %% ../nbs/losses/10_checks.ipynb #529588f2
+def check_values(numbers: dict[str, Tensor], bounds: list[dict[str, float]]):
+    "Refuse what is not finite or out of its bounds, on a CPU."
+    values = numbers.values()
+    if not all(map(values_are_cheap, values)): return
+    values = [x.detach() if x.requires_grad else x for x in values]
+    if bounds.count(bounds[0]) == len(values) > 1:  # one look at all
+        try: return _check_extremes('', torch.cat(values), bounds[0])
+        except ValueError: pass  # which of them it was, is found now
+    for named in zip(numbers, values, bounds): _check_extremes(*named)
+
+
+def _check_extremes(name, x, bounds):
+    for extreme in x.aminmax(): _finite(name, extreme.item(), bounds)
 
 # %% ../nbs/losses/10_checks.ipynb #5d34aefa
 def check_prototypes(prototypes: Tensor, name: str = 'prototypes', least: int = 2):

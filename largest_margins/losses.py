@@ -13,7 +13,7 @@ __all__ = ['CosineLoss', 'MarginSoftmaxLoss', 'NormFaceLoss', 'CosFaceLoss', 'Co
 import math
 from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass, field
-from functools import partial
+from functools import cache, partial
 from inspect import signature
 from typing import Any, ClassVar
 
@@ -25,8 +25,9 @@ from torch.nn import functional as F
 # %% ../nbs/losses/12_losses.ipynb #cf0220ab
 from .checks import (
     Checked, Choice, Flag, Integer, Number, PerClass, as_one_node, at_least_float32,
-    check_device, check_features, check_integers, check_range, check_scores, integer,
-    is_symbol, is_traced, number, per_class, per_sample, plain_tensor, values_are_cheap)
+    check_device, check_features, check_integers, check_range, check_scores,
+    check_values, integer, is_symbol, is_traced, number, per_class, per_sample,
+    plain_tensor, values_are_cheap)
 from .engine.cosines import (
     angle_from_cosine, cosine_matrix, log_sum_exp_of_others, times)
 from .engine.fused import (
@@ -51,6 +52,7 @@ def _as_text(value, is_angle=False):
     return f'{value:g}' + (f' rad ({math.degrees(value):.2f}°)' if is_angle else '')
 
 # %% ../nbs/losses/12_losses.ipynb #be217094
+@cache
 def _field(cls, name):
     "What stands under a name in a class, as it is, or None."
     return next((vars(c)[name] for c in cls.__mro__ if name in vars(c)), None)
@@ -147,7 +149,7 @@ class _Reduction(_Options):
     def aggregate(self, losses, loss_weights):
         "The losses of a batch as the reduction wants them, [] or, for 'none', [N]."
         if self.reduction == 'none': return losses * loss_weights
-        if isinstance(loss_weights, Tensor): return (losses * loss_weights).sum()
+        if isinstance(loss_weights, Tensor): return losses.dot(loss_weights)
         return losses.mean() if self.reduction == 'mean' else losses.sum()
 
 # %% ../nbs/losses/12_losses.ipynb #f12a317f
@@ -210,15 +212,16 @@ class _Hooks(ClassificationLoss):
 
     def checked_numbers(self, numbers, x):
         "The caller's numbers, checked, under the names of what they replace, [N]."
-        checked = {}
+        checked, bounds = {}, []
         for name, value in numbers.items():
             if name not in self.numbers:
                 raise TypeError(f'{name} must be one of {[*self.numbers]}: only these '
                                 f'{type(self).__name__} takes for each sample')
             attribute = self.numbers[name]
             if attribute in checked: raise TypeError(f'{name} is given twice')
-            bounds = getattr(_field(type(self), attribute), 'allowed', {})
-            checked[attribute] = per_sample(name, value, x, **bounds)
+            bounds.append(getattr(_field(type(self), attribute), 'allowed', {}))
+            checked[attribute] = per_sample(name, value, x, **bounds[-1])
+        if bounds: check_values(dict(zip(numbers, checked.values())), bounds)
         return checked
 
     def filled(self, numbers, targets, dtype):

@@ -68,7 +68,8 @@ def _total(logits, targets, s, prior):
     "Sums of exponentials, which are left there, and log Σ (π_j/π_y) exp(s·c_j), [n]."
     if not s: return (ones := torch.ones_like(targets, dtype=logits.dtype)), ones
     if _is_bounded(s, logits.shape[1], prior, logits.dtype):
-        total = logits.exp_().sum(1)
+        ones = constant(1., logits.dtype, logits.shape[1])
+        total = logits.exp_().mv(ones)
         return total, total.log()
     if prior is not None: logits.add_(prior)
     shift = logits.amax(1, keepdim=True)
@@ -115,7 +116,7 @@ def _line(loss, s, logits, targets, numbers, learns, chords):
     batch = targets, None, k, dtype
     pooled = weights = loss.loss_weights(*batch)
     logs = loss.log_weights(*batch)
-    if logs is None: value = loss.total(losses, margins, weights)
+    if logs is None: value = loss.total(losses, margins, of_all(weights))
     else: value, pooled = loss.pooled(losses, margins, weights, logs)
     if not learns: return value, None
     sign = factor = 1. if loss.angular else -1.  # −1: so the pull is a slope as it is
