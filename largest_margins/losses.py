@@ -13,7 +13,7 @@ __all__ = ['CosineLoss', 'MarginSoftmaxLoss', 'NormFaceLoss', 'CosFaceLoss', 'Co
 import math
 from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass, field
-from functools import cache, partial
+from functools import partial
 from inspect import signature
 from typing import Any, ClassVar
 
@@ -52,7 +52,6 @@ def _as_text(value, is_angle=False):
     return f'{value:g}' + (f' rad ({math.degrees(value):.2f}°)' if is_angle else '')
 
 # %% ../nbs/losses/12_losses.ipynb #be217094
-@cache
 def _field(cls, name):
     "What stands under a name in a class, as it is, or None."
     return next((vars(c)[name] for c in cls.__mro__ if name in vars(c)), None)
