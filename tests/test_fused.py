@@ -310,6 +310,20 @@ def test_a_first_chunk_without_weight():
     assert distance(got, value_and_gradients(dense(loss), features, prototypes, targets)) < 1e-13
 
 
+@pytest.mark.parametrize('order', ['rising', 'falling', 'given'])
+@pytest.mark.parametrize('sample_margin,products', [(0., 3), (.5, 4)])  # R_sm's weights are others
+def test_a_log_sum_exp_over_chunks_is_one_pass(order, sample_margin, products):
+    "Whichever chunk has the largest loss."
+    loss = LMSoftmaxLoss(20., 'logsumexp', sample_margin=sample_margin, weight=torch.arange(1., K + 1).double())
+    features, prototypes, targets = inputs()
+    losses = LMSoftmaxLoss(20., reduction='none').linear(features, prototypes, targets)
+    at = dict(rising=losses.argsort(), falling=losses.argsort(descending=True), given=torch.arange(N))[order]
+    batch = features[at], prototypes, targets[at]
+    with Products() as seen: got = value_and_gradients(lambda *a: loss.linear(*a, chunk_size=-(-N // 3)), *batch)
+    assert distance(got, value_and_gradients(dense(loss), *batch)) < 1e-13
+    assert seen.count == 3 * products
+
+
 @pytest.mark.parametrize('chunk_size', [2.5, '12', None, True])
 def test_bad_chunk_sizes(chunk_size):
     with pytest.raises(TypeError, match='^chunk_size must be'): NormFaceLoss().linear(*inputs(), chunk_size=chunk_size)
@@ -434,7 +448,7 @@ class Products(torch.utils._python_dispatch.TorchDispatchMode):
     count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func.overloadpacket.__name__ in ('mm', 'addmm', 'linear')
+        self.count += func.overloadpacket.__name__ in ('mm', 'addmm', 'addmm_', 'linear')
         return func(*args, **kwargs or {})
 
 

@@ -365,6 +365,25 @@ class _Cosines:
 # %% ../../nbs/engine/14_fused.ipynb #5c8f6b49
 class _OfRows(_Cosines):
     "A pass over features, whose cosines with the prototypes are made in one buffer."
+    tops = None  # of chunks so far, for a log-sum-exp over the samples of all
+
+    def weigh(self, terms):
+        "exp(terms) over that of the largest so far, which all before is scaled to."
+        before = self.tops[-1][0] if self.tops else terms.new_tensor(-math.inf)
+        top = torch.maximum(before, terms.amax())
+        self.tops.append(top.expand(len(terms)))
+        shrink, made = _ratio(before, top), self.by_prototypes
+        if made is not None and not (self.plan.cheap and shrink.item() == 1):
+            made.mul_(shrink)
+        return _ratio(terms, top)
+
+    def pool(self, terms, gradients):
+        "Scale gradients for each row, and by prototypes, to Σ exp(terms) of all."
+        total = terms.logsumexp(0)
+        scale = _ratio(torch.cat(self.tops), total)
+        for x in gradients:
+            if x is not None: x.mul_(scale if x.ndim == 1 else scale[:, None])
+        if self.by_prototypes is not None: self.by_prototypes.mul_(scale[-1])
 
     def back(self, g, unit, wanted):
         "From slopes by products to those by features; all chunks add to one matrix."
@@ -392,7 +411,7 @@ class _OfRows(_Cosines):
 # %% ../../nbs/engine/14_fused.ipynb #7ef985da
 class _OfCosines:
     "A pass over the rows of a matrix of cosines."
-    inputs, to_logits = ('targets', 'cosines'), None
+    inputs, to_logits, tops = ('targets', 'cosines'), None, None
 
     def __init__(self, plan, cosines):
         self.plan, self.x, self.per_logit = plan, cosines, plan.scale
@@ -445,6 +464,9 @@ def _pooled(terms):
     "Weights of samples in log Σ exp(terms); zeros where none counts."
     return terms.softmax(0).nan_to_num_(0)
 
+
+def _ratio(terms, top): return (terms - top).exp().nan_to_num_(0)
+
 # %% ../../nbs/engine/14_fused.ipynb #07d6ea2a
 def _chunk(x, targets, weights, pooled, job, wanted, *numbers):
     "Losses of a chunk, its negative margins, and the slopes of what is wanted."
@@ -465,6 +487,7 @@ def _chunk(x, targets, weights, pooled, job, wanted, *numbers):
     negative_margins = None if largest is None else largest / s - own.cosine
     if not wanted: return losses, negative_margins
     if pooled is None: pooled = _pooled(plan.logs + loss.tilt * losses)     # slopes
+    elif job.tops is not None: pooled = job.weigh(pooled + loss.tilt * losses)
     if here is not None: total = (rest if shift is None else rest - shift).exp()
     factor, pull = times(job.per_logit, pooled), None
     at_largest = by_largest = None
@@ -493,11 +516,13 @@ def _pass(plan, tensors, wanted, weights):
         def chunks(wanted): return _by_parts(
             _chunk, plan.size, job.x, targets, weights, pooled, job, wanted, *numbers)
         if plan.logs is not None and wanted:
-            losses = chunks(())[0] if targets.shape[0] > plan.size else None
-            pooled = None if losses is None else _pooled(
-                plan.logs + plan.loss.tilt * losses)
+            def terms(losses): return plan.logs + plan.loss.tilt * losses
+            if targets.shape[0] <= plan.size: pooled = None
+            elif plan.lead: pooled = _pooled(terms(chunks(())[0]))
+            else: pooled, job.tops = plan.logs, []
         losses, negative_margins, *gradients = chunks(wanted)
         if not wanted: return losses, negative_margins, None
+        if job.tops: job.pool(terms(losses), gradients)
         by_x, *by_numbers = gradients
         learned = [name for name in plan.numbers if name in wanted]
         return losses, negative_margins, job.gradients(by_x) | dict(
