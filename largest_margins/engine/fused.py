@@ -362,10 +362,10 @@ class _Cosines:
         return _by_chords(unit, self.w.long(columns), cosine, self.plan.scale,
                           self.usual)
 
-# %% ../../nbs/engine/14_fused.ipynb #5c8f6b49
-class _OfRows(_Cosines):
-    "A pass over features, whose cosines with the prototypes are made in one buffer."
-    tops = None  # of chunks so far, for a log-sum-exp over the samples of all
+# %% ../../nbs/engine/14_fused.ipynb #5c8f6b4a
+class _OverChunks(_Cosines):
+    "A pass for a log-sum-exp over the samples of several chunks."
+    tops = None  # the largest term after each chunk, for each of its rows
 
     def weigh(self, terms):
         "exp(terms) over that of the largest so far, which all before is scaled to."
@@ -384,6 +384,10 @@ class _OfRows(_Cosines):
         for x in gradients:
             if x is not None: x.mul_(scale if x.ndim == 1 else scale[:, None])
         if self.by_prototypes is not None: self.by_prototypes.mul_(scale[-1])
+
+# %% ../../nbs/engine/14_fused.ipynb #5c8f6b49
+class _OfRows(_OverChunks):
+    "A pass over features, whose cosines with the prototypes are made in one buffer."
 
     def back(self, g, unit, wanted):
         "From slopes by products to those by features; all chunks add to one matrix."
