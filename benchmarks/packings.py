@@ -3,7 +3,8 @@
 Up to 50 classes have 400 starts of `best_packing` in space and 40 beyond; more have 4 to 1, in space those that
 `best_packing` takes by itself; all from seed 0. A size that `benchmarks/results/packings.json` has is not searched
 again, so that a broken run goes on; `--fresh` begins anew. `85,3 38,7 --seeds 1 2` searches these sizes again, as
-`best_packing` does by itself, and keeps what is no worse, so that `how` says how to repeat it.
+`best_packing` does by itself, and keeps what is no worse, so that `how` says how to repeat it; each row names the
+machine of its search, and the newer ones what it reached.
 Then each size gets the best of four: what its search found, the code that the package stores with its certificate, the
 best construction that contains it, and the best entry for more points or fewer dimensions. Each construction is a size
 of its own, with at most 1000 of its points.
@@ -15,10 +16,11 @@ from fractions import Fraction
 from time import process_time
 
 import torch
-from measure import RESULTS, store
+from measure import RESULTS, machine
 
 from largest_margins.bounds import class_margin_bound, stored_certificates
 from largest_margins.codes import best_packing
+from largest_margins.files import write_file
 from largest_margins.margins import class_margin
 from largest_margins.theory.constructions import constructions, known_packing
 
@@ -51,7 +53,8 @@ def search(k, d, starts, seed=0):
     start, done = process_time(), []
     packing = best_packing(k, d, seed=seed, starts=starts, progress=lambda *told: done.append(told))
     return {'k': k, 'd': d, 'starts': starts or len(done), 'class_margin': math.degrees(packing.class_margin),
-            'how': packing.how, 'bound': math.degrees(packing.bound), 'seconds': round(process_time() - start, 2)}
+            'how': packing.how, 'bound': math.degrees(packing.bound), 'seconds': round(process_time() - start, 2),
+            'optimum': packing.optimum, 'machine': machine()}
 
 
 def built(k, d):
@@ -60,13 +63,21 @@ def built(k, d):
             'bound': math.degrees(class_margin_bound(k, d, 'levenshtein').radians)}
 
 
+def keep(rows):
+    "Store the rows, and the machines that searched; a broken run leaves the old file."
+    machines = ' and '.join(dict.fromkeys(row['machine'] for row in rows if 'machine' in row))
+    write_file(FILE, json.dumps({'machine': machines, 'rows': rows}, indent=1) + '\n')
+
+
 def completed(rows):
     "The rows, each with the best of its search, the constructions, all rows that contain it, and what is certified."
     best = []
 
     def improve(row, margin, how):
         "Rounding apart, a row is never below what it could have instead."
-        if margin > row['class_margin'] + 1e-9: row.update(class_margin=margin, how=how)
+        if margin > row['class_margin'] + 1e-9:
+            row.update(class_margin=margin, how=how)
+            row.pop('optimum', None)  # of the search
 
     codes, bounds = ({(c['k'], c['d']): math.degrees(Fraction(c['radians']))
                       for c in stored_certificates() if c['kind'] == kind} for kind in ('code', 'three-point'))
@@ -89,18 +100,20 @@ def main():
     parser.add_argument('--seeds', type=int, nargs='+', default=[0], help='of the searches of these sizes')
     args = parser.parse_args()
     torch.set_num_threads(1)
-    table = [] if args.fresh or not FILE.exists() else json.loads(FILE.read_text())['rows']
-    rows = {(row['k'], row['d']): row for row in table}
+    table = {'rows': []} if args.fresh or not FILE.exists() else json.loads(FILE.read_text())
+    rows = {(row['k'], row['d']): row for row in table['rows']}
+    for row in rows.values():
+        if 'seconds' in row: row.setdefault('machine', table['machine'])
     again = [(*map(int, size.split(',')), None, seed) for size in args.sizes for seed in args.seeds]
     waiting = again or [(k, d, planned(k, d), 0) for k, d in sizes() if (k, d) not in rows]
     for n, (k, d, starts, seed) in enumerate(waiting, 1):
         row, known = search(k, d, starts, seed), rows.get((k, d))
         if not known or row['class_margin'] > known['class_margin'] - 1e-9: rows[k, d] = row
-        store(sorted(rows.values(), key=lambda row: (row['d'], row['k'])), FILE)
+        keep(sorted(rows.values(), key=lambda row: (row['d'], row['k'])))
         print(f'{n} of {len(waiting)}: k={k} d={d} seed {seed} {row["class_margin"]:.7f}° '
               f'of at most {row["bound"]:.3f}°, {row["seconds"]} s', flush=True)
     rows |= {(k, d): built(k, d) for k, d in sorted(built_sizes() - rows.keys())}
-    store(completed(rows.values()), FILE)
+    keep(completed(rows.values()))
 
 
 if __name__ == '__main__':
