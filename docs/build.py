@@ -152,8 +152,12 @@ def cited(text):
 
 
 def unbroken(text):
-    "`98.89 ± 0.22` stays on one line."
-    return re.sub(r'(?<=\d) ± (?=\d)', '\u00a0±\u00a0', text)
+    "`98.89 ± 0.22` stays on one line, and a comma with the formula before it."
+    text = re.sub(r'(?<=\d) ± (?=\d)', '\u00a0±\u00a0', text)
+    blocks = re.split(r'(^(?:`{3,}|~{3,}).*?^(?:`{3,}|~{3,})[ ]*$)', text, flags=re.M | re.S)
+    formula = re.compile(r'(?<!\$)\$[^$`]+\$[,.;:!?)]+')
+    return ''.join(block if n % 2 else formula.sub(r'<span class="together">\g<0></span>', block)
+                   for n, block in enumerate(blocks))
 
 
 def glossary():
@@ -434,7 +438,7 @@ def convert(nb, cfg, syms):
         else:
             text = re.sub(rf'\[`([^`]+)`\]\({re.escape(address)}([^)]+)\)', reference, text)
             text = re.sub(r'\]\(([\w./-]+\.ipynb)(#[^)]*)?\)', page_link, text)
-            text = cited(linked(defined(unbroken(text), terms, seen), syms))
+            text = cited(linked(unbroken(defined(text, terms, seen)), syms))
         cells.append(dict(cell, source=text))
     return dict(nb, cells=cells)
 
@@ -605,7 +609,7 @@ def markdown(nb):
     for cell in nb['cells']:
         text = ''.join(cell['source'])
         if cell['cell_type'] == 'markdown':
-            parts.append(text)
+            parts.append(re.sub(r'<span class="together">(.*?)</span>', r'\1', text, flags=re.S))
         elif 'remove-cell' not in (hidden := cell['metadata'].get('tags', [])):
             parts += [f'```python\n{text}\n```'] if 'remove-input' not in hidden else []
             printed = [o.get('text') or o.get('data', {}).get('text/plain', '') for o in cell['outputs']]
