@@ -369,7 +369,7 @@ class _OverChunks(_Cosines):
 
     def weigh(self, terms):
         "exp(terms) over that of the largest so far, which all before is scaled to."
-        before = self.tops[-1][0] if self.tops else terms.new_tensor(-math.inf)
+        before = self.tops[-1][0] if self.tops else terms.new_full((), -math.inf)
         top = torch.maximum(before, terms.amax())
         self.tops.append(top.expand(len(terms)))
         shrink, made = _ratio(before, top), self.by_prototypes
