@@ -151,10 +151,13 @@ def cited(text):
     return re.sub(r'\[(@[\w-]+(?:;\s*@[\w-]+)*)\]', reference, text)
 
 
+fenced = re.compile(r'(^(?:`{3,}|~{3,}).*?^(?:`{3,}|~{3,})[ ]*$)', re.M | re.S)    # blocks of code
+
+
 def unbroken(text):
     "`98.89 ± 0.22` stays on one line, and a comma with the formula before it."
     text = re.sub(r'(?<=\d) ± (?=\d)', '\u00a0±\u00a0', text)
-    blocks = re.split(r'(^(?:`{3,}|~{3,}).*?^(?:`{3,}|~{3,})[ ]*$)', text, flags=re.M | re.S)
+    blocks = fenced.split(text)
     formula = re.compile(r'(?<!\$)\$[^$`]+\$[,.;:!?)]+')
     return ''.join(block if n % 2 else formula.sub(r'<span class="together">\g<0></span>', block)
                    for n, block in enumerate(blocks))
@@ -187,7 +190,7 @@ def defined(text, terms, seen):
         if re.match(r'\s*(#|\||:::|:\w+:|```|~~~|<|\$\$|\(|    )', part) or '\n|' in part:
             return part
         return ''.join(x if n % 2 else pattern.sub(link, x) for n, x in enumerate(apart.split(part)))
-    blocks = re.split(r'(^(?:`{3,}|~{3,}).*?^(?:`{3,}|~{3,})[ ]*$)', text, flags=re.M | re.S)
+    blocks = fenced.split(text)
     return ''.join(block if n % 2 else '\n\n'.join(map(paragraph, block.split('\n\n')))
                    for n, block in enumerate(blocks))
 

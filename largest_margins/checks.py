@@ -298,7 +298,7 @@ class PerClass(Checked):
 
 # %% ../nbs/losses/10_checks.ipynb #529588f0
 def per_sample(name: str, value, x: Tensor, **bounds: float) -> Tensor:
-    "Check a number for all rows of `x`; or make [N] of a tensor, with any values."
+    "One number for all rows of `x`, checked, or a tensor's, not yet checked, as [N]."
     dtype = work_dtype(x.dtype)
     if not isinstance(value, Tensor):
         return x.new_full(x.shape[:1], number(name, value, **bounds), dtype=dtype)
