@@ -696,7 +696,11 @@ def main():
                            '-d', str(work/'doctrees'), str(source), str(html)], cwd=root)
     if done.returncode:
         sys.exit(done.returncode)
-    for unused in [html/'.buildinfo', *html.rglob('*.map')]:    # maps are for those who debug the theme
+    # icons are in a font; the theme's 1.5 MB of script would draw them once more
+    icons = re.compile(r'\s*<script [^>]*/fontawesome\.js[^>]*></script>')
+    for page in html.rglob('*.html'):
+        write(page, icons.sub('', page.read_text(encoding='utf-8')))
+    for unused in {html/'.buildinfo', *html.rglob('fontawesome.js*'), *html.rglob('*.map')}:    # maps: to debug a theme
         unused.unlink()
     shutil.rmtree(site, ignore_errors=True)
     shutil.move(html, site)
