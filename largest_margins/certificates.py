@@ -137,7 +137,7 @@ def verify(
 
 # %% ../nbs/theory/04_certificates.ipynb #8d539872
 def _parsed(text):
-    if len(text) > _LENGTH or re.search('[0-9]{401}', text):
+    if len(text) > _LENGTH or re.search('(?<![0-9])[0-9]{401}', text):
         raise ValueError(f'at most {_LENGTH} characters, and numbers of 400 digits')
     return json.loads(text, object_pairs_hook=_without_twins)
 

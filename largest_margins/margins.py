@@ -196,7 +196,7 @@ class NeuralCollapse(NamedTuple):
     nc1: Tensor  # tr(Σ_W Σ_B⁺)/k, spread within classes against that between them, []
     nc2: Tensor  # distance of the class means from a simplex, []
     nc3: Tensor  # distance of prototypes and class means from each other, []
-    nc4: Tensor  # share of samples whose nearest mean is of another class, []
+    nc4: Tensor  # share of samples on which nearest mean and prototype differ, []
 
 # %% ../nbs/theory/01_margins.ipynb #c01nc008b
 def _class_means(z, targets, k):

@@ -75,7 +75,7 @@ def universally_optimal(
     k: int,  # number of points, ≥ 2
     d: int,  # dimension, ≥ 2
 ) -> bool:
-    "Whether a code is known with the least energy at every scale (Cohn and Kumar)."
+    "Whether a code of this size in our table has the least energy at every scale."
     k, d = integer('k', k, at_least=2), integer('d', d, at_least=2)
     return d == 2 or k <= d + 1 or k == 2 * d or (k, d) in _UNIVERSAL
 

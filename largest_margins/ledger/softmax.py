@@ -1,4 +1,4 @@
-"""The softmax loss can vanish at any class margin; its gradient flow still widens the margin, ever more slowly
+"""The softmax loss can vanish at any class margin; its gradient flow can still widen the margin, ever more slowly
 
 Docs: https://largest-margins.github.io/largest-margins/theory/softmax.html.md"""
 
@@ -107,7 +107,7 @@ register(Claim(
     'the infimum of the softmax loss and have class margin ε',
     'for every ε in (0, δ*], δ* the largest class margin of k points, there are '
     'prototypes of class margin ε with which the softmax loss approaches its infimum '
-    '0, as norms grow, and never reaches it; its gradient flow widens the margin',
+    '0, as norms grow, and never reaches it; its gradient flow can widen the margin',
     'all of (0, π/2) if and only if k ≤ 2d',
     (Check('symbolic identity', _t4_exact, '='), Check('search', _t4_optimised, '≤'),
      Check('search', _t4_flow, '>'),

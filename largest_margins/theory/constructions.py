@@ -45,7 +45,7 @@ def _roots(d):
 # %% ../../nbs/theory/02b_constructions.ipynb #eef6c74f
 @cache
 def _packing_of_blocks(n, w, common, size):
-    "`size` blocks of w of n coordinates, two of which have at most `shared` in common."
+    "`size` blocks of w of n coordinates, two of which share at most `common`."
     blocks = list(combinations(range(n), w))
     rows = np.zeros((len(blocks), n), int)
     for row, block in zip(rows, blocks): row[list(block)] = 1

@@ -42,7 +42,10 @@ def admissible_margin(
 
 @cache
 def _admissible(k, d):
-    if k <= 2 * d or d == 2 or k * d <= 2000:  # closed, or a search of seconds
+    if k <= d + 1: reached = k / (k - 1)
+    elif k <= 2 * d: reached = 1.
+    elif d == 2: reached = 2 * math.sin(math.pi / k)**2
+    elif k * d <= 2000:  # a search of seconds
         packing = best_packing(k, d, starts=None if k * d <= 500 else 1)
         reached = 2 * math.sin(packing.class_margin / 2)**2
     else:  # (k − 1) caps of radius δ do not cover the sphere

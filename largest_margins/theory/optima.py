@@ -40,7 +40,7 @@ class Optimality:
     "The loss of prototypes and features, and a lower bound on any loss."
     value: float  # loss of these prototypes and features
     bound: float  # no prototypes and features have a lower loss, up to rounding
-    eigenvalue: float  # smallest one of diag(ν) − M, relative; 0 at an optimum
+    eigenvalue: float  # smallest one of diag(ν) − M, relative; 0 at an optimum, d > k
 
     @property
     def gap(self) -> float:
@@ -191,7 +191,7 @@ def _is_sample_margin(loss, k):
 
 # %% ../../nbs/theory/11b_optima.ipynb #8cc178b3
 def collapse_ratio(
-    loss: torch.nn.Module,  # convex in the cosines; its weights are ignored
+    loss: torch.nn.Module,  # convex, of scale ≥ 0.001; its weights are ignored
     num_frequent: int,  # A ≥ 1 frequent classes; labels 0 … A − 1
     num_rare: int,  # B ≥ 2 rare classes; labels A … A + B − 1
 ) -> float:  # ratio of class sizes, frequent over rare; inf: they never merge
