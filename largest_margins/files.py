@@ -176,6 +176,7 @@ def check_output(
     descriptor, target = _descriptor(path), Path(os.path.realpath(path))
     there = target if descriptor is None else descriptor
     for other in inputs:
+        if str(other) == '-': other = '/dev/stdin'
         if os.path.isfile(there) and os.path.exists(other) and (
                 os.path.samefile(there, other)):
             raise ValueError(f'{path} is read, so it cannot be what is written')
@@ -186,6 +187,7 @@ def check_output(
     wrong = (errno.EISDIR if (near == target and near.is_dir())
              or str(path).endswith(os.sep) else
              errno.ENOTDIR if near != target and not near.is_dir() else
+             errno.ELOOP if any(map(Path.is_symlink, (target, *target.parents))) else
              errno.EACCES if not os.access(near, os.W_OK) else None)
     if wrong: raise OSError(wrong, os.strerror(wrong), str(path))
 
@@ -670,7 +672,7 @@ def _from_archive(file):
     members = _members(file)
     program = [name for name in members if name.endswith('/constants.pkl')]
     if program: raise _Code('TorchScript')
-    main = [name for name in members if re.fullmatch('[^/]+/data.pkl', name)]
+    main = [name for name in members if re.fullmatch('(.*/)?data.pkl', name)]
     if len(main) != 1: raise _Refused('an archive, but none of torch.save')
     root, storages = main[0].removesuffix('data.pkl'), {}
     if bytes(members.get(f'{root}byteorder', b'little')) != b'little':

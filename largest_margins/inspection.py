@@ -100,9 +100,14 @@ def _from_numpy(path):
     "The arrays of an .npz file, or the one of an .npy file; no objects."
     try:
         if not zipfile.is_zipfile(path):
-            return _tensors({'weight': np.load(path, mmap_mode='c')})
-        packed, size = path.stat().st_size, sum(
-            info.file_size for info in zipfile.ZipFile(path).infolist())
+            array = np.load(path, mmap_mode='c')
+            if array.offset + array.nbytes < path.stat().st_size:
+                raise ValueError('more follows its array (numpy.savez keeps several)')
+            return _tensors({'weight': array})
+        members = zipfile.ZipFile(path).infolist()
+        if len({info.filename for info in members}) < len(members):
+            raise ValueError('two of its arrays have one name')
+        packed, size = path.stat().st_size, sum(info.file_size for info in members)
         if size > 1 << 30 and size > 20 * packed:
             raise ValueError(f'its {packed} bytes unpack to {size}')
         with np.load(path) as file: return _tensors({k: file[k] for k in file.files})
@@ -168,7 +173,8 @@ def _places(path):
     except (ValueError, LookupError, TypeError, RecursionError) as e:
         raise ValueError(f'{path} is JSON, but no index of parts with tensors') from e
     if not isinstance(places, dict) or not all(
-            isinstance(x, str) and x.strip('.') and x == Path(x).name
+            isinstance(x, str) and x.isprintable() and x.strip('.')
+            and x == Path(x).name
             for x in places.values()):
         raise ValueError(f'{path} must name parts beside it')
     return places
@@ -207,20 +213,29 @@ def _in_folder(folder):
 _TENSORFLOW = ('numpy.savez(NEW, **{name: tensorflow.train.load_variable(PREFIX, name) '
                'for name, _ in tensorflow.train.list_variables(PREFIX)}), where PREFIX '
                'is the name of the .index file without that ending')
+_CORE_ML = 'save the weights of the model that it was made from'
+_DCP = ('torch.distributed.checkpoint.format_utils.dcp_to_torch_save(FOLDER, FILE) '
+        'makes one file of it')
+_SAVED_MODEL = ('numpy.savez(FILE, **{v.name: v.numpy() for v in '
+                'tensorflow.saved_model.load(FOLDER).variables})')
 _FOLDERS = [  # a file in it, what the folder is, and what to do
-    ('.metadata', 'a distributed checkpoint', 'torch.distributed.checkpoint.'
-     'format_utils.dcp_to_torch_save(FOLDER, FILE) makes one file of it'),
-    ('saved_model.pb', 'a SavedModel of TensorFlow', 'numpy.savez(FILE, **{v.name: '
-     'v.numpy() for v in tensorflow.saved_model.load(FOLDER).variables})'),
+    ('.metadata', 'a distributed checkpoint', _DCP),
+    ('saved_model.pb', 'a SavedModel of TensorFlow', _SAVED_MODEL),
     ('*.index', 'a checkpoint of TensorFlow', _TENSORFLOW),
     ('_*METADATA', 'a checkpoint of Orbax', 'numpy.savez(FILE, **flax.traverse_util.'
      'flatten_dict(orbax.checkpoint.PyTreeCheckpointer().restore(FOLDER), sep="."))'),
     ('zero_to_fp32.py', 'a checkpoint of DeepSpeed', 'python zero_to_fp32.py . FILE'),
-    ('data.pkl', 'an unpacked file of torch.save', 'zip it again')]
+    ('data.pkl', 'an unpacked file of torch.save', 'zip -0 -r it again'),
+    ('Manifest.json', 'a package of Core ML', _CORE_ML)]
 
 # %% ../nbs/study/40_inspect.ipynb #a1c40009
 _KERAS = ('numpy.savez(NEW, **{w.path: w.numpy() for w in '
           'keras.saving.load_model(FILE).weights})')
+_JOBLIB = ('torch.save(joblib.load(FILE), NEW) if you trust it; of a model of '
+           'scikit-learn numpy.save(NEW, joblib.load(FILE).coef_)')
+_R = 'numpy.save(NEW, rdata.read_rds(FILE))'
+_TABLE = ('numpy.save(NEW, numpy.loadtxt(FILE)), for commas with delimiter=",", for a '
+          'line of headings with skiprows=1')
 _NOT_READ = [  # how it begins, what it is, and what to do
     (rb'\x89HDF\r\n', 'an HDF5 file, as Keras writes', _KERAS),
     (rb'GGUF', 'a GGUF file', 'numpy.savez(NEW, **{t.name: gguf.quants.dequantize('
@@ -233,20 +248,18 @@ _NOT_READ = [  # how it begins, what it is, and what to do
     (rb'MATLAB 5.0 MAT-file', 'a file of MATLAB', 'numpy.savez(NEW, **{name: array for '
      'name, array in scipy.io.loadmat(FILE).items() if name[0] != "_"})'),
     (rb'(\xef\xbb\xbf)?\s*[-+]?[0-9.]+(e[-+]?[0-9]+)?[ \t,;]+[-+]?[0-9.]', 'a table of '
-     'text', 'numpy.save(NEW, numpy.loadtxt(FILE)), for commas with delimiter=","'),
+     'text', _TABLE),
     (rb'PAR1|ARROW1|FEA1|SQLite', 'a table', 'numpy.save(NEW, its numbers)'),
     (rb'\x80.{,400}cjoblib|\x80.{,400}\x8c.joblib', 'a file of joblib',
-     'torch.save(joblib.load(FILE), NEW) if you trust it; of a model of scikit-learn '
-     'numpy.save(NEW, joblib.load(FILE).coef_)'),
+     _JOBLIB), (rb'X\n\0\0\0|RD[AX][23]\n', 'a file of R', _R),
     (rb'\x12\x01\0{6}', 'a file of MXNet', 'numpy.savez(NEW, **{name: array.asnumpy() '
      'for name, array in mxnet.nd.load(FILE).items()})'),
     (rb'....TFL3', 'a TensorFlow Lite model', 'numpy.savez(NEW, **{t["name"]: '
      'interpreter.tensor(t["index"])() for t in interpreter.get_tensor_details()})'),
-    (rb'\x1f[\x8b\x9d]|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd|7z\xbc\xaf|Rar!|.{257}ustar|'
-     rb'x[\x01\x5e\x9c\xda]|\x04\x22\x4d\x18|\x5d\0\0',
-     'packed', 'unpack it, and inspect what was in it'),
     (rb'%PDF|\x7fELF|MZ|\x89PNG|\xff\xd8\xff|GIF8|RIFF|%!PS|#!',
      'a document, an image or a program', 'it holds no tensors')]
+_PACKED = (rb'\x1f[\x8b\x9d]|BZh|\xfd7zXZ|\x28\xb5\x2f\xfd|7z\xbc\xaf|Rar!|'
+           rb'.{257}ustar|x[\x01\x5e\x9c\xda]|\x04\x22\x4d\x18|\x5d\0\0')
 
 # %% ../nbs/study/40_inspect.ipynb #38e42d52
 _ZIPS = [  # a member, what the archive is, and what to do
@@ -260,6 +273,11 @@ _ZIPS = [  # a member, what the archive is, and what to do
 _NAMES = [  # how its name ends, what the file is, and what to do
     (r'\.(index|meta|data-\d+-of-\d+)', 'a part of a checkpoint of TensorFlow',
      _TENSORFLOW),
+    (r'\.(distcp|metadata)', 'a part of a distributed checkpoint', _DCP),
+    (r'saved_model\.pb', 'a part of a SavedModel of TensorFlow', _SAVED_MODEL),
+    (r'\.mlmodel', 'a model of Core ML', _CORE_ML), (r'\.[ct]sv', 'a table', _TABLE),
+    (r'\.joblib', 'a file of joblib', _JOBLIB),
+    (r'\.(rds|rda|RData)', 'a file of R', _R),
     (r'\.msgpack', 'a file of Flax',
      'numpy.savez(NEW, **flax.traverse_util.flatten_dict('
      'flax.serialization.msgpack_restore(open(FILE, "rb").read()), sep="."))')]
@@ -273,6 +291,8 @@ def _reader(path, head):
     known = [entry[1:] for entry in _NOT_READ if re.match(entry[0], head, re.DOTALL)]
     known += [entry[1:] for entry in _NAMES if re.search(f'{entry[0]}$', path.name)]
     for what, line in known: raise ValueError(f'{path} is {what}: {line}')
+    if re.match(_PACKED, head, re.DOTALL):
+        raise ValueError(f'{path} is packed: unpack it, and inspect what was in it')
     if head[:4] in (b'PK\3\4', b'PK\5\6'): return _zip_reader(path)
     if head[:6] == b'\x93NUMPY': return _from_numpy
     if path.suffix == '.safetensors': return _from_safetensors
@@ -283,13 +303,17 @@ def _reader(path, head):
 # %% ../nbs/study/40_inspect.ipynb #419f454b
 def _zip_reader(path):
     "Which kind of archive it is."
-    try: names = zipfile.ZipFile(path).namelist()
+    try: infos = zipfile.ZipFile(path).infolist()
     except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError) as e:
         raise ValueError(f'{path} is damaged: {e}') from e
+    if infos and min(info.header_offset for info in infos):
+        raise ValueError(f'{path} is several archives, of which only the last could be '
+                         'read: take them apart')
+    names = [info.filename for info in infos]
     for member, what, line in _ZIPS:
         if any(re.fullmatch(member, name) for name in names):
             raise ValueError(f'{path} is {what}: {line}')
-    if any(name.endswith('/data.pkl') for name in names): return _from_torch
+    if any(Path(name).name == 'data.pkl' for name in names): return _from_torch
     if names and all(name.endswith('.npy') for name in names): return _from_numpy
     held = ', '.join(names[:3]) or 'nothing'
     raise ValueError(f'{path} is a zip archive of {held} …: unpack it, and inspect '
@@ -421,7 +445,7 @@ def _may_classify(name, t):
     parts = _parts(name)
     at = [i for i, part in enumerate(parts) if part in _CLASSIFIERS]
     named = at and not any(part.isdigit() for part in parts[:at[0]])  # in no block
-    pixel = t.ndim == 4 and t.shape[2:] == (1, 1)
+    pixel = t.ndim > 2 and t.shape[2:].numel() == 1
     column = t.ndim == 2 and t.shape[1] == 1 and t.is_floating_point()  # scales
     numbers = t.is_floating_point() or _is_packed(name, t)
     return numbers and not column and (t.ndim == 2 or (pixel and named))
@@ -508,7 +532,7 @@ def _beside(tensors, name):
 
 # %% ../nbs/study/40_inspect.ipynb #246c67af
 def as_prototypes(
-    weight: Tensor,  # a matrix [k, d], or a convolution's [k, d, 1, 1]
+    weight: Tensor,  # a matrix [k, d], or a convolution's [k, d, 1, …]
     name: str = 'weight',  # name for error messages
     transposed: bool | None = None,  # whether it is [d, k]; None: yes if named 'kernel'
 ) -> Tensor:  # at least float32, [k, d]
@@ -516,7 +540,7 @@ def as_prototypes(
     if weight.is_meta:
         raise ValueError(f'{name} has no values that can be read: it is sparse, '
                          'quantized, empty, or larger than its file')
-    if weight.ndim == 4 and weight.shape[2:] == (1, 1): weight = weight.flatten(1)
+    if weight.ndim > 2 and weight.shape[2:].numel() == 1: weight = weight.flatten(1)
     if transposed is None: transposed = _is_kernel(name)
     if transposed and weight.ndim == 2: weight = weight.T.contiguous()
     if weight.is_floating_point() and weight.element_size() < 4:

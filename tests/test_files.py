@@ -211,7 +211,14 @@ def test_outputs_are_checked_before_the_work(tmp_path):
     with open(source, 'rb+') as file, pytest.raises(ValueError, match='is read'):
         check_output(f'/dev/fd/{file.fileno()}', source)
     with open(source, 'rb') as file, pytest.raises(OSError): check_output(f'/dev/fd/{file.fileno()}')
-    assert sorted(os.listdir(tmp_path)) == ['a', 'hard', 'link']
+    (tmp_path/'loop').symlink_to('loop')
+    for name in ('loop', 'loop/x'):
+        with pytest.raises(OSError, match='[Ll]oop|symbolic links'): check_output(tmp_path/name)
+    code = 'from largest_margins.files import check_output; import sys; check_output(sys.argv[1], "-")'
+    with open(source) as file:  # the input is what stands behind the standard input
+        done = subprocess.run([sys.executable, '-c', code, source], stdin=file, capture_output=True, text=True)
+    assert done.returncode == 1 and 'is read' in done.stderr
+    assert sorted(os.listdir(tmp_path)) == ['a', 'hard', 'link', 'loop']
 
 
 def test_folders_are_whole_too(tmp_path):

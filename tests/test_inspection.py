@@ -89,7 +89,8 @@ formats = {
     'head': {'backbone': {'layer1.weight': torch.rand(4, 4)}, 'head': {'weight': W, 'bias': W[:, 0]}},
     'sequential': {'0.0.weight': torch.rand(D, D), '1.2.weight': torch.rand(9, 9), '1.10.weight': W},
     'numbered': {'fc1.weight': torch.rand(9, 9), 'fc2.weight': torch.rand(9, 9), 'fc10.weight': W},
-    'convolution': {'features.3.squeeze.weight': torch.rand(9, 9, 1, 1), 'classifier.1.weight': W[..., None, None]}}
+    **{f'convolution {n}d': {'features.3.squeeze.weight': torch.rand(9, 9, *[1] * n),
+                             'classifier.1.weight': W.view(K, D, *[1] * n)} for n in (1, 2, 3)}}
 
 
 @pytest.mark.parametrize('name', formats)
@@ -192,6 +193,34 @@ def test_a_file_is_what_it_holds(tmp_path, name):
     read()
 
 
+@pytest.mark.parametrize('protocol', [2, 4])
+def test_what_paddle_saves(tmp_path, protocol):
+    content = {k: t.numpy() for k, t in state().items()} | {'StructuredToParameterName@@': {'fc.weight': 'w_0'}}
+    (tmp_path/'net.pdparams').write_bytes(pickle.dumps(content, protocol))
+    for path in (tmp_path, tmp_path/'net.pdparams'):
+        torch.testing.assert_close(read_classifier(path), W, rtol=0, atol=0)
+
+
+def test_one_file_that_holds_several(tmp_path):
+    "The first array, the last archive, or the last of a name would be read, and the others passed over in silence."
+    path = tmp_path/'file'
+    torch.save({'weight': W}, path)
+    path.write_bytes(2 * path.read_bytes())  # as a shard of a distributed checkpoint is
+    with pytest.raises(ValueError, match='several archives.*take them apart'): read_tensors(path)
+    path.rename(tmp_path/'__0_0.distcp')
+    with pytest.raises(ValueError, match='distributed checkpoint.*dcp_to_torch_save'):
+        read_tensors(tmp_path/'__0_0.distcp')
+    with open(path, 'wb') as file:
+        for _ in range(2): np.save(file, W.numpy())
+    with pytest.raises(ValueError, match=r'more follows.*numpy\.savez'): read_tensors(path)
+    array = io.BytesIO()
+    np.save(array, W.numpy())
+    with warnings.catch_warnings(), zipfile.ZipFile(path, 'w') as file:
+        warnings.simplefilter('ignore')
+        for _ in range(2): file.writestr('fc.weight.npy', array.getvalue())
+    with pytest.raises(ValueError, match='one name'): read_tensors(path)
+
+
 def test_arrays_that_are_no_numbers_are_left_out(tmp_path):
     np.savez(tmp_path/'a.npz', w=W.numpy(), names=np.array(['a', 'b']), when=np.array(['2020'], 'datetime64'))
     assert list(read_tensors(tmp_path/'a.npz')) == ['w']
@@ -233,13 +262,13 @@ def test_parts_with_an_index_and_folders(tmp_path, capsys):
         save_file(dict(part), tmp_path/f'model-{i:05}-of-00002.safetensors')
     places = {name: f'model-{1 + (i > 2):05}-of-00002.safetensors' for i, (name, _) in enumerate(tensors)}
     index = tmp_path/'model.safetensors.index.json'
-    index.write_text(json.dumps({'metadata': {}, 'weight_map': places}))
+    index.write_text(json.dumps({'metadata': {}, 'weight_map': places}), encoding='utf-8-sig')  # with a BOM
     part = tmp_path/'model-00001-of-00002.safetensors'
     for path in (index, tmp_path):
         torch.testing.assert_close(read_classifier(path), W, rtol=0, atol=0)
         assert run(capsys, 'inspect', path, '--json', part)[0] == 2 and load_file(part)
     for wrong in ('{}', '[]', '{"weight_map": 3}', '{"a":' * 9999,
-                  *(f'{{"weight_map": {{"a": "{part}"}}}}' for part in ('../x', '..', '.', '', '/x'))):
+                  *(f'{{"weight_map": {{"a": "{part}"}}}}' for part in ('../x', '..', '.', '', '/x', r'x\0'))):
         index.write_text(wrong)
         with pytest.raises(ValueError, match='index'): read_tensors(index)
     index.write_text(json.dumps({'weight_map': {'fc.weight': index.name}}))
@@ -269,11 +298,20 @@ def test_parts_with_an_index_and_folders(tmp_path, capsys):
     (zlib.compress(b'x'), 'unpack it'), (b'\x04\x22\x4d\x18' + bytes(9), 'unpack it'), (b'PK\5\6' + bytes(18), 'zip'),
     (gzip.compress(b'x', mtime=0), 'unpack it'),
     (bz2.compress(b'x'), 'unpack it'), (lzma.compress(b'x'), 'unpack it'), (b'\x1c\0\0\0TFL3' + bytes(9), 'TensorFlow'),
+    (b'X\n\0\0\0\3', r'rdata\.read_rds'), (b'RDX3\nX\n', r'rdata\.read_rds'),
     (b'%PDF-1.4', 'document'), (b'\x89PNG\r\n', 'image'), (b'', 'is damaged'), (b'just some text', 'is damaged')])
 def test_what_is_not_read_is_called_by_its_name(tmp_path, capsys, content, said):
     (tmp_path/'file.pth').write_bytes(content)
     code, out, err = run(capsys, 'inspect', tmp_path/'file.pth')
     assert (code, out, err.count('\n')) == (2, '', 1) and re.search(said, err)
+
+
+@pytest.mark.parametrize('name,said', [
+    ('a.joblib', r'joblib\.load'), ('a.rds', r'rdata\.read_rds'), ('a.csv', 'skiprows=1'), ('a.mlmodel', 'Core ML'),
+    ('saved_model.pb', r'saved_model\.load'), ('a.tar.gz', 'unpack it')])
+def test_what_its_beginning_does_not_tell_its_name_does(tmp_path, name, said):
+    (tmp_path/name).write_bytes(b'class,f0\ncat,1\n' if name == 'a.csv' else gzip.compress(b'x'))
+    with pytest.raises(ValueError, match=said): read_tensors(tmp_path/name)
 
 
 def test_archives_of_other_kinds(tmp_path):
@@ -289,6 +327,10 @@ def test_archives_of_other_kinds(tmp_path):
     with zipfile.ZipFile(tmp_path/'a.pth') as old, zipfile.ZipFile(tmp_path/'b.pth', 'w', 8) as new:
         for name in old.namelist(): new.writestr(name, old.read(name))
     with pytest.raises(ValueError, match='holds a packed member'): read_tensors(tmp_path/'b.pth')
+    for folder in ('', 'a/b/'):  # unpacked, and zipped again from inside or from above
+        with zipfile.ZipFile(tmp_path/'a.pth') as old, zipfile.ZipFile(tmp_path/'b.pth', 'w') as new:
+            for name in old.namelist(): new.writestr(folder + name.split('/', 1)[1], old.read(name))
+        torch.testing.assert_close(read_classifier(tmp_path/'b.pth'), W, rtol=0, atol=0)
 
 
 def test_a_flipped_bit_is_found_out(tmp_path):
@@ -771,6 +813,7 @@ def test_key_and_transposed(tmp_path, capsys):
 @pytest.mark.parametrize('names,what', [
     (('checkpoint', 'model.ckpt-7.index', 'model.ckpt-7.meta'), r'TensorFlow.*tensorflow\.train\.load_variable'),
     (('_METADATA', 'manifest.ocdbt'), 'Orbax'), (('latest', 'zero_to_fp32.py'), 'DeepSpeed.*zero_to_fp32'),
+    (('Manifest.json',), 'Core ML'),
     (('model.gguf',), 'GGUF'), (('a.txt', 'b.txt'), 'without a file of tensors')])
 def test_folders_of_others_are_named(tmp_path, names, what):
     for name in names: (tmp_path/name).write_bytes(b'GGUF')
