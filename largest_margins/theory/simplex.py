@@ -43,8 +43,8 @@ def log_riesz_energy(
     t = number('t', t, above=0)
     check_matrix('points', points, k=2, d=1)
     check_finite('points', points)
-    size = max(1, 2**21 // len(points))
-    blocks = partial(checkpoint, _log_energies, use_reentrant=False)
+    size, blocks = max(1, 2**21 // len(points)), _log_energies
+    if len(points) > size: blocks = partial(checkpoint, blocks, use_reentrant=False)
     logs = [blocks(points[a:a + size], points, a, t)
             for a in range(0, len(points), size)]
     return torch.cat(logs).logsumexp(0)
