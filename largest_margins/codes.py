@@ -19,7 +19,7 @@ from itertools import compress, count, product
 # %% ../nbs/theory/03_packing.ipynb #736706a5
 import numpy as np
 import torch
-from scipy.linalg import cho_factor, cho_solve
+from scipy.linalg import block_diag, cho_factor, cho_solve
 from scipy.optimize import linprog, minimize
 from scipy.sparse import bsr_matrix, csr_matrix, hstack, identity, issparse
 from scipy.sparse.linalg import splu
@@ -29,7 +29,7 @@ from torch import Tensor
 # %% ../nbs/theory/03_packing.ipynb #27ff0f6b
 from .bounds import class_margin_bound
 from .checks import integer, number
-from .theory.constructions import known_packing
+from .theory.constructions import constructions, known_packing
 from .theory.jammed import (
     _part, _pushes, _rows_of, _stress, jammed_certificate)
 from .margins import class_margin
@@ -510,6 +510,72 @@ def _symmetries(k):
             if free >= 0 and not others: starts.append((group, fixed, free))
     return starts
 
+# %% ../nbs/theory/03_packing.ipynb #c1c7e001
+def _rational(m):
+    "The smallest turn of order m whose trace is rational."
+    angles = 2 * math.pi / m * np.array([a for a in range(m) if math.gcd(a, m) == 1])
+    return np.diag(np.cos(angles)) + np.fliplr(np.diag(np.sin(angles)))
+
+
+def _cyclic(k, d, rng):
+    "Powers of a random turn, points that it leaves, and how many points are free."
+    n = rng.choice([n for n in range(2, min(k, 30) + 1) if k % n < 3])
+    turns = [_rational(m) for m in range(1, n + 1) if n % m == 0]
+    blocks = [np.eye(1)] * bool(k % n)
+    while room := d - sum(map(len, blocks)):
+        turn = turns[rng.integers(len(turns))]
+        if len(turn) <= room: blocks.append(turn)
+    turn = block_diag(*blocks)
+    group = np.array([np.linalg.matrix_power(turn, m) for m in range(n)])
+
+    fixed = np.eye(1, d) * np.array([[1], [-1]])[:k % n]
+    return group, fixed, k // n
+
+# %% ../nbs/theory/03_packing.ipynb #c1c7e002
+_LITTLE = 2 * 10**5  # multiplications for all pairs, up to which ten more starts pay
+
+
+def _orbit_energy(group, fixed):
+    "`_log_energy` of the orbits of points and fixed ones, but for a constant."
+    def energy(points, p):
+        orbits = np.concatenate([*(points @ group), fixed])
+        squares = np.maximum(2 - 2 * points @ orbits.T, 1e-30)
+        np.fill_diagonal(squares, np.inf)
+        logs = np.log(squares) * (-p / 2)
+        terms = np.exp(logs - logs.max())
+        total = terms.sum() + terms[:, len(points) * len(group):].sum()
+        value = (logs.max() + math.log(total)) / p
+        return value, (terms / squares) @ orbits * (2 / total)
+    return energy
+
+
+@cache
+def _parts(k, d):
+    "Three constructions with fewer points, those of the smallest cosines."
+    fits = [code for code in constructions() if code.d <= d and k // 2 < code.k < k]
+    return [np.pad(code.points().numpy(), ((0, 0), (0, d - code.d)))
+            for code in fits[:3]]
+
+
+def _symmetric(k, d, top, rng, deadline):
+    "The best of ten starts that are symmetric or complete a part of less than `top`."
+    parts = _parts(k, d) if k * d > _FEWER else ()
+    parts, ends = [part for part in parts if _largest_cosine(part) < top], []
+    for m in range(10):
+        group, fixed, free = _cyclic(k, d, rng)
+        if parts and m % 2:
+            group, fixed = np.eye(d)[None], parts[rng.integers(len(parts))]
+            free = k - len(fixed)
+        points = _normalised(rng.standard_normal((free, d)))
+        energy = _orbit_energy(group, fixed)
+        for p in _EXPONENTS[1:]:
+            points, _ = _descend(points, p, 300, deadline, energy)
+        points = np.concatenate([*(points @ group), fixed])
+        for p in _EXPONENTS[3:] if len(group) == 1 else ():
+            points, _ = _descend(points, p, 300, deadline)
+        ends.append(points)
+    return min(ends, key=_largest_cosine)
+
 # %% ../nbs/theory/03_packing.ipynb #05d791bc
 def _attained(cosine, bound):
     "Whether nothing better than this largest cosine is possible, to `_RESOLUTION`."
@@ -605,8 +671,10 @@ def _start(kind, k, d, n, best, rng):
 def _kind(m, k, d, built):
     "Which kind of start the m-th one is, and where in the exponents it begins."
     large = k * d > _FEWER
-    if large and built: return 'shaken', 1 + m % 2
     kind, first = _TURNS[(m - 1) % len(_TURNS)]
+    if d > 3 and k * d > _FEW and k * k * d <= _LITTLE and (
+            m % 2 if large else kind == 'symmetric'): return 'symmetric', 5
+    if large and built: return 'shaken', 1 + m % 2
     if kind == 'symmetric' and (d > 3 or not _symmetries(k)): kind, first = 'random', 3
     early = m <= len(_TURNS) and kind in ('hop', 'shaken')
     if early: kind = 'random'
@@ -659,7 +727,8 @@ def _descents(k, d, rng, deadline, best=None):
         latest = (deadline + time.monotonic()) / 2
     for m in count(1):
         kind, first = _kind(m, k, d, built)
-        points = _start(kind, k, d, symmetric, best, rng)
+        if kind == 'symmetric' and d > 3: points = _symmetric(k, d, top, rng, deadline)
+        else: points = _start(kind, k, d, symmetric, best, rng)
         symmetric += kind == 'symmetric'
         if kind == 'crowded': points = _less_one(_descend(points, 40, 300, deadline)[0])
         if best is None: best = points
@@ -667,7 +736,8 @@ def _descents(k, d, rng, deadline, best=None):
         end = _largest_cosine(points)
         if end < top: best, top = points, end
         if ends.add(kind, end, known) and not large:
-            near = (.98 if d == 3 else .9995) * math.acos(min(ends.cosines))
+            near = .98 if d == 3 else .9995 if k * d <= _FEW else .9999
+            near *= math.acos(min(ends.cosines))
             if math.acos(end) > near: points = _polish(points, deadline)
             if (now := _largest_cosine(points)) < top: best, top = points, now
         yield best, top

@@ -281,7 +281,17 @@ def _named():
     yield 'McLaughlin graph', 275, 22, one(6), lambda: _seen(_552(), one(5))
     yield '162 of the McLaughlin graph', 162, 21, one(7), (
         lambda: _seen(_552(), one(5), one(6)))
+    for k, d, n in ((105, 20, 8), (72, 19, 9)):
+        yield f'{k} of the McLaughlin graph', k, d, one(n), (
+            lambda n=n: _seen(_552(), *map(one, range(5, n))))
+    yield 'Gewirtz graph', 56, 20, one(15), (
+        lambda: _seen(_552(), one(5), one(6), Fraction(-2, 7)))
     yield 'Higman–Sims graph', 100, 22, one(11), _100
+    yield 'M22 graph', 77, 21, one(12), lambda: _seen(_100(), one(11))
+    yield 'Brouwer–Haemers graph', 81, 20, one(10), lambda: _seen(_quadric(3), one(9))
+    for k, d, n in ((170, 20, 6), (100, 19, 7)):
+        yield f'{k} in the Leech lattice', k, d, one(n), (
+            lambda n=n: _seen(_leech(), *map(one, range(2, n))))
     for q in (3, 4, 5):
         yield f'quadric over {q} elements', (q + 1) * (q**3 + 1), q * (q * q - q + 1), (
             one(q * q)), lambda q=q: _quadric(q)
@@ -321,6 +331,8 @@ def _codes():
     for code, n in ((kerdock, 16), (long_kerdock, 64)):
         yield 'Kerdock code and axes', n * n + 2 * n, n, Fraction(1, math.isqrt(n)), (
             lambda code=code, n=n: np.concatenate([code(), _axes(n, math.isqrt(n))]))
+    yield '70 in Kerdock code and axes', 70, 14, Fraction(1, 6), lambda: _seen(
+        np.concatenate([kerdock(), _axes(16, 4)]), Fraction(1, 4), Fraction(1, 5))
 
 # %% ../../nbs/theory/02b_constructions.ipynb #aaa85d04
 def known_packing(
