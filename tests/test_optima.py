@@ -164,7 +164,7 @@ def test_what_never_merges_and_what_is_refused():
     assert collapse_ratio(LMSoftmaxLoss(5., reduction='class-mean'), 5, 5) == math.inf
     assert collapse_ratio(SampleMarginLoss(), 3, 3) == math.inf
     for wrong in ((LMSoftmaxLoss(5., 'logsumexp'), 5, 5), (ArcFaceLoss(5., .5), 5, 5), (NormFaceLoss(5.), 0, 5),
-                  (NormFaceLoss(5.), 5, 1), (GMSoftmaxLoss(5., .7, .5), 5, 5)):
+                  (NormFaceLoss(5.), 5, 1), (GMSoftmaxLoss(5., .7, .5), 5, 5), (NormFaceLoss(5e-4), 2, 2)):
         with pytest.raises(ValueError): collapse_ratio(*wrong)
     for wrong in (2., True, '2'):
         with pytest.raises(TypeError): collapse_ratio(NormFaceLoss(5.), wrong, 5)

@@ -191,7 +191,7 @@ def _is_sample_margin(loss, k):
 
 # %% ../../nbs/theory/11b_optima.ipynb #8cc178b3
 def collapse_ratio(
-    loss: torch.nn.Module,  # convex, of scale ≥ 0.001; its weights are ignored
+    loss: torch.nn.Module,  # convex, of scale ≥ 0.001 if A > 1; its weights are ignored
     num_frequent: int,  # A ≥ 1 frequent classes; labels 0 … A − 1
     num_rare: int,  # B ≥ 2 rare classes; labels A … A + B − 1
 ) -> float:  # ratio of class sizes, frequent over rare; inf: they never merge
@@ -205,6 +205,7 @@ def collapse_ratio(
     if getattr(loss, 'reduction', 'mean') == 'class-mean': return math.inf
     problem = _MergedProblem(loss, A, B)
     if A == 1: return max(0., _needed_ratio(problem, 1.))
+    number('loss.scale', getattr(loss, 'scale', None) or 1., at_least=.001)
 
     def excess(log_ratio):
         needed = _needed_ratio(problem, math.exp(log_ratio))
