@@ -318,9 +318,16 @@ def _wrapped(loss):
     function = getattr(loss, '__func__', loss)
     if isinstance(function, FunctionType):
         around = getclosurevars(function)
-        return owner, around.nonlocals, around.globals
-    if isinstance(loss, (type, ModuleType, CosineLinear, Learner)): return ()
-    return tuple(getattr(loss, '__dict__', {}).values())
+        return (owner, around.nonlocals, around.globals, function.__defaults__,
+                function.__kwdefaults__)
+    others = type, ModuleType, CosineLinear, Learner
+    kind, room = type(loss), type(loss).__module__.partition('.')[0]
+    if room == 'builtins' or isinstance(loss, others): return ()
+    held = tuple(getattr(loss, '__dict__', {}).values())
+    if room in ('torch', 'fastai'): return held
+    slots = [getattr(loss, name, None) for name in getattr(kind, '__slots__', ())]
+    of_class = [v for v in vars(kind).values() if isinstance(v, nn.Module)]
+    return *held, *slots, *of_class, getattr(kind, 'forward', kind.__call__)
 
 # %% ../nbs/training/23_callbacks.ipynb #8b2f3af2
 class SampleMarginRegularizer(HeadCallback):

@@ -173,7 +173,7 @@ def _is_fake():
 def plain_tensor(x: Tensor) -> Tensor:
     "Strip tensor subclasses, which cost time and may return the subclass again."
     if type(x) is Tensor or is_traced(): return x
-    if isinstance(x, torch._subclasses.FakeTensor): return x
+    if isinstance(x, torch._subclasses.FakeTensor) or x.is_nested: return x
     if hasattr(x, 'full_tensor'):
         raise TypeError('a DTensor holds a part of the numbers only: give its '
                         'full_tensor(), or call the module that FSDP wrapped')
@@ -209,13 +209,13 @@ def as_one_node(module: torch.nn.Module, *args, numbers=None) -> torch.fx.Proxy:
 
 # %% ../nbs/losses/10_checks.ipynb #80317c70
 def _check_floating(name, x, shape):
-    dense = isinstance(x, Tensor) and x.layout == torch.strided
-    if dense and x.is_floating_point(): return
+    if isinstance(x, Tensor) and x.is_floating_point() and _kind(x) == x.dtype: return
     raise TypeError(f'{name} must be a floating-point tensor {shape}, got {_kind(x)}')
 
 
 def _kind(x):
     if not isinstance(x, Tensor): return type(x).__name__
+    if x.is_nested: return 'a nested tensor'
     return x.dtype if x.layout == torch.strided else x.layout
 
 
@@ -266,7 +266,7 @@ def per_class(name: str, values: Tensor | Iterable, **bounds: float) -> Tensor:
                          f'got shape {tuple(values.shape)}')
     if not values.is_floating_point() or values.dtype.itemsize < 4:
         values = values.float()
-    if values.device.type == 'meta': return values
+    if values.is_meta or _is_fake(): return values
     fine = values.isfinite() & ((values == 0) | (values.abs() >= _FAINT))
     for kind, bound in bounds.items(): fine &= _BOUNDS[kind][1](values, bound)
     for j in (~fine).nonzero().flatten().tolist():

@@ -33,7 +33,8 @@ class _Prototypes(nn.Module):
         super().__init__()
         self.in_features = integer('in_features', in_features, at_least=1)
         self.out_features = integer('out_features', out_features, at_least=1)
-        if dtype is not None and not getattr(dtype, 'is_floating_point', False):
+        if dtype not in (None, torch.float16, torch.bfloat16, torch.float32,
+                         torch.float64):
             raise TypeError(f'dtype must be a floating-point dtype, got {dtype}')
         self.weight = nn.Parameter(torch.empty(self.out_features, self.in_features,
                                                device=device, dtype=dtype))
@@ -98,11 +99,11 @@ class _WithLoss(CosineLinear):
         dtype: torch.dtype | None = None,  # dtype of the prototypes
     ):
         super().__init__(in_features, out_features, device, dtype)
-        if chunk_size != 'auto': integer('chunk_size', chunk_size, at_least=1)
         self.loss, self.chunk_size = loss, chunk_size
 
     def __setattr__(self, name, value):
-        "A loss that is set later is checked like one that is given."
+        "What is set later is checked like what is given."
+        if name == 'chunk_size' and value != 'auto': integer(name, value, at_least=1)
         if name == 'loss' and not isinstance(value, CosineLoss):
             raise TypeError('loss must be a loss of ours on cosines, such as '
                             f'CosFaceLoss(), got {type(value).__name__}')
@@ -177,7 +178,7 @@ class _Shard(MarginHead):
     def _generator(self):
         "Each rank draws its own prototypes, also where all have the same seed."
         generator = torch.Generator(self.weight.device)
-        seed = torch.randint(2**62, ()).item() + self.shards.first
+        seed = torch.randint(2**62, (), device='cpu').item() + self.shards.first
         return generator.manual_seed(seed)
 
 # %% ../nbs/losses/16_heads.ipynb #e56562c9

@@ -223,6 +223,11 @@ class _Hooks(ClassificationLoss):
         if bounds: check_values(dict(zip(numbers, checked.values())), bounds)
         return checked
 
+    def all_numbers(self, numbers, x, *batch):
+        "The caller's numbers and those that the loss makes itself, [N]."
+        numbers = self.per_batch(self.checked_numbers(numbers, x), *batch)
+        return {name: per_sample(name, value, x) for name, value in numbers.items()}
+
     def filled(self, numbers, targets, dtype):
         "Each of the loss's numbers: for each sample, for each class, or one for all."
         filled = dict(numbers)
@@ -232,6 +237,14 @@ class _Hooks(ClassificationLoss):
             if isinstance(value, Tensor): value = value.to(dtype)[targets]
             filled[attribute] = value
         return filled
+
+    def checked_losses(self, own, rest, numbers):
+        "What `per_sample` returns, if it is one loss for each sample, [n]."
+        numbers = self.filled(numbers, own.targets, rest.dtype)
+        losses = self.per_sample(own, rest, **numbers)
+        if losses.shape == rest.shape: return losses
+        raise ValueError(f'{type(self).__name__} must give a loss for each sample, '
+                         f'{tuple(rest.shape)}, got shape {tuple(losses.shape)}')
 
 # %% ../nbs/losses/12_losses.ipynb #7bc740c9
 class _Terms(_Hooks):
@@ -247,17 +260,15 @@ class _Terms(_Hooks):
     def terms(self, own, rest, numbers, wanted=()):
         """Losses, [n]; if any are wanted, slopes by 'rest' and what is given, and
         'pull', the slope by s·own (the cosine or the angle) with the other sign."""
-        if not wanted:
-            numbers = self.filled(numbers, own.targets, rest.dtype)
-            return self.per_sample(own, rest, **numbers), {}
+        if not wanted: return self.checked_losses(own, rest, numbers), {}
         read = 'angle' if self.angular else 'cosine'
         leaves = dict(own=getattr(own, read), rest=rest)
         leaves |= {name: numbers[name] for name in numbers.keys() & set(wanted)}
         leaves = {n: v.detach().requires_grad_() for n, v in leaves.items()}
         with torch.enable_grad():
-            numbers = self.filled(numbers | leaves, own.targets, rest.dtype)
+            numbers = numbers | leaves
             own = Own(own.targets, **{read: numbers.pop('own')})
-            losses = self.per_sample(own, numbers.pop('rest'), **numbers)
+            losses = self.checked_losses(own, numbers.pop('rest'), numbers)
         learned = [p for p in self.parameters() if p.requires_grad]
         slopes = torch.autograd.grad(losses, [*leaves.values(), *learned],
                                      torch.ones_like(losses), materialize_grads=True)
@@ -291,7 +302,7 @@ class _OfSteps(_Terms):
         if self.scale:
             rest = log_sum_exp_of_others(cosines, targets, self.scale,
                                          self.log_prior(dtype))
-            losses = self.per_sample(own, rest, **self.filled(numbers, targets, dtype))
+            losses = self.checked_losses(own, rest, numbers)
         if self.sample_margin: negative_margins = self._negative_margins(cosines, own)
         return self.total(losses, negative_margins, loss_weights, logs)
 
@@ -322,7 +333,8 @@ class _OfMatrix(_OfSteps):
     def frozen(self):
         "This loss as it is now, whatever is set later: for the way back."
         loss = object.__new__(type(self))
-        vars(loss).update(vars(self), _buffers=dict(self._buffers))
+        buffers = {n: b if b is None else b.clone() for n, b in self._buffers.items()}
+        vars(loss).update(vars(self), _buffers=buffers)
         return loss
 
 # %% ../nbs/losses/12_losses.ipynb #95195c77
@@ -339,7 +351,7 @@ class _OnCosines(_OfMatrix):
         usual = straight_loss(self, targets, numbers, cosines)
         if usual is not None: return usual
         wide, targets, valid = self.checked(cosines, targets, 'cosines')
-        numbers = self.per_batch(self.checked_numbers(numbers, wide), None, targets)
+        numbers = self.all_numbers(numbers, wide, None, targets)
         own = type(self).__module__ != __name__  # a user's; it may read what learns
         by_steps = own or is_traced() or self.label_smoothing
         way = self.of_dense if by_steps else partial(dense_loss, self)
@@ -369,6 +381,10 @@ class CosineLoss(_OnCosines):
         if group is None and chunk_size == 'auto':
             usual = straight_loss(self, targets, numbers, features, prototypes)
             if usual is not None: return usual
+        if is_symbol(features):
+            return features.tracer.create_proxy(
+                'call_function', self.linear, (features, prototypes, targets),
+                dict(chunk_size=chunk_size, group=group, **numbers))
         if self.label_smoothing:
             raise ValueError('label_smoothing needs the matrix of cosines: call the '
                              'loss on CosineLinear(features), or set label_smoothing=0')
@@ -378,8 +394,7 @@ class CosineLoss(_OnCosines):
         check_features(features, prototypes, 1, 2 if group is None else 1)
         targets = check_integers(targets, features.shape[0], features.device)
         ranks = group.group if isinstance(group, ClassShards) else group
-        numbers = self.checked_numbers(numbers, features)
-        numbers = self.per_batch(numbers, features, targets, ranks)
+        numbers = self.all_numbers(numbers, features, features, targets, ranks)
         return fused_loss(self, features, prototypes, targets, numbers, chunk_size,
                           group)
 
@@ -416,15 +431,26 @@ class _Softmax(CosineLoss):
         numbers = self.filled(self.per_batch({}, None, targets), targets, angle.dtype)
         return self.curves(Own(targets, angle=angle), **numbers)[:2]
 
+    def checked_curves(self, own, numbers):
+        "The curves; those of a user, if they are two, [n] each."
+        curves = self.curves(own, **numbers)
+        if type(self).__module__ == __name__: return curves
+        n = own.targets.shape
+        if isinstance(curves, tuple) and len(curves) > 1 and all(
+            isinstance(x, Tensor) and x.shape == n for x in curves[:2] if x is not None
+        ): return curves
+        raise TypeError(f'curves of {type(self).__name__} must return num and den (or '
+                        f'None), {tuple(n)} each, and perhaps their slopes')
+
     def per_sample(self, own, rest, **numbers):
-        num, den, *_ = self.curves(own, **numbers)
+        num, den, *_ = self.checked_curves(own, numbers)
         return _with_slopes(num, den, 1., 1., rest, self.scale)[0]
 
     def terms(self, own, rest, numbers, wanted=()):
         ours = type(self).per_sample is _Softmax.per_sample and not self._parameters
         if ours and wanted and numbers.keys().isdisjoint(wanted):
             filled = self.filled(numbers, own.targets, rest.dtype)
-            curves = self.curves(own, **filled)
+            curves = self.checked_curves(own, filled)
             if len(curves) == 4: return _with_slopes(*curves, rest, self.scale)
         return super().terms(own, rest, numbers, wanted)
 
@@ -448,7 +474,7 @@ class _Smoothed(_Softmax):
             return super().of_cosines(cosines, own, valid, numbers)
         _Smoothed.__post_init__(self)
         numbers = self.filled(numbers, own.targets, cosines.dtype)
-        num, den, *_ = self.curves(own, **numbers)
+        num, den, *_ = self.checked_curves(own, numbers)
         w, reduction, targets = self.weight, self.reduction, own.targets
         if den is not num or (w is not None and reduction == 'class-mean'):
             raise ValueError('label_smoothing needs num = den, no weighted class-mean')
@@ -606,7 +632,7 @@ class _Drawing(MarginSoftmaxLoss):
             raise TypeError('generator must be a torch.Generator or None, '
                             f'got {type(self.generator).__name__}')
         if self.generator is None:
-            seed = torch.randint(2**62, ()).item()
+            seed = torch.randint(2**62, (), device='cpu').item()
             self.generator = torch.Generator().manual_seed(seed)
 
     def get_extra_state(self): return self.generator.get_state()  # a tensor

@@ -23,6 +23,7 @@ from largest_margins.losses import (
     CosFaceLoss,
     ElasticFaceLoss,
     FocalLoss,
+    GMSoftmaxLoss,
     LMSoftmaxLoss,
     NormFaceLoss,
 )
@@ -128,6 +129,29 @@ def test_drawn_graphs(make):
         args = (x[:, :D],) if module == 'head' else ((x[:, :K] / 9).clamp(-1, 1), y)
         concrete = dict(targets=None) if isinstance(alone, MarginHead) else None
         torch.testing.assert_close(torch.fx.symbolic_trace(alone, concrete)(*args), alone(*args))
+
+
+class Linear(nn.Module):
+    "A model that calls `linear` of its loss."
+    def __init__(self):
+        super().__init__()
+        self.head, self.loss = CosineLinear(D, K), CosFaceLoss(4., .2)
+
+    def forward(self, x, y, margin): return self.loss.linear(x, self.head.weight, y, margin=margin)
+
+
+def test_a_drawn_graph_of_linear():
+    model, args = Linear(), (torch.randn(N, D), torch.arange(N) % K, torch.rand(N))
+    value, true = torch.fx.symbolic_trace(model)(*args), model(*args)
+    assert torch.equal(value, true)
+    for got, expected in zip(*(torch.autograd.grad(v, model.head.weight) for v in (value, true)), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_numbers_of_each_class_that_are_fake():
+    with FakeTensorMode():
+        loss = GMSoftmaxLoss(4., alpha1=torch.ones(K), weight=torch.ones(K))
+        assert loss.linear(torch.randn(N, D), torch.randn(K, D), torch.zeros(N, dtype=torch.long)).shape == ()
 
 
 def test_the_features_of_a_model():

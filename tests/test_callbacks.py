@@ -667,8 +667,19 @@ def test_the_loss_inside():
     class Attribute:
         def __init__(self): self.base = loss
         def __call__(self, p, y): return self.base(p, y)
+    class Slot:
+        __slots__ = ('base',)
+        def __init__(self): self.base = loss
+        def __call__(self, p, y): return self.base(p, y)
+    class OfClass:
+        base = loss
+        def __call__(self, p, y): return self.base(p, y)
+    class Around(nn.Module):
+        def forward(self, p, y): return loss(p, y)
+    def by_keyword(p, y, *, base=loss): return base(p, y)
     for whole in (loss, Wrapped(loss), partial(Wrapped(loss)), lambda p, y: loss(p, y), Attribute(), loss.forward,
-                  nn.ModuleDict(dict(a=nn.ModuleList([loss])))):
+                  nn.ModuleDict(dict(a=nn.ModuleList([loss]))), lambda p, y, base=loss: base(p, y), by_keyword, Slot(),
+                  OfClass(), Around(), torch.compile(lambda p, y: loss(p, y), backend='eager')):
         assert find_loss(whole) is loss, whole
     for other in (F.cross_entropy, CrossEntropyLossFlat(), nn.MSELoss(), lambda p, y: p.sum()):
         assert find_loss(other) is None, other

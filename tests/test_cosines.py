@@ -215,5 +215,8 @@ def test_features_that_do_not_fit_are_refused():
             (z, w[0], ValueError, r'^features must .*and \(4,\)'),
             (z.long(), w, TypeError, '^features must .*got torch.int64'),
             ('z', w, TypeError, '^features must .*got str'),
+            (torch.nested.nested_tensor([z, z]), w, TypeError, '^features must .*got a nested tensor'),
+            (torch.nested.nested_tensor([z, z], layout=torch.jagged), w, TypeError, '^features must .*got a nested'),
             (z, w.bool(), TypeError, '^prototypes must .*got torch.bool')):
-        with pytest.raises(error, match=message): cosine_matrix(features, prototypes)
+        for way in (cosine_matrix, lambda z, w: CosFaceLoss().linear(z, w, torch.arange(3))):
+            with pytest.raises(error, match=message): way(features, prototypes)

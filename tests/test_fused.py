@@ -21,6 +21,7 @@ from largest_margins.losses import (
     AdaFaceLoss,
     ArcFaceLoss,
     CosFaceLoss,
+    ElasticFaceLoss,
     GMSoftmaxLoss,
     LDAMLoss,
     LMSoftmaxLoss,
@@ -540,9 +541,27 @@ def test_features_and_prototypes_need_not_be_contiguous(view):
         assert torch.allclose(got, true, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize('make', [lambda: GMSoftmaxLoss(8., alpha1=torch.linspace(1, 2, 5), reduction='none'),
+                                  lambda: LDAMLoss([1., 2, 3, 4, 5], 8., reduction='none'),
+                                  lambda: LDAMLoss([1., 2, 3, 4, 5], 8.)])
+def test_numbers_of_each_class_may_change_in_place_before_backward(make):
+    "The gradient is that of the loss as it was."
+    features, prototypes, targets = torch.randn(7, 3), torch.randn(5, 3), torch.arange(7) % 5
+    for options in ({}, dict(chunk_size=2)):
+        loss, leaf = make(), features.clone().requires_grad_()
+        true, = torch.autograd.grad(loss.linear(leaf, prototypes, targets, **options).sum(), leaf)
+        value = loss.linear(leaf, prototypes, targets, **options).sum()
+        for buffer in loss.buffers(): buffer[0] = 50
+        for _ in range(2):
+            torch.testing.assert_close(torch.autograd.grad(value, leaf, retain_graph=True)[0], true)
+        torch.testing.assert_close(torch.autograd.grad(value, leaf, create_graph=True)[0], true)
+
+
 @pytest.mark.parametrize('device', ['meta', 'cpu'])
 def test_a_default_device_leaves_nothing_behind(device):
     "What is made once on the way is made for CPUs, whatever the default is at that time."
     batch = torch.randn(13, 7), torch.randn(5, 7), torch.arange(13) % 5
     with torch.device(device): value = CosFaceLoss(23., .21, sample_margin=.3).linear(*batch)
     assert value.item() == CosFaceLoss(23., .21, sample_margin=.3).linear(*batch).item()
+    with torch.device(device): drawing = ElasticFaceLoss(23.)
+    assert drawing.linear(*batch).isfinite()

@@ -175,6 +175,46 @@ def test_a_loss_that_says_nothing_is_refused():
     assert SampleMarginLoss().linear(features, prototypes, targets).isfinite()
 
 
+WRONG = dict(one=lambda own: own.cosine, numbers=lambda own: (.5, .5), mean=lambda own: (own.cosine.mean(),) * 2,
+             column=lambda own: (own.cosine[:, None],) * 2, nothing=lambda own: None)
+
+
+def each_way(loss):
+    "The ways from features, prototypes and targets, also in chunks."
+    return [*ways(loss).values(), lambda z, w, y: loss.linear(z, w, y, chunk_size=2)]
+
+
+@pytest.mark.parametrize('said', WRONG)
+def test_curves_are_two_with_a_number_for_each_sample(said):
+    class Said(MarginSoftmaxLoss):
+        def curves(self, own): return WRONG[said](own)
+    for way in each_way(Said()):
+        with pytest.raises(TypeError, match='curves of Said must return num and den'): way(*inputs())
+
+
+def test_losses_are_one_for_each_sample():
+    class Mean(Hinge):
+        def per_sample(self, own, rest): return super().per_sample(own, rest).mean()
+    for way in each_way(Mean()):
+        with pytest.raises(ValueError, match=r'Mean must give a loss for each sample.* got shape \(\)'): way(*inputs())
+
+
+@pytest.mark.parametrize('made', [.1, torch.tensor(.1), torch.full((N,), .1), torch.full((N, 1), .1),
+                                  torch.full((N - 2,), .1)], ids=lambda made: str(getattr(made, 'shape', made)))
+def test_numbers_that_a_loss_makes_itself_are_checked(made):
+    class Made(Curves):
+        numbers = {'slack': 'slack'}  # noqa: RUF012
+        def per_batch(self, numbers, features, targets, group=None): return dict(slack=made)
+        def curves(self, own, slack): return (x := own.cosine - slack), x
+    features, prototypes, targets = inputs()
+    for way in each_way(Made()):
+        if getattr(made, 'shape', ()) in ((), (N,)):
+            torch.testing.assert_close(way(features, prototypes, targets),
+                                       CosFaceLoss(8., .1).linear(features, prototypes, targets), rtol=1e-7, atol=0)
+            continue
+        with pytest.raises(ValueError, match='slack must be a number or'): way(features, prototypes, targets)
+
+
 class Halved(MarginSoftmaxLoss):
     "A margin softmax of which a user changes the losses, and not the curves."
 

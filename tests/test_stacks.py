@@ -234,6 +234,38 @@ def test_what_would_mix_the_shards_is_refused():
         for name in ('top', 'linear', 'margins'): assert 'full_tensor' in said[f'{name} of a part'], said
 
 
+def recomputed(rank):
+    "How far a step is from that of one process where FSDP2 shards each layer and a checkpoint is around them all."
+    warnings.filterwarnings('ignore')
+    _, true = one_process(CosFaceLoss(8., .2))
+    head = MarginHead(D, K, CosFaceLoss(8., .2), dtype=torch.float64)
+    head.load_state_dict({'weight': weight()})
+    model = Model(head)
+    called, _, after, backward = wrapped(model, 'FSDP2 by layer', False)
+    def run(*args): return checkpoint(called, *args, use_reentrant=False)
+    train(run, sgd(model), slice(rank * N, (rank + 1) * N), after, backward)
+    return max((full(p).detach() - t).norm().item() for p, t in zip(model.parameters(), true, strict=True))
+
+
+def test_a_checkpoint_around_layers_that_fsdp_shards():
+    assert max(returned(run_on_ranks(recomputed, 2))) < 1e-10
+
+
+def averaged_twice(rank):
+    "An average of a model with a sharded head, on a deep copy."
+    head = ShardedMarginHead(D, K, CosFaceLoss(8., .2), dtype=torch.float64)
+    mean = torch.optim.swa_utils.AveragedModel(Model(head))
+    images, targets = batches()[0]
+    own = slice(rank * N, (rank + 1) * N)
+    before = mean(images[own], targets[own])
+    with torch.no_grad(): head.weight.mul_(-1)
+    return (before - mean(images[own], targets[own])).item()
+
+
+def test_a_sharded_head_is_copied():
+    assert returned(run_on_ranks(averaged_twice, 2)) == [0, 0]
+
+
 def statistics(rank):
     "AdaFace's running statistics in both heads, and what they are after a checkpoint."
     found = {}

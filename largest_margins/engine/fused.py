@@ -200,10 +200,11 @@ class _Straight(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, slope):
+        given = _given(ctx)  # read in any case: checkpoints wait for it
         gradients, ctx.gradients = ctx.gradients, None
         in_steps = torch.is_grad_enabled() or many_at_once(slope)
-        if in_steps: gradients = _in_steps(ctx, slope)
-        elif gradients is None: gradients = _again(ctx)
+        if in_steps: gradients = _in_steps(ctx, *given, slope)
+        elif gradients is None: gradients = _again(ctx, *given)
         if not in_steps and slope.item() != 1:
             for gradient in gradients:
                 if gradient is not None: gradient.mul_(slope)
@@ -217,18 +218,16 @@ def _given(ctx):
     return targets, tensors[:last], dict(zip(ctx.names, tensors[last:]))
 
 
-def _again(ctx):
+def _again(ctx, targets, tensors, numbers):
     "The gradients once more."
-    targets, tensors, numbers = _given(ctx)
     way = _straight_rows if len(tensors) == 2 else _straight_cosines
     with full_precision('cpu'):
         return way(ctx.loss, ctx.s, targets, numbers, *tensors,
                    ctx.needs_input_grad[5:])[1]
 
 
-def _in_steps(ctx, slope):
+def _in_steps(ctx, targets, tensors, numbers, slope):
     "Gradients that have gradients, or many at once."
-    targets, tensors, numbers = _given(ctx)
     steps = ctx.loss.of_matrix if len(tensors) == 2 else partial(
         ctx.loss.of_dense, resolution=torch.finfo(tensors[0].dtype).eps / 2)
     return by_steps(lambda *views: steps(*views, targets, None, numbers), tensors,

@@ -50,6 +50,8 @@ class _OwnClasses:
         self.num_classes, self.largest_size = sum(sizes), max(sizes)
         self.alone = group is None  # whether this process has all classes
 
+    def __deepcopy__(self, memo): return self  # the copy meets in the same group
+
     def own_classes(self, values):
         "This rank's part of what there is for each class, [k] → [k_r]."
         return values if self.alone else values[self.first:self.first + self.size]
