@@ -214,6 +214,10 @@ def test_a_record_answers_one_question(whole, tmp_path):
         (tmp_path/'half.json').write_text(content)
         with pytest.raises(ValueError, match='half.json is not the record of a run: remove it'):
             read_record(tmp_path/'half.json', one.configuration)
+    os.mkfifo(tmp_path/'fifo.json')
+    for other in (tmp_path/'fifo.json', tmp_path):  # which nobody waits for, or reads
+        with pytest.raises(ValueError, match='is not the record of a run: remove it'):
+            read_record(other, one.configuration)
 
 
 def test_records_of_before_tasks_are_read(tmp_path):

@@ -151,6 +151,7 @@ def read_record(
 ) -> dict | None:  # the record; None if there is none
     "Read the record of a run; ValueError if it is of another configuration, or none."
     try:
+        if path.exists() and not path.is_file(): raise TypeError('no file')
         record = json.loads(path.read_text(encoding='utf-8'))
         defaults = _asked(type(configuration)())  # of fields newer than the record
         changes = differences(defaults | record['asked'], _asked(configuration))
