@@ -13,9 +13,9 @@ import re
 from fractions import Fraction
 from functools import lru_cache
 from hashlib import sha256
-from itertools import combinations_with_replacement, permutations, product
+from itertools import chain, combinations_with_replacement, permutations, product
 from math import comb, lcm, prod
-from operator import mul
+from operator import add, mul
 
 # %% ../nbs/theory/04_certificates.ipynb #87db947d
 def _powers(
@@ -73,11 +73,11 @@ def _bernstein(tensor, degree, axes):
 def _halves(rows):
     "The coefficients on both halves of the first axis, rounded up."
     left, right = [], []
-    while rows:
-        left.append(rows[0])
-        right.append(rows[-1])
-        rows = [[(a + b + 1) >> 1 for a, b in zip(*pair)]
-                for pair in zip(rows, rows[1:])]
+    for level in range(len(rows)):  # where all numbers are 2**level times too large
+        almost = (1 << level) - 1
+        left.append([x + almost >> level for x in rows[0]])
+        right.append([x + almost >> level for x in rows[-1]])
+        rows = [[*map(add, *pair)] for pair in zip(rows, rows[1:])]
     return left, right[::-1]
 
 # %% ../nbs/theory/04_certificates.ipynb #87782c1g
@@ -93,7 +93,7 @@ def _no_box_positive(bernstein, degree, axes):
             box = *sides[1:], sides[0] + side
             if tuple(sorted(box)) in known: continue  # the same in another order
             known.add(tuple(sorted(box)))
-            boxes.append(([x for line in zip(*half) for x in line], box))
+            boxes.append(([*chain.from_iterable(zip(*half))], box))
     return False
 
 # %% ../nbs/theory/04_certificates.ipynb #79957cf3
