@@ -47,3 +47,8 @@ def browser(chromium):
     "The same; what moves on a page does not go on moving while other tests run."
     yield chromium
     chromium.leave()
+
+
+def pytest_collection_modifyitems(items):
+    "Pages first, which take longest: no worker is left alone with them in the end."
+    items.sort(key=lambda item: 'test_notebooks' not in item.nodeid)
